@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .classifier import FrameClassifier
+from .heads import frame_heads
 from .metrics import MistakeSeverity, NeuralCollapse, sum_over_processes
-from .variants import frame_heads
 
 __all__ = ["Measurement", "evaluate", "measure", "format_table"]
 

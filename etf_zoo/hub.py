@@ -15,8 +15,8 @@ from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
 from .classifier import CUSTOM, FrameClassifier
+from .heads import HEAD_ARGS, frame_heads
 from .pretrained import CONFIG_NAME, WEIGHTS_NAME, sha256
-from .variants import HEAD_ARGS, frame_heads
 
 __all__ = ["save_folder", "storage_state_dict"]
 
