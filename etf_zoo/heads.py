@@ -14,6 +14,7 @@ from timm.models._input import update_model_args
 from torch import Tensor, nn
 
 from .classifier import CUSTOM, HELMERT, FrameClassifier
+from .moving import MovingFrameClassifier
 
 __all__ = [
     "HEAD_ARGS",
@@ -38,6 +39,9 @@ HEAD_ARGS = {
     "logit_scale": "logit_scale",
     "orientation": "orientation",
     "frame_seed": "seed",
+    "hierarchy": "hierarchy",
+    "gamma": "gamma",
+    "moving": "moving",  # picks the class, see _head_for
 }
 # Layers that a conversion leaves learned. VOLO adds the largest logit over all tokens: a frame's logits sum to zero in
 # each token, which would change which token is the largest.
@@ -156,10 +160,10 @@ def is_conversion(args: Mapping[str, Any]) -> bool:
 
 
 def _args_for(args: Mapping[str, Any], num_classes: int) -> Mapping[str, Any]:
-    """Head arguments at another number of classes: a frame given as a tensor serves its own, the others get `auto`."""
-    frame = args.get("frame")
-    if isinstance(frame, Tensor) and len(frame) != num_classes:
-        return {**args, "frame": "auto"}
+    """Head arguments at another number of classes: a frame of given classes serves its own, the others get `auto`."""
+    given = [value for key in ("frame", "hierarchy") if isinstance(value := args.get(key), Tensor)]
+    if any(len(matrix) != num_classes for matrix in given):
+        return {key: value for key, value in args.items() if key != "hierarchy"} | {"frame": "auto"}
     return args
 
 
@@ -185,16 +189,18 @@ def _head_for(
             f"Name the linear layer itself with classifier='...'."
         )
     device = leaf.weight.device
-    kwargs = {HEAD_ARGS[key]: value for key, value in args.items()}
+    kwargs = {HEAD_ARGS[key]: value for key, value in args.items() if key in HEAD_ARGS}
     if kwargs.get("neck") == "none":
         kwargs["neck"] = None
     if isinstance(kwargs.get("neck"), nn.Module):
         kwargs["neck"] = copy.deepcopy(kwargs["neck"])
-    head = FrameClassifier(
+    moving = kwargs.pop("moving", None)
+    head = (MovingFrameClassifier if moving else FrameClassifier)(
         in_features,
         num_classes,
         channels_first=channels_first,
         device=device if weights is None else "meta",  # with weights, compute no frame only to overwrite it
+        **(moving if isinstance(moving, Mapping) else {}),
         **kwargs,  # type: ignore[arg-type]
     )
     if weights is not None:
@@ -280,6 +286,9 @@ def attach_frame(
     logit_scale: float | str = "auto",
     orientation: str = "random",
     frame_seed: int = 0,
+    hierarchy: Tensor | None = None,
+    gamma: float = 2.0,
+    moving: bool | Mapping[str, Any] = False,
     classifier: str | Iterable[str] | None = None,
 ) -> nn.Module:
     """Put a fixed frame in the place of a model's classifier, in place.
@@ -297,6 +306,9 @@ def attach_frame(
         logit_scale: See `FrameClassifier`.
         orientation: See `FrameClassifier`.
         frame_seed: `seed` of `FrameClassifier`. Several heads (distilled models) share it, so their frames agree.
+        hierarchy: See `FrameClassifier`; like a frame given as a tensor, it serves its own number of classes.
+        gamma: See `FrameClassifier`.
+        moving: Whether the frame follows the class means (2411.01248), or the arguments of `MovingFrameClassifier`.
         classifier: Name(s) of the linear layer(s) to replace; for timm models known.
 
     Returns:
@@ -312,6 +324,9 @@ def attach_frame(
         "logit_scale": logit_scale,
         "orientation": orientation,
         "frame_seed": frame_seed,
+        "hierarchy": hierarchy,
+        "gamma": gamma,
+        "moving": moving,
     }
     if classifier is not None or not isinstance(getattr(model, "pretrained_cfg", None), dict):
         names = as_names(classifier)

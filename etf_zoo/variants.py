@@ -34,6 +34,7 @@ from .heads import (
     replace_leaves,
     split_head,
 )
+from .whitening import whiten_last_norm
 
 __all__ = ["classifies", "is_converted", "register_variants", "without_classifier"]
 
@@ -129,12 +130,19 @@ def _create_twin(
     own_args = {k: v for k, v in kwargs.items() if k not in merged or not _same(v, merged[k])}
     kwargs = {"num_classes": cfg.num_classes, **saved_args, **kwargs}
     head_args = {key: kwargs.pop(key) for key in HEAD_ARGS if key in kwargs}
+    whitening = kwargs.pop("whitening", False)
     building = {**kwargs, "cache_dir": cache_dir, **({"features_only": True} if features_only else {})}
 
     from_timm = pretrained and is_converted(cfg)
     state_dict = read_weights(cfg.to_dict(), cache_dir) if pretrained and not from_timm else None
     if from_timm or (state_dict is not None and not _has_frame(state_dict, as_names(cfg.classifier))):
-        return _create_converted(name, cfg, state_dict, own_args, head_args, building)
+        if whitening and kwargs["num_classes"] == cfg.num_classes:
+            raise ValueError(_contradiction(name, ["whitening"]))
+        model = _create_converted(name, cfg, state_dict, own_args, head_args, building)
+        if whitening:
+            _whiten(model, whitening)
+            model._frame_args = {**model._frame_args, "whitening": whitening}  # type: ignore
+        return model
 
     names = as_names(cfg.classifier)
     num_classes = kwargs["num_classes"]
@@ -150,15 +158,20 @@ def _create_twin(
         # timm loads strictly unless the class counts differ, and then it pops only .weight and .bias: hand it a
         # count that always differs and no head at all, and check the keys ourselves.
         base_cfg.update(state_dict=backbone, num_classes=-1)
-    model = model_entrypoint(base)(pretrained=state_dict is not None, pretrained_cfg=base_cfg, **building)
+    load = state_dict is not None and not whitening
+    model = model_entrypoint(base)(pretrained=load, pretrained_cfg=base_cfg, **building)
     model.pretrained_cfg.pop("state_dict", None)
     model.pretrained_cfg["tag"] = cfg.tag
     if features_only:
         return model
     model.pretrained_cfg["num_classes"] = cfg.num_classes
 
+    if whitening:
+        _whiten(model, whitening)
     if state_dict is not None:
         _check_backbone(model, backbone, names, same_classes)
+        if whitening:  # timm's loader ran before there was such a layer
+            model.load_state_dict(backbone, strict=False)
     if not same_classes and num_classes > 0:  # what the tag was trained with need not fit another number of classes
         if "frame" not in own_args and is_conversion(head_args):
             head_args = {key: value for key, value in head_args.items() if key in own_args}
@@ -171,7 +184,14 @@ def _create_twin(
     if _same(head_args.get("frame"), CUSTOM):  # from here on the weights are where this frame can be found
         heads = frame_heads(model).values()
         head_args["frame"] = next(iter(heads)).weight.clone() if heads else "auto"
-    return become_twin(model, head_args, names)
+    become_twin(model, head_args, names)
+    if whitening:
+        model._frame_args = {**head_args, "whitening": whitening}  # type: ignore[assignment]
+    return model
+
+
+def _whiten(model: nn.Module, whitening: bool | Mapping[str, Any]) -> None:
+    whiten_last_norm(model, **(whitening if isinstance(whitening, Mapping) else {}))
 
 
 def _has_frame(state_dict: Mapping[str, Tensor], names: Iterable[str]) -> bool:
