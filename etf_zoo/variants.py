@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
+from urllib.error import URLError
 
 import timm
-from huggingface_hub.errors import HfHubHTTPError
-from safetensors import SafetensorError
 from timm.data.imagenet_info import infer_imagenet_subset
 from timm.models import PretrainedCfg, model_entrypoint, register_model
 from timm.models._pretrained import DefaultCfg
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from .classifier import CUSTOM
 from .convert import convert_classifier
+from .download import hub_errors
 from .heads import (
     HEAD_ARGS,
     SUFFIX,
@@ -218,15 +218,13 @@ def _create_converted(
     if state_dict is not None:
         base_cfg["state_dict"] = state_dict
     try:
-        model = model_entrypoint(base)(pretrained=True, pretrained_cfg=base_cfg, **building)
-    except (OSError, SafetensorError, HfHubHTTPError) as error:
-        where = f"hf-hub:{cfg.hf_hub_id}" if cfg.hf_hub_id else cfg.url
+        with hub_errors(cfg.hf_hub_id or name):
+            model = model_entrypoint(base)(pretrained=True, pretrained_cfg=base_cfg, **building)
+    except URLError as error:  # timm has 15 tags at addresses of their own
         raise RuntimeError(
-            f"The weights of {name}.{cfg.tag} are timm's own, at {where}, and cannot be had: {_first_line(error)} "
-            f"Run once with a connection, or with HF_HOME or cache_dir=... naming a cache that holds them; or pass a "
-            f"copy of timm's file: pretrained_cfg_overlay=dict(file='model.safetensors'). Without weights: "
-            f"pretrained=False."
-        ) from error
+            f"Cannot reach {cfg.url}: {error.reason}. Check the network, or pass a copy of the weights as safetensors: "
+            f"pretrained_cfg_overlay=dict(file='model.safetensors')."
+        ) from None
     model.pretrained_cfg.pop("state_dict", None)
     if "features_only" in building:
         return model
@@ -236,11 +234,6 @@ def _create_converted(
         attach_frame(model, **head_args)
     model.pretrained_cfg["architecture"] = name
     return model
-
-
-def _first_line(error: Exception) -> str:
-    line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return line if line.endswith(".") else line + "."
 
 
 def _resolve_cfg(

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from urllib.error import URLError
 
 import pytest
 import safetensors.torch
@@ -179,7 +180,7 @@ def test_tag_from_the_hub(stock, hub, tmp_path):
     assert torch.equal(fine.fc.weight, best_frame(37, fine.num_features))
     resolved = timm.models.resolve_model_input_args(TWIN, {}, num_classes=37)
     assert timm.create_model(pretrained=True, **resolved).num_classes == 37
-    hub.add("org/mirror", {"model.safetensors": tmp_path / "model.safetensors"})
+    hub.add("org/mirror", {"config.json": b"{}", "model.safetensors": tmp_path / "model.safetensors"})
     mirrored = {"hf_hub_id": "org/mirror"}
     twin = timm.create_model(TWIN, pretrained=True, pretrained_cfg_overlay=mirrored).eval()
     assert_same_softmax(twin(x), stock(x))
@@ -195,16 +196,22 @@ def test_local_copy_of_timms_file(stock, tmp_path):
         timm.create_model(TWIN, pretrained=True, pretrained_cfg_overlay={"file": str(tmp_path / "model.bin")})
 
 
-def test_offline_without_a_cache_says_what_to_do():
-    with pytest.raises(
-        RuntimeError, match=r"hf-hub:timm/test_resnet\.r160_in1k.*Run once with a connection.*cache_dir"
-    ):
+def test_offline_without_a_cache_says_what_to_do(monkeypatch):
+    message = r"^timm/test_resnet\.r160_in1k is not in the cache and HF_HUB_OFFLINE is set. Load it once with a network"
+    with pytest.raises(RuntimeError, match=message):
         timm.create_model(TWIN, pretrained=True)
+
+    def unreachable(*args, **kwargs):
+        raise URLError("Name or service not known")
+
+    monkeypatch.setattr(timm.models._builder, "load_state_dict_from_url", unreachable)
+    with pytest.raises(RuntimeError, match="Cannot reach https://.*: Name or service not known. Check the network"):
+        timm.create_model("gcvit_xxtiny_etf.in1k", pretrained=True)
 
 
 def test_truncated_download(stock, hub):
     hub.fault("/store/", truncate=1000)
-    with pytest.raises(RuntimeError, match="cannot be had"):
+    with pytest.raises(RuntimeError, match="was cut short"):
         timm.create_model(TWIN, pretrained=True)
     hub.heal()
     assert timm.create_model(TWIN, pretrained=True).num_classes == 1000
