@@ -348,14 +348,16 @@ class FrameClassifier(nn.Module):
             return _unit(x)
         return _at_least_float32(x)
 
+    def project(self, x: Tensor) -> Tensor:
+        """Logits of what `embed` gives: `(..., dim)` to `(..., num_classes)`."""
+        if self.implicit:
+            return _helmert_product(x, self.logit_scale)
+        return _scaled_product(x, self.weight, self.logit_scale)
+
     def forward(self, x: Tensor) -> Tensor:
         if self.channels_first:
             x = x.movedim(1, -1)
-        x = self.embed(x)
-        if self.implicit:
-            logits = _helmert_product(x, self.logit_scale)
-        else:
-            logits = _scaled_product(x, self.weight, self.logit_scale)
+        logits = self.project(self.embed(x))
         return logits.movedim(-1, 1) if self.channels_first else logits
 
     def _apply(self, fn, recurse=True):

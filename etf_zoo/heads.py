@@ -28,6 +28,7 @@ __all__ = [
     "replace_leaves",
     "split_head",
     "timm_classifier_names",
+    "without_frames",
 ]
 
 SUFFIX = "_etf"
@@ -360,6 +361,30 @@ def timm_classifier_names(model: nn.Module) -> tuple[str, ...]:
     if not names:
         raise ValueError(_no_classifier(model))
     return names
+
+
+def without_frames(model: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Module:
+    """Put learned layers in the place of a twin's frames and make it its base again, in place.
+
+    Args:
+        model: A twin.
+        layers: A layer for each of `frame_heads`, by its name.
+
+    Returns:
+        The same model.
+    """
+    for name, layer in layers.items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer)
+    for module in model.modules():
+        if isinstance(module, _FrameModel | _KeptHead):
+            module.__class__ = type(module).__bases__[1]
+    for attribute in ("_frame_args", "_classifier_names"):
+        model.__dict__.pop(attribute, None)
+    model._model_args = {k: v for k, v in model._model_args.items() if k not in HEAD_ARGS}  # type: ignore
+    cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
+    cfg["architecture"] = base_name(cfg.get("architecture") or "")
+    return model
 
 
 def _no_classifier(model: nn.Module) -> str:
