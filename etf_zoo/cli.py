@@ -1,4 +1,4 @@
-"""Command line: `etf-zoo list | info | predict | evaluate | card`."""
+"""Command line: `etf-zoo list | info | predict | evaluate | card | publish`."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ def _load(name: str, pretrained: bool = True) -> Any:
 
     import etf_zoo  # noqa: F401  registers the twins
 
+    from .download import hub_errors
+
     if Path(name).is_dir():
         name = f"local-dir:{name}"
     elif ":" not in name and not timm.is_model(name):
@@ -26,7 +28,8 @@ def _load(name: str, pretrained: bool = True) -> Any:
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f" Did you mean {', '.join(near)}?" if near else ""
         raise ValueError(f"There is no model or folder {name!r}.{hint} `etf-zoo list` shows the names.")
-    return timm.create_model(name, pretrained=pretrained)
+    with hub_errors(name.removeprefix("hf-hub:")):
+        return timm.create_model(name, pretrained=pretrained)
 
 
 def _list(args: argparse.Namespace) -> None:
@@ -207,6 +210,26 @@ def _card(args: argparse.Namespace) -> None:
     print(write_card(args.folder))
 
 
+def _publish(args: argparse.Namespace) -> None:
+    from .pretrained import cards_folder
+    from .publish import publish, zoo_folders
+
+    if bool(args.name) == args.all or (args.all and not args.org) or (args.org and args.repo_id):
+        raise ValueError("Publish one folder or name, with --repo-id ORG/NAME, or the zoo with --all --org ORG.")
+    if args.all:
+        folders = list(zoo_folders())
+    else:
+        folders = [Path(args.name) if Path(args.name).is_dir() else cards_folder() / args.name]
+    for folder in folders:
+        repo_id = f"{args.org}/{folder.resolve().name}" if args.org else args.repo_id
+        done = publish(folder, repo_id, private=args.private, create_pr=args.create_pr, dry_run=args.dry_run)
+        if args.dry_run:
+            state = f"ready; would send {', '.join(done.files)}"
+        else:
+            state = f"{'commit' if done.changed else 'unchanged, at'} {done.revision[:12]}"
+        print(f"{folder.name}: {done.url} ({state})")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
@@ -250,6 +273,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = commands.add_parser("card", help="write the card (README.md) of a model folder")
     command.add_argument("folder")
     command.set_defaults(run=_card)
+
+    command = commands.add_parser("publish", help="check a model folder and put it on the Hugging Face Hub")
+    command.add_argument("name", nargs="?", help="folder, or name of a model of the zoo")
+    command.add_argument("--repo-id", metavar="ORG/NAME", help="where to; where it was published last by default")
+    command.add_argument("--all", action="store_true", help="every model of the zoo that has weights")
+    command.add_argument("--org", help="publish as ORG/<name of the folder>")
+    command.add_argument("--private", action="store_true", help="make a new repository private")
+    command.add_argument("--create-pr", action="store_true", help="open a pull request instead")
+    command.add_argument("--dry-run", action="store_true", help="check only, send nothing")
+    command.set_defaults(run=_publish)
 
     args = parser.parse_args(argv)
     try:

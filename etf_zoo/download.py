@@ -23,11 +23,11 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-__all__ = ["download", "hub_errors", "retry", "sha256"]
+__all__ = ["LOG_IN", "download", "hub_errors", "retry", "sha256"]
 
 _HTTP_PACKAGES = ("httpx2", "httpx", "requests", "urllib3")  # the client's major versions differ in whose errors come
 _LONGEST_WAIT = 60.0
-_LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
+LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 
 T = TypeVar("T")
 
@@ -114,7 +114,7 @@ def _announced_sha256(path: Path) -> str | None:
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
-        error = error.__cause__ or error.__context__
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
 def _is_transport(error: BaseException) -> bool:
@@ -179,7 +179,7 @@ def _explain(error: BaseException, repo_id: str) -> str | None:
                 f"HF_HUB_OFFLINE."
             )
         if isinstance(cause, LocalTokenNotFoundError):
-            return f"You are not logged in to the Hub: {_LOG_IN}."
+            return f"You are not logged in to the Hub: {LOG_IN}."
         if isinstance(cause, HfHubHTTPError):
             return _explain_answer(cause, repo_id)
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -199,28 +199,26 @@ def _explain(error: BaseException, repo_id: str) -> str | None:
 def _explain_answer(error: HfHubHTTPError, repo_id: str) -> str:
     status, said = error.response.status_code, _said(error)
     if isinstance(error, GatedRepoError):
-        return f"{repo_id} is gated: accept its terms at {constants.ENDPOINT}/{repo_id}, then {_LOG_IN}."
+        return f"{repo_id} is gated: accept its terms at {constants.ENDPOINT}/{repo_id}, then {LOG_IN}."
     if isinstance(error, RepositoryNotFoundError):
         return (
             f"There is no model repository {repo_id} at {constants.ENDPOINT} that you may see. Check the name; if it "
-            f"is private, {_LOG_IN}."
+            f"is private, {LOG_IN}."
         )
     if isinstance(error, RevisionNotFoundError):
         return f"{repo_id} has no such revision: {said}. Its owner may have rewritten it; give one that exists."
     if isinstance(error, EntryNotFoundError):
         return f"{repo_id} lacks a file: {error.response.url}. It may not be a repository of this kind of model."
     if status == 401:
-        return f"The Hub does not accept your token ({said}): {_LOG_IN}."
+        return f"The Hub does not accept your token ({said}): {LOG_IN}."
     if status == 403:
         return (
             f"Your token may not do this with {repo_id} ({said}): take one that may, with write access for publishing, "
-            f"from {constants.ENDPOINT}/settings/tokens, and {_LOG_IN}."
+            f"from {constants.ENDPOINT}/settings/tokens, and {LOG_IN}."
         )
     if status == 429:
         wait = _retry_after(error)
-        return (
-            f"The Hub limits your requests for now: wait {f'{wait:.0f} s' if wait else 'some minutes'}, or {_LOG_IN}."
-        )
+        return f"The Hub limits your requests for now: wait {f'{wait:.0f} s' if wait else 'some minutes'}, or {LOG_IN}."
     if status >= 500:
         return f"The Hub is in trouble ({status}: {said}). Try again later."
     return f"The Hub refused a request about {repo_id} ({status}: {said})."

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .download import download, sha256
 
-__all__ = ["cards_folder", "hub_location", "native_tags", "read_weights", "read_file", "sha256"]
+__all__ = ["cards_folder", "hub_location", "native_tags", "read_weights", "read_file", "recorded_location", "sha256"]
 
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
@@ -44,6 +44,11 @@ def hub_location(folder: Path) -> tuple[str, str | None] | None:
     """
     if org := os.environ.get("ETF_ZOO_HUB_ORG"):
         return f"{org}/{folder.name}", None
+    return recorded_location(folder)
+
+
+def recorded_location(folder: Path) -> tuple[str, str] | None:
+    """Repository id and commit under which a model folder was published, if it was; see `hub_location`."""
     record = folder / RECORD_NAME
     if not record.is_file():
         return None
