@@ -50,7 +50,7 @@ def _describe(name: str) -> dict[str, Any]:
     import timm
 
     from .frames import frame_report
-    from .variants import frame_heads
+    from .heads import frame_heads
 
     registered = not Path(name).is_dir() and timm.is_model(name.split(".")[0])
     has_weights = not registered or timm.models.is_model_pretrained(name) or bool(timm.list_pretrained(f"{name}.*"))

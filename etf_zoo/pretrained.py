@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import timm
 from safetensors import SafetensorError
 from timm.models import PretrainedCfg
 from timm.models._hub import hf_split
@@ -127,9 +126,9 @@ def read_weights(cfg: Mapping[str, Any], cache_dir: Any = None) -> dict[str, Ten
     name = cfg.get("architecture", "this model")
     base = name.removesuffix("_etf")
     raise RuntimeError(
-        f"There are no pretrained weights for {name} yet. With weights: "
-        f"{', '.join(timm.list_pretrained('*_etf*')) or 'none'}. Use pretrained=False, or put a frame on timm's own "
-        f"backbone: etf_zoo.attach_frame(timm.create_model({base!r}, pretrained=True, num_classes=K))."
+        f"There are no pretrained weights for {name} yet, native or converted; `etf-zoo list --pretrained` shows what "
+        f"has some. Use pretrained=False, or put a frame on timm's own backbone: "
+        f"etf_zoo.attach_frame(timm.create_model({base!r}, pretrained=True, num_classes=K))."
     )
 
 
