@@ -165,7 +165,8 @@ def _read_published(folder: Path, cache_dir: Any) -> dict[str, Tensor]:
 def _read_repository(model_id: str, cache_dir: Any) -> dict[str, Tensor]:
     """Weights of a Hub repository, of the same commit as its `config.json` and checked against the sha256 in that."""
     repo_id, revision = hf_split(model_id)
-    config_file = download(repo_id, CONFIG_NAME, revision=revision, cache_dir=cache_dir)
+    # timm has built the model from this config.json already: one that was damaged must not be mended behind its back
+    config_file = download(repo_id, CONFIG_NAME, revision=revision, cache_dir=cache_dir, again=False)
     expected = json.loads(config_file.read_text(encoding="utf-8")).get("weights_sha256")
     commit = config_file.parent.name
     return _load(download(repo_id, WEIGHTS_NAME, revision=commit, expected=expected, cache_dir=cache_dir))

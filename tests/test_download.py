@@ -249,6 +249,34 @@ def test_file_damaged_in_the_cache(published, folder, monkeypatch):
         load()
 
 
+def test_damaged_config_is_neither_used_nor_mended_in_secret(published):
+    load()
+    config = next(Path(constants.HF_HUB_CACHE).rglob("config.json")).resolve()
+    config.write_text(config.read_text().replace('"crop_pct": 0.875', '"crop_pct": 0.870'))
+    with pytest.raises(RuntimeError, match=r"config\.json of org/tiny arrived damaged, and was removed"):
+        load()
+    assert load().pretrained_cfg["crop_pct"] == 0.875
+
+
+def test_cache_without_links(published, folder, monkeypatch):
+    """As on systems that know none: no announced hash to be read off, the config's still counts."""
+    original = download_module.hf_hub_download
+
+    def copied(*args, **kwargs):
+        path = Path(original(*args, **kwargs))
+        content = path.read_bytes()
+        path.unlink()
+        path.write_bytes(content)
+        return str(path)
+
+    monkeypatch.setattr(download_module, "hf_hub_download", copied)
+    assert torch.equal(logits(load()), logits(load(f"local-dir:{folder}")))
+    published.fault("/store/", corrupt=True)
+    shutil.rmtree(constants.HF_HUB_CACHE)
+    with pytest.raises(RuntimeError, match="arrived damaged"):
+        load()
+
+
 def test_weights_that_do_not_belong_to_the_config(hub, folder):
     """A repository that was put together wrongly: the file is what the Hub announced, and still not the one meant."""
     tensors = safetensors.torch.load_file(folder / "model.safetensors")
