@@ -1,4 +1,4 @@
-"""A vision transformer for images of 64 pixels, where timm's start at larger ones; registered in timm under its name."""
+"""A vision transformer for images of 64 pixels, where timm's start at larger ones; registered in timm."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ default_cfgs = generate_default_cfgs(
 
 @register_model
 def vit_d256_patch8_gap_64(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
-    """ViT of width 256, depth 9 and 4 heads on patches of 8 x 8 pixels, pooled by their mean; 7.2 million parameters before the head.
+    """ViT of width 256, depth 9 and 4 heads on patches of 8 x 8 pixels, pooled by their mean.
 
-    Wide enough for a simplex of 200 classes, which the 192 of timm's tiny ViTs is not; layer scale, no class token.
+    It has 7.2 million parameters before the head. Wide enough for a simplex of 200 classes, which the 192 of timm's tiny ViTs is not; layer scale, no class token.
     """
     args = {
         "img_size": 64,
