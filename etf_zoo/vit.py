@@ -29,7 +29,8 @@ default_cfgs = generate_default_cfgs(
 def vit_d256_patch8_gap_64(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
     """ViT of width 256, depth 9 and 4 heads on patches of 8 x 8 pixels, pooled by their mean.
 
-    It has 7.2 million parameters before the head. Wide enough for a simplex of 200 classes, which the 192 of timm's tiny ViTs is not; layer scale, no class token.
+    It has 7.2 million parameters before the head, layer scale and no class token. Wide enough for a simplex of 200
+    classes, which the 192 of timm's tiny ViTs is not.
     """
     args = {
         "img_size": 64,
