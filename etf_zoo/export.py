@@ -69,7 +69,8 @@ def load_learned(source: str, *, architecture: str | None = None) -> nn.Module:
             raise ValueError(f"There is no file, folder or timm model {source!r}. On the Hub? Then hf-hub:ORG/NAME.")
         if ":" not in source and base_name(source) != source.split(".")[0]:
             raise ValueError(f"{source} has a fixed frame already; only a learned classifier can be converted.")
-        with hub_errors(source.partition(":")[2] or source):
+        cfg = None if ":" in source else get_pretrained_cfg(source)
+        with hub_errors(getattr(cfg, "hf_hub_id", None) or source.partition(":")[2] or source):
             model = timm.create_model(source, pretrained=True)
     learned_classifiers(model)  # raises if there is nothing to convert
     return model.eval()

@@ -28,7 +28,9 @@ def test_list(capsys):
     assert sources["mobilenetv3_small_100_etf.e27_tiny"] == "embedded"
     assert sources["resnet18_etf.a1_in1k"] == "converted from hf-hub:timm/resnet18.a1_in1k"
     assert main(["list", "resnet18*", "--pretrained"]) == 0
-    assert all(line.startswith("resnet18_etf.") for line in capsys.readouterr().out.splitlines())
+    lines = capsys.readouterr().out.splitlines()
+    assert lines
+    assert all(line.startswith("resnet18") and "_etf." in line for line in lines)
 
 
 def test_info_of_a_twin_a_tag_and_a_folder(capsys, folder):
@@ -69,12 +71,10 @@ def test_predict_shows_label_names(capsys, folder, image):
         (["info", "resnet18_etv"], "Did you mean resnet18_etf"),
         (["list", "nonsense"], "No model matches"),
         (["card", "{folder}"], "metrics.json is missing"),
-        (["predict", "resnet10t_etf.c3_in1k", "{folder}/../image.png"], "timm/resnet10t.c3_in1k is not in the cache"),
         (["convert", "{folder}", "{folder}/out"], "has a fixed frame already"),
         (["convert", "resnet10t.c3_in1k", "{folder}/out"], "timm/resnet10t.c3_in1k is not in the cache"),
         (["convert", "weights.pth", "{folder}/out"], "pickles are not read"),
         (["convert", "{folder}", "{folder}/out", "--centre", "train"], "mean features of --data"),
-        (["convert", "{folder}", "{folder}/out", "--data", "{folder}"], "Cannot read split 'validation'"),
         (["export", "{folder}", "{folder}/out"], "--plain (a checkpoint for stock timm), --onnx, or both"),
     ],
 )
