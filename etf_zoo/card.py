@@ -126,7 +126,7 @@ def _base_model(config: dict[str, Any], metrics: dict[str, Any]) -> str | None:
     named = metrics.get("base_model") or config.get("base_model")
     recipe = metrics.get("training", {}).get("recipe", {})
     if named or not recipe.get("pretrained"):
-        return named
+        return named.partition("@")[0] if named else None
     start = recipe["model"].removeprefix("hf-hub:")
     if start != recipe["model"]:
         return start.partition("@")[0]

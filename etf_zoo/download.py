@@ -76,7 +76,8 @@ def download(
                         cache_dir=cache_dir,
                         force_download=force,
                         library_name="etf-zoo",
-                    )
+                    ),
+                    rate_limited=False,
                 )
             )
 
@@ -121,20 +122,26 @@ def _is_transport(error: BaseException) -> bool:
     return type(error).__module__.partition(".")[0] in _HTTP_PACKAGES and not isinstance(error, HfHubHTTPError)
 
 
-def retry(call: Callable[[], T], tries: int = 3) -> T:
-    """Call again what failed for reasons that pass, where the client itself does not: 429, 5xx, a broken connection."""
+def retry(call: Callable[[], T], tries: int = 3, *, rate_limited: bool = True) -> T:
+    """Call again what failed for reasons that pass, where the client itself does not: 5xx, 429, a broken connection.
+
+    Args:
+        call: What to do.
+        tries: How often at most.
+        rate_limited: Whether to wait and try again after 429, too; the client's downloads do that themselves.
+    """
     for i in range(tries - 1):
         try:
             return call()
         except Exception as error:
-            wait = _wait(error, 2.0**i)
+            wait = _wait(error, 2.0**i, rate_limited)
             if wait is None:
                 raise
             time.sleep(wait)
     return call()
 
 
-def _wait(error: BaseException, default: float) -> float | None:
+def _wait(error: BaseException, default: float, rate_limited: bool) -> float | None:
     """Seconds after which it makes sense to try again, or None."""
     if isinstance(error, LocalEntryNotFoundError):  # the client has tried for half a minute already
         return None
@@ -143,7 +150,7 @@ def _wait(error: BaseException, default: float) -> float | None:
             status = cause.response.status_code
             if status == 429:
                 asked = _retry_after(cause) or default
-                return asked if asked <= _LONGEST_WAIT else None
+                return asked if rate_limited and asked <= _LONGEST_WAIT else None
             return default if status >= 500 else None
         if _is_transport(cause) or _is_cut_short(cause):
             return default
@@ -190,7 +197,7 @@ def _explain(error: BaseException, repo_id: str) -> str | None:
         if isinstance(cause, PermissionError):
             return f"{repo_id} could not be stored: {cause}. Set HF_HUB_CACHE to a folder that you can write to."
         if _is_cut_short(cause):
-            return f"A file of {repo_id} was cut short on the way, nothing of it was kept. Try again."
+            return f"A file of {repo_id} was cut short on the way. Try again."
         if _is_transport(cause):
             return f"Cannot reach {constants.ENDPOINT} for {repo_id}: {cause}. Check the network, or HF_ENDPOINT."
     return None
