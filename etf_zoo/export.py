@@ -11,15 +11,17 @@ from typing import Any
 
 import timm
 import torch
+from huggingface_hub import ModelCard
 from safetensors import SafetensorError, safe_open
 from timm.data import resolve_data_config
+from timm.models._input import get_model_input_config
 from timm.models._registry import get_pretrained_cfg
 from torch import Tensor, nn
 
 from .card import METRICS_NAME, write_card
 from .classifier import FrameClassifier
 from .convert import convert_classifier, learned_classifiers
-from .download import hub_errors
+from .download import download, hub_errors
 from .evaluation import evaluate
 from .heads import as_names, base_name, frame_heads, without_frames
 from .hub import save_folder
@@ -29,6 +31,10 @@ from .pretrained import CONFIG_NAME
 __all__ = ["convert_checkpoint", "export_onnx", "export_plain", "fold_head", "load_learned"]
 
 Data = Callable[[nn.Module], Iterable[tuple[Tensor, Tensor]]]
+_LIMITS = {
+    "exact": "Those of its source. Softmax and predictions are the source's; a sigmoid of each logit is not.",
+    "nearest": "Those of its source, and the predictions are not the source's: the classifier was replaced.",
+}
 _EXTERNAL_BYTES = 1_800_000_000  # protobuf files end at 2 GB; larger weights go into a file beside
 
 
@@ -63,7 +69,8 @@ def load_learned(source: str, *, architecture: str | None = None) -> nn.Module:
             raise ValueError(f"There is no file, folder or timm model {source!r}. On the Hub? Then hf-hub:ORG/NAME.")
         if ":" not in source and base_name(source) != source.split(".")[0]:
             raise ValueError(f"{source} has a fixed frame already; only a learned classifier can be converted.")
-        with hub_errors(source.partition(":")[2] or source):
+        cfg = None if ":" in source else get_pretrained_cfg(source)
+        with hub_errors(getattr(cfg, "hf_hub_id", None) or source.partition(":")[2] or source):
             model = timm.create_model(source, pretrained=True)
     learned_classifiers(model)  # raises if there is nothing to convert
     return model.eval()
@@ -104,7 +111,7 @@ def convert_checkpoint(
     half: bool = False,
     data: Data | None = None,
     centre: Data | None = None,
-    data_name: str = "",
+    record: Mapping[str, Any] | None = None,
 ) -> dict[str, dict[str, float]]:
     """Convert a checkpoint with a learned classifier and write it as a Hub-ready folder with a card.
 
@@ -114,9 +121,9 @@ def convert_checkpoint(
         mode: See `convert_classifier`.
         architecture: See `load_learned`.
         half: Whether to store the backbone in float16, which costs the exactness of `"exact"`.
-        data: Gives (images, labels) for a model; with it, the model is measured before and after.
+        data: Gives (images, labels) for a model; with it, the source and the written folder are measured.
         centre: The same; for `"nearest"`, the images whose mean features are subtracted before the frame.
-        data_name: What the card calls the data.
+        record: What the card says about the data: `dataset` (name and split) and `command`.
 
     Returns:
         Figures of `evaluate` under `"before"` and `"after"`; empty without data.
@@ -125,40 +132,53 @@ def convert_checkpoint(
         ValueError: See `load_learned` and `convert_classifier`.
         RuntimeError: See `load_learned`.
     """
-    model = load_learned(source, architecture=architecture)
-    cfg = dict(model.pretrained_cfg)  # type: ignore[arg-type]
+    model: Any = load_learned(source, architecture=architecture)
+    cfg = dict(model.pretrained_cfg)
     name = ".".join(filter(None, (cfg.get("architecture"), cfg.get("tag"))))
-    results = {"before": evaluate(model, data(model))} if data else {}
-    means = _feature_means(model, centre(model)) if centre else None
-    convert_classifier(model, mode, feature_means=means)
-    if data:
-        results["after"] = evaluate(model, data(model))
-    folder = Path(folder)
-    kind = "a linear neck and a fixed frame of the same softmax" if mode == "exact" else "the nearest simplex frame"
-    description = f"converted: {name}, its classifier rewritten as {kind}"
+    results = {"before": _figures(model, data)} if data else {}
+    convert_classifier(model, mode, feature_means=_feature_means(model, centre(model)) if centre else None)
+    what = "a linear neck and a fixed frame of the same softmax" if mode == "exact" else "the nearest simplex frame"
+    what += " on centred features" if centre else ""
     save_folder(
         model,
         folder,
-        pretrained_cfg={"description": description},
+        pretrained_cfg={
+            "description": f"converted: {name}, its classifier rewritten as {what}",
+            "license": _license(cfg, source),
+        },
         label_names=cfg.get("label_names"),
         label_descriptions=cfg.get("label_descriptions"),
         half=half,
     )
-    where = cfg.get("hf_hub_id") or cfg.get("url") if not Path(source).exists() else None
-    kept = ("images", "top1", "top5", "loss")
-    conversion = {
-        "source": name,
-        "base_model": where,
-        "mode": mode,
-        "centred": means is not None,
-        "half": half,
-        "data": data_name,
-        "results": {when: {k: v for k, v in figures.items() if k in kept} for when, figures in results.items()},
-    }
-    text = json.dumps({"conversion": conversion}, indent=1) + "\n"
-    (folder / METRICS_NAME).write_text(text, encoding="utf-8")
+    hub_id = None if Path(source).exists() else cfg.get("hf_hub_id")
+    metrics: dict[str, Any] = {"source": hub_id or name, "base_model": hub_id, "limits": _LIMITS[mode]}
+    if data:
+        results["after"] = _figures(timm.create_model(f"local-dir:{folder}", pretrained=True), data)
+        reference = {"model": f"{name} (before)", "results": results["before"]}
+        metrics |= {**(record or {}), "results": results["after"], "references": [reference]}
+        metrics["dataset"] = {**metrics["dataset"], "images": results["after"]["images"]}
+    Path(folder, METRICS_NAME).write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
     write_card(folder)
     return results
+
+
+def _figures(model: nn.Module, data: Data) -> dict[str, float]:
+    figures = evaluate(model, data(model))
+    return {key: figures[key] for key in ("images", "top1", "top5", "loss", "ece")}
+
+
+def _license(cfg: Mapping[str, Any], source: str) -> str | None:
+    """Licence of a checkpoint: its cfg's, or that of the card beside it. timm's cfgs often leave it to the card."""
+    if cfg.get("license"):
+        return cfg["license"]
+    path = Path(source)
+    card = (path if path.is_dir() else path.parent) / "README.md"
+    if not path.exists():
+        try:
+            card = download(str(cfg.get("hf_hub_id")).partition("@")[0], "README.md") if cfg.get("hf_hub_id") else card
+        except RuntimeError:  # there is none, or no network: no licence is stated then, and `publish` asks for one
+            return None
+    return ModelCard.load(card).data.get("license") if card.is_file() else None
 
 
 @torch.no_grad()
@@ -283,7 +303,7 @@ def export_plain(model: nn.Module, folder: str | Path, *, half: bool = False) ->
 
 
 def _input_size(model: nn.Module) -> tuple[int, int, int]:
-    return resolve_data_config(model=model)["input_size"]
+    return get_model_input_config(model)["input_size"]
 
 
 # ---------------------------------------------------------------------------------------------------------------- ONNX

@@ -205,7 +205,7 @@ def test_offline_without_a_cache_says_what_to_do(monkeypatch):
         raise URLError("Name or service not known")
 
     monkeypatch.setattr(timm.models._builder, "load_state_dict_from_url", unreachable)
-    with pytest.raises(RuntimeError, match="Cannot reach https://.*: Name or service not known. Check the network"):
+    with pytest.raises(RuntimeError, match=r"Cannot reach https://.*: Name or service not known. Check the network"):
         timm.create_model("gcvit_xxtiny_etf.in1k", pretrained=True)
 
 
