@@ -67,15 +67,16 @@ def native_tags(folder: Path | None = None) -> dict[str, tuple[PretrainedCfg, di
             the package's own by default.
 
     Returns:
-        Only models whose weights file is there, or can be downloaded.
+        Only models whose weights file is there, or can be downloaded; the former first, as the first tag of an
+        architecture is its default.
     """
     tags = {}
-    for config_file in sorted((folder or cards_folder()).glob(f"*_etf.*/{CONFIG_NAME}")):
+    files = (folder or cards_folder()).glob(f"*_etf.*/{CONFIG_NAME}")
+    for config_file in sorted(files, key=lambda path: (not path.with_name(WEIGHTS_NAME).is_file(), path)):
         weights = config_file.with_name(WEIGHTS_NAME)
-        place = hub_location(config_file.parent)
         if weights.is_file():
             source = {"file": str(weights)}
-        elif place:
+        elif place := hub_location(config_file.parent):
             source = {"hf_hub_id": "@".join(filter(None, place))}
         else:
             continue

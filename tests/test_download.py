@@ -180,6 +180,20 @@ def test_record_of_a_folder(folder, monkeypatch):
     assert hub_location(folder) == ("mine/model", None)
 
 
+def test_embedded_tags_come_before_those_to_be_downloaded(folder, tmp_path):
+    """The first is the default tag of an architecture."""
+    zoo = tmp_path / "zoo"
+    for tag in ("a", "b", "c"):
+        shutil.copytree(folder, zoo / f"mobilenetv3_small_050_etf.{tag}")
+    for tag in ("a", "c"):
+        (zoo / f"mobilenetv3_small_050_etf.{tag}" / "model.safetensors").unlink()
+    (zoo / "mobilenetv3_small_050_etf.a" / "hub.json").write_text('{"repo_id": "org/x", "revision": "abc"}')
+    (zoo / "mobilenetv3_small_050_etf.b" / "hub.json").write_text("not looked at")
+    tags = native_tags(zoo)
+    assert list(tags) == ["mobilenetv3_small_050_etf.b", "mobilenetv3_small_050_etf.a"]
+    assert tags["mobilenetv3_small_050_etf.a"][0].hf_hub_id == "org/x@abc"
+
+
 SCRIPT = """
 import sys, timm, torch, etf_zoo
 from huggingface_hub import constants
