@@ -164,9 +164,10 @@ def _measured(cfg: dict[str, Any], metrics: dict[str, Any]) -> str:
     if not metrics.get("results"):
         return ""
     dataset = metrics["dataset"]
-    text = _DATA.get(Path(dataset["name"]).name, ("", ""))[0]
+    data, size = _data_name(dataset["name"]), cfg["input_size"][-1]
+    text = _DATA.get(Path(data).name, ("", ""))[0]
     return (
-        f"On {dataset['images']} images of {_data_name(dataset['name'])} ({dataset['split']}) at {cfg['input_size'][-1]} px, "
+        f"On {dataset['images']} images of {data} ({dataset['split']}) at {size} px, "
         f"measured from the stored weights by `{metrics['command']}`. {text}".rstrip()
     )
 
