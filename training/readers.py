@@ -139,12 +139,13 @@ class DatasetsReader:
 
     def __init__(self, data: Data):
         self.source, self.data = find_source(data.source), data
-        self.path, self.options = self.source, {}
+        self.path = self.source
+        self.options: dict[str, Any] = {}
         if Path(self.source).is_file():
             self.path, self.options = "parquet", {"data_files": {"train": self.source}}
 
     @contextlib.contextmanager
-    def _explained(self, what: str):
+    def _explained(self, what: str) -> Iterator[Any]:
         try:
             import datasets
         except ImportError as error:

@@ -165,7 +165,9 @@ def _write(rows: Rows, size: int, folder: Path) -> None:
     # plain writes, not a memory map: on a full disk a map ends the process with a signal
     with open(folder / "images.npy", "wb") as file:
         _write_header(file, len(rows), size)
-        shown = tqdm(_decoded(rows, size), total=len(rows), desc=f"Decoding {rows.name}", unit="image", delay=5)
+        shown = tqdm(
+            _decoded(rows, size), total=len(rows), desc=f"Decoding {rows.name}", unit="image", delay=5, mininterval=5
+        )
         for row, found in shown:
             if isinstance(found, Unreadable):
                 rows.corrupt.add(rows.where(row), str(found))
