@@ -87,17 +87,16 @@ def _digits(size: int, split: str) -> Split:
 # --------------------------------------------------------------------------------------------------------- batches
 
 
-def batch_generator(seed: int, epoch: int, step: int, rank: int, stream: int = 2) -> torch.Generator:
-    """Randomness of one batch on one process, on the CPU so that every device draws the same.
+def batch_generator(seed: int, epoch: int, step: int, stream: int = 2) -> torch.Generator:
+    """Randomness of one batch, on the CPU so that every device draws the same.
 
     Args:
         seed: Of the run.
         epoch: Number of the epoch.
         step: Of the epoch.
-        rank: Of this process.
         stream: Tells different uses within a step apart.
     """
-    return torch.Generator().manual_seed(int(np.random.default_rng([seed, stream, epoch, step, rank]).integers(2**62)))
+    return torch.Generator().manual_seed(int(np.random.default_rng([seed, stream, epoch, step]).integers(2**62)))
 
 
 def train_batches(
@@ -116,8 +115,9 @@ def train_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Augmented, normalised batches of one epoch, from step `start` on; `mix` is left to the caller.
 
-    Order and augmentation depend on (seed, epoch, step, rank) alone, so a resumed run sees what it would have seen.
-    The last, short batch is left out. Unreadable images that are not resident make a batch shorter.
+    Order and augmentation depend on (seed, epoch, step) and the place in the batch alone, but for streams: a resumed
+    run sees what it would have seen, and several processes see together what one would. The last, short batch is left
+    out. Unreadable images that are not resident make a batch shorter.
 
     Args:
         split: The images.
@@ -162,13 +162,15 @@ def train_batches(
                 split, loader.train_transform(settings, size), parts, (seed, epoch), train=True
             )
     for step, (images, labels) in enumerate(batches, start):
-        generator = batch_generator(seed, epoch, step, rank)
+        generator = batch_generator(seed, epoch, step)
         if isinstance(split, Split):
-            images = augment(images, settings, size, generator)
+            images = augment(images, settings, size, generator, rank=rank, world=world)
         else:
             images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         images = normalise(images)
-        yield (erase(images, settings.erase, generator) if settings.erase else images), labels
+        if settings.erase:
+            images = erase(images, settings.erase, generator, rank=rank, world=world)
+        yield images, labels
 
 
 def eval_batches(
