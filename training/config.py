@@ -15,7 +15,7 @@ from jsonargparse import auto_cli
 
 HEADS = ("frame", "random", "learned")
 
-__all__ = ["Data", "Augment", "Optim", "Recipe", "parse", "final_size", "save_recipe", "seconds", "size_at"]
+__all__ = ["Data", "Augment", "Optim", "Loss", "Recipe", "parse", "final_size", "save_recipe", "seconds", "size_at"]
 
 
 @dataclass
@@ -35,6 +35,8 @@ class Data:
             device; `auto` does so up to a `size` of 128. Else timm's transforms run in worker processes.
         size: Side in pixels that resident images are stored at, resized and centre-cropped once.
         limit: Use only the first so many training images of a fixed shuffle; 0 for all. Not for streams.
+        long_tail: Thin the training classes out to an exponential long tail: size of the smallest class over the
+            largest, such as 0.01; 0 for none.
         max_corrupt: Share of the images that may be unreadable. They are left out, counted and named; more is an error.
         crop_pct: Share of the short side that evaluation sees of images that are not resident.
         workers: Processes that decode images that are not resident.
@@ -53,6 +55,7 @@ class Data:
     resident: bool | Literal["auto"] = "auto"
     size: int = 64
     limit: int = 0
+    long_tail: float = 0.0
     max_corrupt: float = 0.001
     crop_pct: float = 1.0
     workers: int = 4
@@ -149,6 +152,26 @@ class Optim:
 
 
 @dataclass
+class Loss:
+    """What is minimised.
+
+    Attributes:
+        name: `cross_entropy`, `dot_regression`, `hierarchy_cosine`, `separating_cone` or `squared`; all but the first
+            need a fixed frame. Where a loss has a logit scale of its own it is the head's, unless given.
+        args: Arguments of the loss, see `etf_zoo.losses`.
+        class_scaling: Dot regression's prototype lengths from the class counts of the training images.
+        variance_covariance: Weight of the variance-covariance penalty on the backbone's features; 0 for none.
+        penalty_args: Arguments of that penalty.
+    """
+
+    name: str = "cross_entropy"
+    args: dict[str, Any] = field(default_factory=dict)
+    class_scaling: bool = False
+    variance_covariance: float = 0.0
+    penalty_args: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
 class Recipe:
     """A training run.
 
@@ -157,11 +180,13 @@ class Recipe:
         model: Any timm name.
         head: `frame` (an `_etf` model as it is; any other gets a frame), `random` (the same with independent random
             directions: a control) or `learned` (a plain trained classifier on the same backbone: the control).
-        model_args: Keyword arguments for the model, such as `orientation`.
+        model_args: Keyword arguments for the model, such as `orientation` or `moving: true`. `frame: hierarchy` takes
+            its tree from the data's `hierarchy.json`.
         pretrained: Start from the tag's weights.
         data: The data.
         augment: Augmentation.
         optim: Optimiser and schedule.
+        loss: What is minimised.
         epochs: Passes over the training images.
         batch_size: Images per step, over all processes.
         sizes: Training size by epoch: a list of [first epoch, pixels].
@@ -186,6 +211,7 @@ class Recipe:
     data: Data = field(default_factory=Data)
     augment: Augment = field(default_factory=Augment)
     optim: Optim = field(default_factory=Optim)
+    loss: Loss = field(default_factory=Loss)
     epochs: int = 30
     batch_size: int = 256
     sizes: list[list[int]] = field(default_factory=lambda: [[0, 64]])

@@ -11,6 +11,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from etf_zoo.frames import Hierarchy
+
 from . import loader
 from .augment import MEAN, STD, augment, erase, mix, normalise
 from .config import Augment, Data
@@ -28,6 +30,7 @@ __all__ = [
     "batch_generator",
     "eval_batches",
     "find_source",
+    "load_hierarchy",
     "load_split",
     "mix",
     "normalise",
@@ -64,6 +67,18 @@ def load_split(data: Data, split: str) -> Split | Rows | Stream:
 def prepared_splits(source: str) -> dict[str, Path]:
     """Splits that `training/prepare.py` left in a folder, by name."""
     return {file.parent.name: file.parent for file in sorted(Path(find_source(source)).glob("*/images.npy"))}
+
+
+def load_hierarchy(data: Data, label_names: list[str]) -> Tensor:
+    """Distances `(K, K)` between classes by the `hierarchy.json` ({child: parent}) in the data's folder.
+
+    Raises:
+        ValueError: If there is none, or it does not hold the classes.
+    """
+    file = Path(find_source(data.source)) / "hierarchy.json"
+    if not file.is_file():
+        raise ValueError(f"A hierarchy frame needs {file}: a JSON object {{child: parent}} over the label names.")
+    return Hierarchy.from_json(file).distances(label_names)
 
 
 def _digits(size: int, split: str) -> Split:

@@ -102,13 +102,13 @@ class Stream:
             raise ValueError(f"{self.source} does not state how many images an epoch has: set --data.train_images.")
         return self.count
 
-    def subset(self, indices: np.ndarray) -> Stream:
-        """Not of a stream.
+    @property
+    def labels(self) -> np.ndarray:
+        """Not of a stream: raises ValueError, as `subset` does."""
+        raise ValueError("What needs all labels or a choice of images cannot use a stream: set --data.streaming false.")
 
-        Raises:
-            ValueError: Always.
-        """
-        raise ValueError("A stream has no subsets: set --data.streaming false.")
+    def subset(self, indices: np.ndarray) -> Stream:
+        return self.labels  # type: ignore
 
 
 def open_rows(data: Data, split: str, *, resident: bool) -> Rows:
