@@ -162,8 +162,8 @@ def train_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Augmented, normalised batches of one epoch, from step `start` on.
 
-    Order and augmentation depend on (seed, epoch, step, rank) alone, so a resumed run sees what it would have seen.
-    The last, short batch is left out.
+    Order and augmentation depend on (seed, epoch, step) and the place in the batch alone: a resumed run sees what it
+    would have seen, and several processes see together what one would. The last, short batch is left out.
 
     Args:
         split: The images.
@@ -187,10 +187,8 @@ def train_batches(
     for step in range(start, len(rows) // batch_size):
         batch = rows[step * batch_size : (step + 1) * batch_size][rank::world]
         images, labels = _take(split, batch, device)
-        generator = torch.Generator().manual_seed(
-            int(np.random.default_rng([seed, 2, epoch, step, rank]).integers(2**62))
-        )
-        yield normalise(augment(images, settings, size, generator)), labels
+        generator = torch.Generator().manual_seed(int(np.random.default_rng([seed, 2, epoch, step]).integers(2**62)))
+        yield normalise(augment(images, settings, size, generator, rank=rank, world=world)), labels
 
 
 def eval_batches(
@@ -214,7 +212,9 @@ def normalise(images: Tensor) -> Tensor:
     return (images - mean) / std
 
 
-def augment(images: Tensor, settings: Augment, size: int, generator: torch.Generator) -> Tensor:
+def augment(
+    images: Tensor, settings: Augment, size: int, generator: torch.Generator, *, rank: int = 0, world: int = 1
+) -> Tensor:
     """Random resized crop and flip of a batch, each image its own, in one bilinear sampling.
 
     Args:
@@ -222,11 +222,13 @@ def augment(images: Tensor, settings: Augment, size: int, generator: torch.Gener
         settings: The augmentation.
         size: Pixels of a side of the result.
         generator: Source of randomness, on the CPU so that every device draws the same.
+        rank: These images are each `world`-th of a batch from here on; what is drawn is drawn for all of that batch.
+        world: Number of processes that share the batch.
 
     Returns:
         `(B, 3, size, size)` float32, values 0..255.
     """
-    batch = len(images)
+    batch = len(images) * world
     low, high = settings.crop_scale
     area = torch.empty(batch).uniform_(low, high, generator=generator)
     log_ratio = torch.tensor(settings.crop_ratio).log()
@@ -239,5 +241,6 @@ def augment(images: Tensor, settings: Augment, size: int, generator: torch.Gener
     theta = torch.zeros(batch, 2, 3)
     theta[:, 0, 0], theta[:, 1, 1] = width * mirror, height
     theta[:, 0, 2], theta[:, 1, 2] = shift[:, 0] * (1 - width), shift[:, 1] * (1 - height)
-    grid = F.affine_grid(theta.to(images.device), [batch, 3, size, size], align_corners=False)
+    theta = theta[rank::world]
+    grid = F.affine_grid(theta.to(images.device), [len(images), 3, size, size], align_corners=False)
     return F.grid_sample(images.float(), grid, mode="bilinear", padding_mode="reflection", align_corners=False)
