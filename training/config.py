@@ -17,7 +17,19 @@ from jsonargparse import ArgumentParser, auto_cli
 HEADS = ("frame", "random", "learned")
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # our names -> accelerate's
 
-__all__ = ["Data", "Augment", "Optim", "Ema", "Recipe", "parse", "final_size", "save_recipe", "seconds", "size_at"]
+__all__ = [
+    "Data",
+    "Augment",
+    "Optim",
+    "Ema",
+    "Recipe",
+    "parse",
+    "final_size",
+    "flat",
+    "save_recipe",
+    "seconds",
+    "size_at",
+]
 
 
 @dataclass
@@ -261,7 +273,9 @@ def _fields(kind: type, prefix: str = "") -> dict[str, Any]:
 
 
 def _check_name(name: str, fields: dict[str, Any], where: str) -> None:
-    owner = next((known for known, hint in fields.items() if name.startswith(f"{known}.") and "dict" in str(hint)), None)
+    owner = next(
+        (known for known, hint in fields.items() if name.startswith(f"{known}.") and "dict" in str(hint)), None
+    )
     if name in fields or owner or name in ("config", "help", "print_config"):
         return
     # a field may be right and only its group missing: lr for optim.lr
@@ -293,6 +307,14 @@ def _check_file(file: str, fields: dict[str, Any]) -> None:
                 check(value, f"{prefix}{key}.")
 
     check(content or {}, "")
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested fields by their dotted names."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return found
 
 
 def save_recipe(recipe: Any, path: Path) -> None:

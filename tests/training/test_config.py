@@ -47,7 +47,7 @@ def test_seconds(text, value):
         ({"time_budget": "soon"}, "such as 9m"),
         ({"sizes": [[3, 32]]}, "begins at epoch 0"),
         ({"head": "nice"}, "frame, random, learned"),
-        ({"precision": "fp8"}, "no, bf16 or fp16"),
+        ({"precision": "fp8"}, "fp32, bf16 or fp16"),
         ({"epochs": 0}, "must be positive"),
     ],
 )
