@@ -287,7 +287,8 @@ class Run:
         last = self.step == recipe.epochs * self.steps_per_epoch
         if (epoch + 1) % recipe.eval_every == 0 or last:
             figures = {f"val_{k}": v for k, v in self.evaluate().items() if not k.startswith("images")}
-            bar.write(f"epoch {epoch + 1}: loss {figures['val_loss']:.4f}, top-1 {figures['val_top1']:.2f} %")
+            if not bar.disable:
+                bar.write(f"epoch {epoch + 1}: loss {figures['val_loss']:.4f}, top-1 {figures['val_top1']:.2f} %")
             record |= figures
         record["seconds"] = self.seconds()
         if self.accelerator.is_main_process:

@@ -27,10 +27,13 @@ def make_accelerator(precision: str = "fp32") -> Accelerator:
     Raises:
         ValueError: On fp16 without a GPU.
     """
-    sharded_on_cpu = os.environ.get("ACCELERATE_USE_FSDP") == "true" and not torch.accelerator.is_available()
-    accelerator = Accelerator(mixed_precision=PRECISIONS[precision], cpu=sharded_on_cpu)
-    if sharded_on_cpu and accelerator.distributed_type == DistributedType.MULTI_CPU:
-        # accelerate turns FSDP on for accelerators only; gloo shards as well, which is how FSDP is tried without one
+    # several processes without this would each train alone: accelerate's launcher does not pass `use_cpu` on to them
+    no_gpu = not torch.accelerator.is_available()
+    accelerator = Accelerator(mixed_precision=PRECISIONS[precision], cpu=no_gpu)
+    if precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError("fp16 needs a GPU: set --precision bf16 or fp32.")
+    if accelerator.distributed_type == DistributedType.MULTI_CPU and os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        # accelerate turns FSDP on for GPUs only; gloo shards as well, which is how FSDP is tried without one
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
         accelerator.state.distributed_type = DistributedType.FSDP
         PartialState._shared_state["distributed_type"] = DistributedType.FSDP
