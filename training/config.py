@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import re
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, cast, get_type_hints
+from typing import Any
 
 import yaml
-from jsonargparse import ArgumentParser, auto_cli
+
+from .parsing import parse
 
 HEADS = ("frame", "random", "learned")
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # our names -> accelerate's
@@ -22,10 +21,11 @@ __all__ = [
     "Augment",
     "Optim",
     "Ema",
+    "Loss",
     "Recipe",
     "parse",
+    "changes",
     "final_size",
-    "flat",
     "save_recipe",
     "seconds",
     "size_at",
@@ -45,6 +45,8 @@ class Data:
         label_column: Column of integer labels.
         size: Side in pixels that images are stored at, resized and centre-cropped once.
         limit: Use only the first so many training images of a fixed shuffle; 0 for all.
+        long_tail: Thin the training classes out to an exponential long tail: size of the smallest class over the
+            largest, such as 0.01; 0 for none.
     """
 
     source: str = ""
@@ -54,6 +56,7 @@ class Data:
     label_column: str = "label"
     size: int = 64
     limit: int = 0
+    long_tail: float = 0.0
 
 
 @dataclass
@@ -122,6 +125,26 @@ class Ema:
 
 
 @dataclass
+class Loss:
+    """What is minimised.
+
+    Attributes:
+        name: `cross_entropy`, `dot_regression`, `hierarchy_cosine`, `separating_cone` or `squared`; all but the first
+            need a fixed frame. Where a loss has a logit scale of its own it is the head's, unless given.
+        args: Arguments of the loss, see `etf_zoo.losses`.
+        class_scaling: Dot regression's prototype lengths from the class counts of the training images.
+        variance_covariance: Weight of the variance-covariance penalty on the backbone's features; 0 for none.
+        penalty_args: Arguments of that penalty.
+    """
+
+    name: str = "cross_entropy"
+    args: dict[str, Any] = field(default_factory=dict)
+    class_scaling: bool = False
+    variance_covariance: float = 0.0
+    penalty_args: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
 class Recipe:
     """A training run.
 
@@ -130,12 +153,14 @@ class Recipe:
         model: Any timm name.
         head: `frame` (an `_etf` model as it is; any other gets a frame), `random` (the same with independent random
             directions: a control) or `learned` (a plain trained classifier on the same backbone: the control).
-        model_args: Keyword arguments for the model, such as `orientation`.
+        model_args: Keyword arguments for the model, such as `orientation` or `moving: true`. `frame: hierarchy` takes
+            its tree from the data's `hierarchy.json`.
         pretrained: Start from the tag's weights.
         data: The data.
         augment: Augmentation.
         optim: Optimiser and schedule.
         ema: Average of the weights.
+        loss: What is minimised.
         epochs: Passes over the training images.
         batch_size: Images per optimiser step, over all processes.
         accumulate: Forward and backward passes that a process cuts its share of the batch into, for less memory.
@@ -168,6 +193,7 @@ class Recipe:
     augment: Augment = field(default_factory=Augment)
     optim: Optim = field(default_factory=Optim)
     ema: Ema = field(default_factory=Ema)
+    loss: Loss = field(default_factory=Loss)
     epochs: int = 30
     batch_size: int = 256
     accumulate: int = 1
@@ -216,110 +242,29 @@ def final_size(recipe: Recipe) -> int:
     return recipe.eval_size or recipe.sizes[-1][1]
 
 
-T = TypeVar("T")
+def save_recipe(recipe: Any, path: Path) -> None:
+    """Write the resolved recipe as YAML."""
+    path.write_text(yaml.safe_dump(_plain(recipe), sort_keys=False))
 
 
-def parse(kind: type[T], args: list[str] | None = None) -> T:
-    """Read a recipe from `--config FILE` and overrides such as `--optim.lr 1e-3`; a mistake ends the program.
-
-    A name may be spelled with dashes or underscores. A flag may stand alone: `--resume` is `--resume true`.
-
-    Raises:
-        SystemExit: On an unknown field, with the nearest name, or a value that does not fit, after one line about it.
-    """
-    fields = _fields(kind)
-    args = [_spelled(arg) for arg in (sys.argv[1:] if args is None else args)]
-    for i in reversed(range(len(args))):
-        is_flag = args[i].startswith("--") and fields.get(args[i][2:]) is bool
-        if is_flag and (i + 1 == len(args) or args[i + 1].startswith("--")):
-            args.insert(i + 1, "true")
-    for arg in args:
-        if arg.startswith("--"):
-            _check_name(arg[2:].partition("=")[0], fields, "on the command line")
-    for file in _config_files(args):
-        _check_file(file, fields)
-    try:
-        return cast(T, auto_cli(kind, args=args, as_positional=False, parser_class=_Parser))
-    except ValueError as error:  # from a recipe's own checks
-        _stop(str(error))
+def changes(file: Path, recipe: Any) -> dict[str, str]:
+    """What a recipe has otherwise than a saved one: `{"optim.lr": "optim.lr 0.1 -> 0.2"}`; nothing without a file."""
+    before = _flat(yaml.safe_load(file.read_text())) if file.is_file() else {}
+    now = _flat(_plain(recipe))
+    return {k: f"{k} {before[k]} -> {now[k]}" for k in now if k in before and before[k] != now[k]}
 
 
-class _Parser(ArgumentParser):
-    """jsonargparse's, with a message in the place of a page of usage."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        _stop(re.sub(r'Parser key "(.*?)":\s*', r"\1: ", re.sub(r"<class '(\w+)'>", r"\1", message)))
+def _plain(recipe: Any) -> dict[str, Any]:
+    """A recipe as YAML and JSON know it."""
+    return json.loads(json.dumps(dataclasses.asdict(recipe)))
 
 
-def _stop(message: str) -> NoReturn:
-    print("error:", " ".join(message.split()), file=sys.stderr)
-    raise SystemExit(2)
-
-
-def _spelled(arg: str) -> str:
-    """`--time-budget=9m` as `--time_budget=9m`."""
-    name, equals, value = arg.partition("=")
-    return name[:2] + name[2:].replace("-", "_") + equals + value if arg.startswith("--") else arg
-
-
-def _fields(kind: type, prefix: str = "") -> dict[str, Any]:
-    """Dotted names of all fields of nested dataclasses, and their types."""
-    found: dict[str, Any] = {}
-    for name, hint in get_type_hints(kind).items():
-        found[prefix + name] = hint
-        if dataclasses.is_dataclass(hint):
-            found |= _fields(cast(type, hint), f"{prefix}{name}.")
-    return found
-
-
-def _check_name(name: str, fields: dict[str, Any], where: str) -> None:
-    owner = next(
-        (known for known, hint in fields.items() if name.startswith(f"{known}.") and "dict" in str(hint)), None
-    )
-    if name in fields or owner or name in ("config", "help", "print_config"):
-        return
-    # a field may be right and only its group missing: lr for optim.lr
-    inner = [known for known in fields if known.rpartition(".")[2] == name.rpartition(".")[2]]
-    near = inner or difflib.get_close_matches(name, fields, n=1, cutoff=0.5)
-    hint = f"Did you mean {near[0]!r}?" if near else f"There are: {', '.join(f for f in fields if '.' not in f)}."
-    _stop(f"There is no field {name!r} ({where}). {hint}")
-
-
-def _config_files(args: list[str]) -> list[str]:
-    following = [args[i + 1] for i, arg in enumerate(args[:-1]) if arg == "--config"]
-    return following + [arg.partition("=")[2] for arg in args if arg.startswith("--config=")]
-
-
-def _check_file(file: str, fields: dict[str, Any]) -> None:
-    try:
-        content = yaml.safe_load(Path(file).read_text())
-    except OSError as error:
-        _stop(f"Cannot read the recipe {file}: {error.strerror}.")
-    except yaml.YAMLError as error:
-        _stop(f"The recipe {file} is not YAML: {error}.")
-    if not isinstance(content or {}, dict):
-        _stop(f"The recipe {file} has to be fields and values, `name: value` a line.")
-
-    def check(values: dict, prefix: str) -> None:
-        for key, value in values.items():
-            _check_name(f"{prefix}{key}", fields, f"in {file}")
-            if isinstance(value, dict) and dataclasses.is_dataclass(fields.get(f"{prefix}{key}")):
-                check(value, f"{prefix}{key}.")
-
-    check(content or {}, "")
-
-
-def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested fields by their dotted names."""
     found: dict[str, Any] = {}
     for name, value in values.items():
-        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return found
-
-
-def save_recipe(recipe: Any, path: Path) -> None:
-    """Write the resolved recipe as YAML."""
-    path.write_text(yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(recipe))), sort_keys=False))
 
 
 def seconds(text: str) -> float:

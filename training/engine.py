@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-import json
 import math
 import os
 import subprocess
@@ -12,71 +12,30 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
-import timm
+import numpy as np
 import torch
-import yaml
 from accelerate.utils import broadcast_object_list, set_seed
-from timm.optim import create_optimizer_v2
 from timm.scheduler.cosine_lr import CosineLRScheduler
-from timm.utils import ModelEmaV3, distribute_bn
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.nn import functional as F
 from tqdm import tqdm
 
-from etf_zoo import attach_frame, frame_heads
+from etf_zoo import frame_heads
 from etf_zoo.evaluation import measure
 from etf_zoo.moving import copy_moving_frames
-from etf_zoo.variants import HEAD_ARGS, base_name, split_head
 
 from . import checkpoint
-from .config import Optim, Recipe, final_size, flat, save_recipe, seconds, size_at
-from .data import Split, eval_batches, load_split, train_batches
-from .launching import gather_in, is_sharded, make_accelerator
+from .config import Recipe, changes, final_size, save_recipe, seconds, size_at
+from .data import Split, eval_batches, load_hierarchy, load_split, train_batches
+from .launching import gather_in, is_sharded, make_accelerator, sync_buffers
 from .log import Log, forget_after, progress
+from .longtail import long_tail_indices
+from .model import make_model, make_optimizer
+from .objective import Objective
 
 __all__ = ["Run", "make_model", "make_optimizer"]
 
 CHECKPOINTS = "checkpoints"
-
-
-def make_model(recipe: Recipe, num_classes: int) -> nn.Module:
-    """The recipe's model and head; the seed gives a twin and its controls the same backbone."""
-    set_seed(recipe.seed)
-    is_twin = recipe.model.split(".")[0].endswith("_etf")
-    args: dict[str, Any] = {"pretrained": recipe.pretrained, "num_classes": num_classes, **recipe.model_args}
-    if recipe.head == "random":
-        args = {**{k: v for k, v in args.items() if k != "orientation"}, "frame": "random"}
-    if recipe.head != "learned":
-        if is_twin:
-            return timm.create_model(recipe.model, **args)
-        head_args = {key: args.pop(key) for key in HEAD_ARGS if key in args}
-        return attach_frame(timm.create_model(recipe.model, **args), **head_args)
-    args = {key: value for key, value in args.items() if key not in HEAD_ARGS}
-    if not is_twin:
-        return timm.create_model(recipe.model, **args)
-    plain: Any = timm.create_model(base_name(recipe.model), **{**args, "pretrained": False})
-    if recipe.pretrained:
-        twin: Any = timm.create_model(recipe.model, **args)
-        names = list(frame_heads(twin))
-        missing, unexpected = plain.load_state_dict(split_head(twin.state_dict(), names)[0], strict=False)
-        if unexpected or any(not key.startswith(tuple(f"{name}." for name in names)) for key in missing):
-            raise RuntimeError(f"{recipe.model} and {base_name(recipe.model)} differ in more than the head: {missing}.")
-        plain.pretrained_cfg = {**twin.pretrained_cfg, "architecture": base_name(recipe.model)}
-    return plain
-
-
-def make_optimizer(settings: Optim, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimiser, by timm's factory; weight decay and layer decay by timm's groups."""
-    extra: dict[str, Any] = {"betas": tuple(settings.betas)} if settings.betas else {}
-    return create_optimizer_v2(
-        model,
-        opt=settings.name,
-        lr=settings.lr,
-        weight_decay=settings.weight_decay,
-        momentum=settings.momentum,
-        layer_decay=settings.layer_decay if settings.layer_decay < 1 else None,
-        **extra,
-    )
 
 
 class Run:
@@ -86,9 +45,16 @@ class Run:
         recipe: What to do.
         train: Training images; loaded by the recipe if not given.
         val: Images to report on; likewise.
+        model: The model, on the CPU; made by the recipe if not given.
     """
 
-    def __init__(self, recipe: Recipe, train: Split | None = None, val: Split | None = None):
+    def __init__(
+        self,
+        recipe: Recipe,
+        train: Split | None = None,
+        val: Split | None = None,
+        model: nn.Module | None = None,
+    ):
         self.began = time.monotonic()
         self.recipe = recipe
         self.folder = Path(recipe.output)
@@ -96,13 +62,22 @@ class Run:
         with self.accelerator.main_process_first():  # one process decodes, the others find the array
             self.train_split = train or load_split(recipe.data, recipe.data.train_split)
             self.val_split = val or load_split(recipe.data, recipe.data.val_split)
+        if recipe.data.long_tail:
+            kept = long_tail_indices(self.train_split.labels, recipe.data.long_tail, recipe.seed)
+            self.train_split = self.train_split.subset(kept)
         self.train_images = min(len(self.train_split), recipe.data.limit or len(self.train_split))
         self.steps_per_epoch = self.train_images // recipe.batch_size
         self._check_batch()
 
-        model = make_model(recipe, len(self.train_split.label_names))
+        if model is None:
+            names = self.train_split.label_names
+            tree = load_hierarchy(recipe.data, names) if recipe.model_args.get("frame") == "hierarchy" else None
+            model = make_model(recipe, len(names), tree)
         set_seed(recipe.seed, device_specific=True)  # what is drawn in training, such as dropout, differs by process
-        if recipe.channels_last:
+        whole = is_sharded(self.accelerator) and self.accelerator.is_main_process
+        self.whole_model = copy.deepcopy(model) if whole else None  # takes the weights of all processes in the end
+        self.channels_last = recipe.channels_last and not is_sharded(self.accelerator)  # contiguous weights only there
+        if self.channels_last:
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         # DDP would send these buffers to every process at every step; they never change
         model._ddp_params_and_buffers_to_ignore = [f"{name}.weight" for name in frame_heads(model)]  # type: ignore
@@ -111,8 +86,11 @@ class Run:
         self.ema = self._make_ema()
         if is_sharded(self.accelerator):
             gather_in(self.model)
-        if recipe.compile:
-            self.trained_model().compile()
+        plain = self.trained_model()
+        counts = np.bincount(self.train_split.labels, minlength=len(self.train_split.label_names)).tolist()
+        self.objective = Objective(recipe.loss, plain, counts, recipe.label_smoothing)
+        if recipe.compile:  # what comes behind the features is cheap, and the objective looks into it
+            plain.forward_features = torch.compile(plain.forward_features)
         self.schedule = CosineLRScheduler(
             self.optimizer,
             t_initial=recipe.epochs * self.steps_per_epoch,
@@ -208,17 +186,14 @@ class Run:
 
     def _tell_changes(self) -> None:
         """Name what differs from the recipe that the run was started with; refuse another model."""
-        file = self.folder / "recipe.yaml"
-        before = flat(yaml.safe_load(file.read_text())) if file.is_file() else {}
-        now = flat(json.loads(json.dumps(dataclasses.asdict(self.record()))))
-        changed = [f"{k}: {before[k]} -> {now[k]}" for k in now if k in before and before[k] != now[k]]
-        if any(change.startswith(("model:", "head:", "model_args")) for change in changed):
+        changed = changes(self.folder / "recipe.yaml", self.record())
+        if any(name.startswith(("model", "head")) for name in changed):
             raise ValueError(
-                f"{self.folder} holds a run of another model ({'; '.join(changed)}). Resume with the recipe in {file}, "
-                f"or choose another --output."
+                f"{self.folder} holds a run of another model ({'; '.join(changed.values())}). Resume with its "
+                f"recipe.yaml, or choose another --output."
             )
         if changed:
-            self.accelerator.print(f"Resuming with another recipe than before: {'; '.join(changed)}.")
+            self.accelerator.print(f"Resuming with another recipe than before: {'; '.join(changed.values())}.")
 
     # --------------------------------------------------------------------------------------------------- the loop
 
@@ -348,34 +323,28 @@ class Run:
     def _step(self, images: Tensor, labels: Tensor) -> Tensor:
         """One optimiser step; sums of loss and right predictions, and the number of images."""
         self.schedule.step_update(self.step)
-        if self.recipe.channels_last:
+        if self.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         sums = self._zeros()
         pieces = list(zip(images.chunk(self.recipe.accumulate), labels.chunk(self.recipe.accumulate), strict=True))
         for i, piece in enumerate(pieces):
             waits = i + 1 < len(pieces)  # gradients are summed over processes with the last piece
             with self.accelerator.no_sync(self.model) if waits else nullcontext():
-                loss, right = self._loss(*piece)
+                with self.accelerator.autocast():
+                    logits, loss = self.objective(self.model, *piece)
                 self.accelerator.backward(loss / len(pieces))
-            count = len(piece[0])
+            right, count = (logits.detach().argmax(dim=1) == piece[1]).sum(), len(piece[1])
             sums += torch.stack([loss.detach() * count, right, right.new_tensor(count)]).to(sums.dtype)
         if self.recipe.optim.clip_grad:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.optim.clip_grad)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self.objective.after_step()
         self.step += 1
         if self.ema is not None:
             self.ema.update(self.trained_model(), step=self.step)
             copy_moving_frames(self.ema, self.trained_model())
         return sums
-
-    def _loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean loss, and how many predictions are right."""
-        with self.accelerator.autocast():
-            logits = self.model(images)
-        logits = logits.float()
-        loss = F.cross_entropy(logits, labels, label_smoothing=self.recipe.label_smoothing)
-        return loss, (logits.detach().argmax(dim=1) == labels).sum()
 
     def _lr(self) -> float:
         return max(group["lr"] for group in self.optimizer.param_groups)
@@ -398,7 +367,7 @@ class Run:
         )
         model = self.trained_model() if self.ema is None else self.ema.module
         if a.num_processes > 1:  # batch norm's statistics are each process's own: the main one's are what is saved
-            distribute_bn(model, a.num_processes, reduce=False)
+            sync_buffers(model)
         return measure(model, batches, processes=a, autocast=a.autocast).figures
 
     def trained_model(self) -> Any:
@@ -415,10 +384,10 @@ class Run:
         if not is_sharded(self.accelerator):
             return self.trained_model()
         weights = self.accelerator.get_state_dict(self.model)
-        model = make_model(self.recipe, len(self.train_split.label_names))
-        if self.accelerator.is_main_process:
-            model.load_state_dict(weights)
-        return model
+        if self.whole_model is None:
+            return self.trained_model()
+        self.whole_model.load_state_dict(weights)
+        return self.whole_model
 
     def seconds(self) -> float:
         """Wall-clock seconds that training took so far, over all sessions; what comes after the end is not counted."""

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 
 from .config import PRECISIONS
 
-__all__ = ["make_accelerator", "is_sharded", "gather_in", "run_script"]
+__all__ = ["make_accelerator", "is_sharded", "gather_in", "sync_buffers", "run_script"]
 
 
 def make_accelerator(precision: str = "fp32") -> Accelerator:
@@ -49,6 +49,12 @@ def gather_in(model: nn.Module) -> None:
     """Let a sharded timm model gather its weights in the parts of its forward pass too, as evaluation calls them."""
     for name in ("forward_features", "forward_head"):
         register_fsdp_forward_method(model, name)
+
+
+def sync_buffers(model: nn.Module) -> None:
+    """Give every process the buffers of the main one; each has to call it."""
+    for buffer in model.buffers():
+        torch.distributed.broadcast(buffer, 0)
 
 
 def run_script(main: Callable[[], None]) -> None:
