@@ -5,17 +5,31 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal
 
 import yaml
-from jsonargparse import auto_cli
+
+from .parsing import parse
 
 HEADS = ("frame", "random", "learned")
+PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # our names -> accelerate's
 
-__all__ = ["Data", "Augment", "Optim", "Loss", "Recipe", "parse", "final_size", "save_recipe", "seconds", "size_at"]
+__all__ = [
+    "Data",
+    "Augment",
+    "Optim",
+    "Ema",
+    "Loss",
+    "Recipe",
+    "parse",
+    "changes",
+    "final_size",
+    "save_recipe",
+    "seconds",
+    "size_at",
+]
 
 
 @dataclass
@@ -135,6 +149,8 @@ class Optim:
     Attributes:
         name: Any optimiser of `timm.optim.create_optimizer_v2`.
         lr: Peak learning rate.
+        min_lr: Learning rate that the cosine ends at.
+        layer_decay: Factor on the learning rate from one block to the one before it; 1 for the same rate everywhere.
         weight_decay: Not applied to norms, biases and what the model exempts.
         momentum: For optimisers that have it.
         betas: For Adam's family; empty for the optimiser's own.
@@ -144,11 +160,36 @@ class Optim:
 
     name: str = "adamw"
     lr: float = 2e-3
+    min_lr: float = 0.0
+    layer_decay: float = 1.0
     weight_decay: float = 0.05
     momentum: float = 0.9
     betas: list[float] = field(default_factory=list)
     warmup_epochs: float = 1.0
     clip_grad: float = 0.0
+
+    def __post_init__(self):
+        if not self.lr > 0 or not 0 <= self.min_lr <= self.lr:
+            raise ValueError(f"optim.lr is positive and optim.min_lr in [0, lr], got {self.lr} and {self.min_lr}.")
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"optim.layer_decay lies in (0, 1], 1 for none, got {self.layer_decay}.")
+
+
+@dataclass
+class Ema:
+    """Exponential moving average of the weights, timm's. Where it is on, its weights are evaluated and exported.
+
+    Attributes:
+        decay: Share of the average kept at each step, such as 0.9999; 0 for no average.
+        warmup: Start with a small decay that grows towards `decay`; else the average remembers the first weights long.
+    """
+
+    decay: float = 0.0
+    warmup: bool = True
+
+    def __post_init__(self):
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"ema.decay lies in [0, 1), 0 for no average, got {self.decay}.")
 
 
 @dataclass
@@ -186,17 +227,25 @@ class Recipe:
         data: The data.
         augment: Augmentation.
         optim: Optimiser and schedule.
+        ema: Average of the weights.
         loss: What is minimised.
         epochs: Passes over the training images.
-        batch_size: Images per step, over all processes.
+        batch_size: Images per optimiser step, over all processes.
+        accumulate: Forward and backward passes that a process cuts its share of the batch into, for less memory.
         sizes: Training size by epoch: a list of [first epoch, pixels].
         eval_size: Size for evaluation and for the exported model; 0 for the last of `sizes`.
         label_smoothing: Of the cross-entropy.
-        precision: `no` (float32), `bf16` or `fp16`.
+        precision: `fp32`, `bf16` or `fp16`; the launch file has no say in it.
+        compile: Whether to compile the training step's model with `torch.compile`; takes a while at the start.
         channels_last: Memory format; on a CPU about twice as fast for convolutions.
         seed: Of weights, data order and augmentation.
         eval_every: Epochs between evaluations; the last epoch is always evaluated.
         save_every: Epochs between checkpoints.
+        save_steps: Also a checkpoint each so many steps; 0 for none.
+        save_minutes: Also a checkpoint each so many minutes; 0 for none.
+        keep_checkpoints: How many checkpoints are kept.
+        log_every: Steps between two looks at the loss: progress bar, TensorBoard, and whether it is finite.
+        tensorboard: Whether to write TensorBoard's files, into `tensorboard/` in `output`.
         time_budget: Such as `9m` or `2h`: save and stop after it. Empty for none.
         resume: Continue from the last checkpoint in `output`.
         tag: Name of the weights behind the architecture's, `<recipe>_<data>`.
@@ -211,31 +260,43 @@ class Recipe:
     data: Data = field(default_factory=Data)
     augment: Augment = field(default_factory=Augment)
     optim: Optim = field(default_factory=Optim)
+    ema: Ema = field(default_factory=Ema)
     loss: Loss = field(default_factory=Loss)
     epochs: int = 30
     batch_size: int = 256
+    accumulate: int = 1
     sizes: list[list[int]] = field(default_factory=lambda: [[0, 64]])
     eval_size: int = 0
     label_smoothing: float = 0.1
-    precision: str = "no"
+    precision: str = "fp32"
+    compile: bool = False
     channels_last: bool = True
     seed: int = 0
     eval_every: int = 1
     save_every: int = 1
+    save_steps: int = 0
+    save_minutes: float = 0.0
+    keep_checkpoints: int = 2
+    log_every: int = 20
+    tensorboard: bool = True
     time_budget: str = ""
     resume: bool = False
     tag: str = ""
     notes: str = ""
 
     def __post_init__(self):
-        if self.epochs < 1 or self.batch_size < 1:
-            raise ValueError("epochs and batch_size must be positive.")
+        for name in ("epochs", "batch_size", "accumulate", "eval_every", "save_every", "keep_checkpoints", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
+        if self.save_steps < 0 or self.save_minutes < 0:
+            raise ValueError("save_steps and save_minutes cannot be negative; 0 is for none.")
         if self.head not in HEADS:
             raise ValueError(f"head is one of {', '.join(HEADS)}, got {self.head!r}.")
         if not self.sizes or any(len(pair) != 2 for pair in self.sizes) or self.sizes[0][0] != 0:
             raise ValueError(f"sizes is a list of [first epoch, pixels] that begins at epoch 0, got {self.sizes}.")
-        if self.precision not in ("no", "bf16", "fp16"):
-            raise ValueError(f"precision is no, bf16 or fp16, got {self.precision!r}.")
+        self.precision = "fp32" if self.precision == "no" else self.precision  # what recipes said before
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision is fp32, bf16 or fp16, got {self.precision!r}.")
         seconds(self.time_budget)
 
 
@@ -249,22 +310,29 @@ def final_size(recipe: Recipe) -> int:
     return recipe.eval_size or recipe.sizes[-1][1]
 
 
-T = TypeVar("T")
-_FLAGS = ("--resume", "--pretrained")
-
-
-def parse(kind: type[T], args: list[str] | None = None) -> T:
-    """Read a recipe from `--config FILE` and overrides such as `--optim.lr 1e-3`."""
-    args = list(sys.argv[1:] if args is None else args)
-    for i in reversed(range(len(args))):  # a flag may stand alone: --resume is --resume true
-        if args[i] in _FLAGS and (i + 1 == len(args) or args[i + 1].startswith("--")):
-            args.insert(i + 1, "true")
-    return cast(T, auto_cli(kind, args=args, as_positional=False))
-
-
 def save_recipe(recipe: Any, path: Path) -> None:
     """Write the resolved recipe as YAML."""
-    path.write_text(yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(recipe))), sort_keys=False))
+    path.write_text(yaml.safe_dump(_plain(recipe), sort_keys=False))
+
+
+def changes(file: Path, recipe: Any) -> dict[str, str]:
+    """What a recipe has otherwise than a saved one: `{"optim.lr": "optim.lr 0.1 -> 0.2"}`; nothing without a file."""
+    before = _flat(yaml.safe_load(file.read_text())) if file.is_file() else {}
+    now = _flat(_plain(recipe))
+    return {k: f"{k} {before[k]} -> {now[k]}" for k in now if k in before and before[k] != now[k]}
+
+
+def _plain(recipe: Any) -> dict[str, Any]:
+    """A recipe as YAML and JSON know it."""
+    return json.loads(json.dumps(dataclasses.asdict(recipe)))
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested fields by their dotted names."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return found
 
 
 def seconds(text: str) -> float:

@@ -130,9 +130,10 @@ def train_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Augmented, normalised batches of one epoch, from step `start` on; `mix` is left to the caller.
 
-    Order and augmentation depend on (seed, epoch, step) and the place in the batch alone, but for streams: a resumed
-    run sees what it would have seen, and several processes see together what one would. The last, short batch is left
-    out. Unreadable images that are not resident make a batch shorter.
+    Order and augmentation depend on (seed, epoch, step) and the place in the batch alone: a resumed run sees what it
+    would have seen, and several processes see together what one would. (Streams: only the former, see
+    `loader.stream_batches`.) The last, short batch is left out. Unreadable images that are not resident make a batch
+    shorter.
 
     Args:
         split: The images.

@@ -19,6 +19,7 @@ from training.config import Recipe, final_size, parse
 from training.data import eval_batches
 from training.engine import Run
 from training.export import export_run
+from training.launching import run_script
 
 
 @dataclass
@@ -131,4 +132,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -75,6 +75,15 @@ def test_same_step_same_augmentation(split):
     assert first[0].shape == (10, 3, 12, 12)
 
 
+def test_processes_see_together_what_one_sees(split):
+    whole, *shares = (
+        [x for x, _ in train_batches(split, Augment(), size=12, batch_size=10, seed=1, epoch=0, rank=r, world=w)]
+        for r, w in ((0, 1), (0, 2), (1, 2))
+    )
+    for images, *parts in zip(whole, *shares, strict=True):
+        torch.testing.assert_close(torch.stack(parts, dim=1).flatten(0, 1), images)
+
+
 def test_evaluation_drops_and_doubles_nothing(split):
     got = [torch.cat([y for _, y in eval_batches(split, size=8, batch_size=9, rank=r, world=3)]) for r in range(3)]
     assert [len(g) for g in got] == [17, 17, 16]
