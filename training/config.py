@@ -7,7 +7,7 @@ import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -34,44 +34,112 @@ __all__ = [
 
 @dataclass
 class Data:
-    """Where images and labels come from.
+    """Where images and labels come from, see `training/readers.py`.
 
     Attributes:
-        source: Folder that `datasets.load_dataset` reads, the name of such a folder in $ETF_ZOO_DATA, a Hub name, or
-            `digits` (scikit-learn's, no download).
-        train_split: Split to train on.
+        source: A folder of parquet files or of images (`train/CLASS/x.jpg`, or `CLASS/x.jpg` for a training split
+            alone), a folder that `training/prepare.py` wrote, the name of such a folder in $ETF_ZOO_DATA, a Hub name,
+            or `digits` (scikit-learn's, no download).
+        config: Configuration of a Hub data set that has several.
+        train_split: Split to train on; class names that are texts are sorted, and those of this split.
         val_split: Split to report on.
         image_column: Column of images.
-        label_column: Column of integer labels.
-        size: Side in pixels that images are stored at, resized and centre-cropped once.
-        limit: Use only the first so many training images of a fixed shuffle; 0 for all.
+        label_column: Column of labels: class numbers or names.
+        resident: Whether images are decoded once, into an array that is kept on disk, and augmented in batches on the
+            device; `auto` does so up to a `size` of 128. Else timm's transforms run in worker processes.
+        size: Side in pixels that resident images are stored at, resized and centre-cropped once.
+        limit: Use only the first so many training images of a fixed shuffle; 0 for all. Not for streams.
         long_tail: Thin the training classes out to an exponential long tail: size of the smallest class over the
             largest, such as 0.01; 0 for none.
+        max_corrupt: Share of the images that may be unreadable. They are left out, counted and named; more is an error.
+        crop_pct: Share of the short side that evaluation sees of images that are not resident.
+        workers: Processes that decode images that are not resident.
+        streaming: Read while training, without a copy on disk, sharded over processes.
+        shuffle_buffer: Images that a stream is shuffled among, after its shards are.
+        train_images: Images in an epoch of a stream; 0 for what the data set states.
+        num_classes: Number of classes, where a stream's labels are numbers without names.
     """
 
     source: str = ""
+    config: str = ""
     train_split: str = "train"
     val_split: str = "validation"
     image_column: str = "image"
     label_column: str = "label"
+    resident: bool | Literal["auto"] = "auto"
     size: int = 64
     limit: int = 0
     long_tail: float = 0.0
+    max_corrupt: float = 0.001
+    crop_pct: float = 1.0
+    workers: int = 4
+    streaming: bool = False
+    shuffle_buffer: int = 10_000
+    train_images: int = 0
+    num_classes: int = 0
+
+    def __post_init__(self):
+        if self.size < 1 or self.workers < 0 or self.shuffle_buffer < 1:
+            raise ValueError("data.size and data.shuffle_buffer must be positive, data.workers at least 0.")
+        if min(self.limit, self.train_images, self.num_classes) < 0:
+            raise ValueError("data.limit, data.train_images and data.num_classes are 0 for all, or positive.")
+        if not 0 <= self.max_corrupt <= 1 or not 0 < self.crop_pct <= 1:
+            raise ValueError("data.max_corrupt is a share in [0, 1], data.crop_pct one in (0, 1].")
+        if self.streaming and self.resident is True:
+            raise ValueError("A stream is never resident: set data.streaming or data.resident to false.")
+        if self.streaming and self.limit:
+            raise ValueError("data.limit needs all rows at hand; shorten a stream's epoch by data.train_images.")
 
 
 @dataclass
 class Augment:
-    """Augmentation of training batches.
+    """Augmentation of training batches; resident and other images get the same, up to interpolation.
 
     Attributes:
         crop_scale: Smallest and largest share of the area that a random resized crop keeps.
         crop_ratio: Smallest and largest aspect ratio of that crop.
         flip: Whether to mirror half of the images; off where left and right carry meaning.
+        color_jitter: Strengths of brightness, contrast, saturation and hue, the last at most 0.5; empty for none.
+        randaug_ops: Operations of RandAugment (1909.13719) drawn per image, each done with probability 0.5, as timm's
+            `rand-n2-m9-mstd0.5-inc1` does; 0 for none.
+        randaug_magnitude: Their mean magnitude, 0 to 10.
+        randaug_std: Its standard deviation.
+        erase: Probability that a rectangle of 2 to 33 % of the area is erased (1708.04896).
+        mixup: Alpha of mixup (1710.09412); 0 for none.
+        cutmix: Alpha of CutMix (1905.04899); 0 for none. With both, each image gets one of the two by a fair coin.
+        mix_prob: Probability that an image is mixed at all.
     """
 
     crop_scale: list[float] = field(default_factory=lambda: [0.35, 1.0])
     crop_ratio: list[float] = field(default_factory=lambda: [0.75, 1.3333])
     flip: bool = True
+    color_jitter: list[float] = field(default_factory=list)
+    randaug_ops: int = 0
+    randaug_magnitude: int = 9
+    randaug_std: float = 0.5
+    erase: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    mix_prob: float = 1.0
+
+    def __post_init__(self):
+        for name, value in (("crop_scale", self.crop_scale), ("crop_ratio", self.crop_ratio)):
+            if len(value) != 2 or not 0 < value[0] <= value[1] or (name == "crop_scale" and value[1] > 1):
+                raise ValueError(f"augment.{name} is [smallest, largest], both positive, got {value}.")
+        jitter = self.color_jitter
+        if jitter and (len(jitter) != 4 or min(jitter) < 0 or jitter[3] > 0.5):
+            raise ValueError(
+                f"augment.color_jitter is [brightness, contrast, saturation, hue], none negative, hue at most 0.5, "
+                f"got {jitter}."
+            )
+        if self.randaug_ops < 0 or not 0 <= self.randaug_magnitude <= 10 or self.randaug_std < 0:
+            raise ValueError("augment.randaug_magnitude is 0 to 10, randaug_ops and randaug_std at least 0.")
+        if not 0 <= self.erase <= 1 or not 0 <= self.mix_prob <= 1:
+            raise ValueError("augment.erase and augment.mix_prob are probabilities.")
+        if self.randaug_ops and jitter:
+            raise ValueError("augment.color_jitter is left out with randaug_ops, as in timm: it has its own. Set one.")
+        if min(self.mixup, self.cutmix) < 0:
+            raise ValueError("augment.mixup and augment.cutmix are 0 for none, or positive.")
 
 
 @dataclass

@@ -130,7 +130,7 @@ def test_parquet_by_name_is_decoded_once(source, monkeypatch):
     assert split.label_names == ["x", "y", "z"]
     full = np.asarray(source["image"][0].resize((24, 16), Image.Resampling.BICUBIC))  # 30 x 20, short side to 16
     assert np.array_equal(split.images[0], full[:, 4:20])
-    monkeypatch.setattr("training.data._store", lambda *a: pytest.fail("decoded again"))
+    monkeypatch.setattr("training.resident.write_prepared", lambda *a: pytest.fail("decoded again"))
     assert np.array_equal(load_split(Data("made", size=16), "train").images, split.images)
 
 
