@@ -122,6 +122,11 @@ class Augment:
     cutmix: float = 0.0
     mix_prob: float = 1.0
 
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed, so that an image has more than one class."""
+        return self.mix_prob > 0 and max(self.mixup, self.cutmix) > 0
+
     def __post_init__(self):
         for name, value in (("crop_scale", self.crop_scale), ("crop_ratio", self.crop_ratio)):
             if len(value) != 2 or not 0 < value[0] <= value[1] or (name == "crop_scale" and value[1] > 1):
