@@ -9,6 +9,7 @@ import os
 import subprocess
 import time
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,7 +27,7 @@ from etf_zoo.moving import copy_moving_frames
 from . import checkpoint
 from .config import Recipe, changes, final_size, save_recipe, seconds, size_at
 from .data import AnySplit, batch_generator, eval_batches, load_hierarchy, load_split, mix, train_batches
-from .launching import gather_in, is_sharded, make_accelerator, sync_buffers
+from .launching import Repeatable, gather_in, in_step, is_sharded, make_accelerator, sync_buffers
 from .log import Log, forget_after, progress
 from .longtail import long_tail_indices
 from .model import make_model, make_optimizer
@@ -374,19 +375,22 @@ class Run:
 
     def evaluate(self) -> dict[str, float]:
         """Figures on the validation split, see `etf_zoo.evaluation.evaluate`."""
-        a = self.accelerator
-        batches = eval_batches(
+        a, size = self.accelerator, final_size(self.recipe)
+        batches = partial(
+            eval_batches,
             self.val_split,
-            size=final_size(self.recipe),
+            size=size,
             batch_size=self.recipe.batch_size,
             rank=a.process_index,
             world=a.num_processes,
             device=a.device,
         )
+        if is_sharded(a):
+            batches = partial(in_step, batches, (0, 3, size, size), a)
         model = self.trained_model() if self.ema is None else self.ema.module
         if a.num_processes > 1:  # batch norm's statistics are each process's own: the main one's are what is saved
             sync_buffers(model)
-        return measure(model, batches, processes=a, autocast=a.autocast).figures
+        return measure(model, Repeatable(batches), processes=a, autocast=a.autocast).figures
 
     def trained_model(self) -> Any:
         """The model in training, without the wrappers of accelerate."""

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import os
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-from torch import nn
-from torch.distributed.fsdp import register_fsdp_forward_method
+from torch import Tensor, nn
+
+from etf_zoo.metrics import sum_over_processes
 
 from .config import PRECISIONS
 
-__all__ = ["make_accelerator", "is_sharded", "gather_in", "sync_buffers", "run_script"]
+__all__ = ["Repeatable", "make_accelerator", "is_sharded", "gather_in", "in_step", "sync_buffers", "run_script"]
+
+Batch = tuple[Tensor, Tensor]
 
 
 def make_accelerator(precision: str = "fp32") -> Accelerator:
@@ -47,8 +50,45 @@ def is_sharded(accelerator: Accelerator) -> bool:
 
 def gather_in(model: nn.Module) -> None:
     """Let a sharded timm model gather its weights in the parts of its forward pass too, as evaluation calls them."""
+    from torch.distributed.fsdp import register_fsdp_forward_method  # slow to import, and few need it
+
     for name in ("forward_features", "forward_head"):
         register_fsdp_forward_method(model, name)
+
+
+class Repeatable:
+    """Batches that can be read again.
+
+    Args:
+        batches: Makes an iterator over them.
+    """
+
+    def __init__(self, batches: Callable[[], Iterable[Batch]]):
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self.batches())
+
+
+def in_step(
+    batches: Callable[[], Iterable[Batch]], empty: tuple[int, ...], accelerator: Accelerator
+) -> Iterator[Batch]:
+    """Batches, and empty ones for the processes that have fewer, so that all make as many forward passes.
+
+    A sharded model needs that: all processes gather its weights together.
+
+    Args:
+        batches: Makes an iterator over the batches of this process.
+        empty: Shape of a batch of no images.
+        accelerator: The processes.
+    """
+    device = accelerator.device
+    iterator = iter(batches())
+    while True:
+        batch = next(iterator, None)
+        if not sum_over_processes(torch.tensor([float(batch is not None)], device=device), accelerator).item():
+            return
+        yield batch or (torch.empty(empty, device=device), torch.empty(0, dtype=torch.int64, device=device))
 
 
 def sync_buffers(model: nn.Module) -> None:
