@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from huggingface_hub import constants, hf_hub_download
+from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -101,6 +101,23 @@ def download(
     path.unlink(missing_ok=True)
     again = "Unset HF_HUB_OFFLINE and load it" if constants.HF_HUB_OFFLINE else "Try"
     raise RuntimeError(f"{filename} of {repo_id} arrived damaged, and was removed from the cache. {again} again.")
+
+
+def check_cached(
+    repo_id: str, filename: str, *, revision: str | None = None, cache_dir: str | Path | None = None
+) -> None:
+    """Check what another loader has just read from the Hub's cache against the sha256 the Hub announced it by.
+
+    Raises:
+        RuntimeError: If it is damaged; it is then removed from the cache.
+    """
+    path = try_to_load_from_cache(repo_id, filename, cache_dir=cache_dir, revision=revision)
+    wanted = _announced_sha256(Path(path)) if isinstance(path, str) else None
+    if wanted is None or sha256(Path(path)) == wanted:  # type: ignore[arg-type]
+        return
+    Path(path).resolve().unlink(missing_ok=True)  # type: ignore[arg-type]
+    Path(path).unlink(missing_ok=True)  # type: ignore[arg-type]
+    raise RuntimeError(f"{filename} of {repo_id} arrived damaged, and was removed from the cache. Load it again.")
 
 
 def _announced_sha256(path: Path) -> str | None:
