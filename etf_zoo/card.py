@@ -86,6 +86,8 @@ def _head_text(config: dict[str, Any]) -> str:
     text = f"a fixed frame, never trained: {_FRAMES.get(frame, frame)}, orientation `{orientation}`"
     if args.get("neck") == "linear":
         return text + ", behind a linear neck; the two together are a learned classifier by another name"
+    if args.get("neck") == "centre":
+        return text + ", on features centred by a stored mean"
     return text + (f", behind a `{args['neck']}` neck" if args.get("neck") else "")
 
 

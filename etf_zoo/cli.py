@@ -194,6 +194,7 @@ def _convert(args: argparse.Namespace) -> None:
 
     if args.centre and not (args.data and args.mode == "nearest"):
         raise ValueError("--centre SPLIT takes the mean features of --data, for --mode nearest.")
+    data_name = Path(args.data).resolve().name if args.data and Path(args.data).is_dir() else args.data
     results = convert_checkpoint(
         args.source,
         args.out,
@@ -202,7 +203,7 @@ def _convert(args: argparse.Namespace) -> None:
         half=args.half,
         data=_images(args, args.split).batches if args.data else None,
         centre=_images(args, args.centre).batches if args.centre else None,
-        record={"dataset": {"name": args.data, "split": args.split}, "command": shlex.join(["etf-zoo", *args.argv])},
+        record={"dataset": {"name": data_name, "split": args.split}, "command": shlex.join(["etf-zoo", *args.argv])},
     )
     for when, figures in results.items():
         print(f"{when:<7} top-1 {figures['top1']:6.2f} %  cross-entropy {figures['loss']:.4f}")

@@ -116,4 +116,6 @@ def _head_args(model: nn.Module) -> dict[str, Any]:
         args.pop("moving", None)
     if isinstance(args["neck"], nn.Module):
         raise ValueError("A model with a neck of your own cannot be saved for others to build; use a named neck.")
+    if args["neck"] is None and getattr(model, "_model_args", {}).get("neck"):  # type: ignore[union-attr]
+        args["neck"] = "none"  # the weights it came from had one
     return {key: value for key, value in args.items() if value is not None or key == "hierarchy"}

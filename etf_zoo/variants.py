@@ -14,13 +14,15 @@ from urllib.error import URLError
 import timm
 from timm.data.imagenet_info import infer_imagenet_subset
 from timm.models import PretrainedCfg, model_entrypoint, register_model
+from timm.models._hub import HF_SAFE_WEIGHTS_NAME, hf_split
+from timm.models._input import update_model_args
 from timm.models._pretrained import DefaultCfg
 from timm.models._registry import get_arch_pretrained_cfgs, get_pretrained_cfg
 from torch import Tensor, nn
 
 from .classifier import CUSTOM
 from .convert import convert_classifier
-from .download import hub_errors
+from .download import check_cached, hub_errors
 from .heads import (
     HEAD_ARGS,
     SUFFIX,
@@ -184,6 +186,7 @@ def _create_twin(
     if _same(head_args.get("frame"), CUSTOM):  # from here on the weights are where this frame can be found
         heads = frame_heads(model).values()
         head_args["frame"] = next(iter(heads)).weight.clone() if heads else "auto"
+    update_model_args(model, **{key: value for key, value in saved_args.items() if key not in HEAD_ARGS})
     become_twin(model, head_args, names)
     if whitening:
         model._frame_args = {**head_args, "whitening": whitening}  # type: ignore[assignment]
@@ -225,6 +228,9 @@ def _create_converted(
             f"Cannot reach {cfg.url}: {error.reason}. Check the network, or pass a copy of the weights as safetensors: "
             f"pretrained_cfg_overlay=dict(file='model.safetensors')."
         ) from None
+    if state_dict is None and cfg.hf_hub_id:
+        repo_id, revision = hf_split(cfg.hf_hub_id)
+        check_cached(repo_id, HF_SAFE_WEIGHTS_NAME, revision=revision, cache_dir=building["cache_dir"])
     model.pretrained_cfg.pop("state_dict", None)
     if "features_only" in building:
         return model

@@ -171,6 +171,8 @@ def test_folder_of_a_converted_model(kind, tmp_path):
     assert all(
         (head.neck, head.feature_norm, head.frame) == (None, "l2", "auto") for head in frame_heads(other).values()
     )
+    loaded = timm.create_model(f"local-dir:{save_folder(other, tmp_path / 'other')}", pretrained=True).eval()
+    assert {head.neck for head in frame_heads(loaded).values()} == {None}
     twin.reset_classifier(4)
     fresh = json.loads((save_folder(twin, tmp_path / "fresh") / "config.json").read_text())["model_args"]
     assert (fresh["frame"], fresh["feature_norm"], fresh.get("neck")) == ("auto", "l2", None)

@@ -108,7 +108,10 @@ def test_without_weights_a_tag_is_an_ordinary_twin():
 # ------------------------------------------------------------------------------------------- weights in timm's format
 
 
-@pytest.mark.parametrize("kind", KINDS)
+BIG = ("list", "mlp", "aux", "pruned", "list_by_stage", "repvit")
+
+
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=pytest.mark.slow if kind in BIG else ()) for kind in KINDS])
 def test_weights_of_the_base_give_a_converted_twin(kind):
     name, small, _ = KINDS[kind]
     base = shared(kind, twin=False)
@@ -209,9 +212,13 @@ def test_offline_without_a_cache_says_what_to_do(monkeypatch):
         timm.create_model("gcvit_xxtiny_etf.in1k", pretrained=True)
 
 
-def test_truncated_download(stock, hub):
+def test_damaged_downloads(stock, hub):
     hub.fault("/store/", truncate=1000)
     with pytest.raises(RuntimeError, match="was cut short"):
+        timm.create_model(TWIN, pretrained=True)
+    hub.heal()
+    hub.fault("/store/", corrupt=True)
+    with pytest.raises(RuntimeError, match="arrived damaged, and was removed from the cache"):
         timm.create_model(TWIN, pretrained=True)
     hub.heal()
     assert timm.create_model(TWIN, pretrained=True).num_classes == 1000

@@ -218,7 +218,7 @@ def test_plain_checkpoint_loads_in_stock_timm(tmp_path):
     assert isinstance(twin.classifier, FrameClassifier)  # the model itself is left alone
 
 
-ONE_HEAD = ["linear", "conv", "mlp", "norm_linear"]
+ONE_HEAD = ["linear", "conv", pytest.param("mlp", marks=pytest.mark.slow), "norm_linear"]
 
 
 @pytest.mark.parametrize("kind", ONE_HEAD)
@@ -231,7 +231,9 @@ def test_plain_form_of_every_kind_of_head(kind, tmp_path):
     assert torch.equal(plain(x).argmax(1), twin(x).argmax(1))
 
 
-@pytest.mark.parametrize("kind", ["pair", "norm_linear_pair", "list_by_stage", "repvit", "aux"])
+@pytest.mark.parametrize(
+    "kind", ["pair", "norm_linear_pair", pytest.param("list_by_stage", marks=pytest.mark.slow), "aux"]
+)
 def test_plain_form_of_several_heads(kind, tmp_path):
     with pytest.raises(ValueError, match=r"has \d heads, each on features of length one.*--onnx"):
         export_plain(build(kind), tmp_path / "l2")
@@ -261,7 +263,7 @@ def test_what_has_no_plain_form(model, message, tmp_path):
 # ----------------------------------------------------------------------------------------------------------------- ONNX
 
 
-@pytest.mark.parametrize("name", ["test_resnet", "mobilenetv3_small_050"])
+@pytest.mark.parametrize("name", ["test_resnet", pytest.param(SMALL, marks=pytest.mark.slow)])
 def test_onnx_has_our_logits(name, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     model = timm.create_model(f"{name}_etf", num_classes=CLASSES, feature_norm="batch", neck="mlp").eval()

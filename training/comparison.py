@@ -25,9 +25,11 @@ from sklearn.linear_model import LogisticRegression
 from torch import nn
 
 from etf_zoo.evaluation import measure
+from training import checkpoint
 from training.config import Data, Recipe, final_size, parse
-from training.data import Split, eval_batches, find_source, load_hierarchy, load_split
-from training.engine import Run, make_model
+from training.data import AnySplit, eval_batches, find_source, load_hierarchy, load_split
+from training.engine import CHECKPOINTS, Run, make_model
+from training.launching import run_script
 
 
 @dataclass
@@ -95,7 +97,7 @@ def recipe_of(settings: Comparison, cell: Cell) -> Recipe:
     entries = merged(dataclasses.asdict(settings.base), settings.variants[cell.variant])
     entries["seed"], entries["data"]["label_column"] = cell.seed, cell.labels
     entries["output"] = str(Path(settings.base.output) / cell.name)
-    entries["resume"] = (Path(entries["output"]) / "checkpoint").exists()
+    entries["resume"] = checkpoint.exists(Path(entries["output"]) / CHECKPOINTS)
     file = Path(settings.base.output) / f"{cell.name}.yaml"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(yaml.safe_dump(entries, sort_keys=False))
@@ -131,7 +133,7 @@ def run_cell(settings: Comparison, cell: Cell) -> dict[str, Any]:
     return {**dataclasses.asdict(cell), "results": figures, "training": run.summary()}
 
 
-def _tree(data: Data, split: Split) -> torch.Tensor | None:
+def _tree(data: Data, split: AnySplit) -> torch.Tensor | None:
     """Distances between the classes; None where the data's tree has not these classes as leaves."""
     if not (Path(find_source(data.source)) / "hierarchy.json").is_file():
         return None
@@ -142,7 +144,7 @@ def _tree(data: Data, split: Split) -> torch.Tensor | None:
 
 
 @torch.inference_mode()
-def _features(run: Run, split: Split, rows: np.ndarray) -> np.ndarray:
+def _features(run: Run, split: AnySplit, rows: np.ndarray) -> np.ndarray:
     """Features of the backbone, before any neck."""
     model: Any = run.plain_model().eval()
     part = split.subset(rows)
@@ -213,4 +215,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

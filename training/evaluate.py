@@ -12,7 +12,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script from a clone
 
 import timm
-from accelerate import Accelerator, PartialState
+from accelerate import PartialState
 from tqdm import tqdm
 
 import etf_zoo  # noqa: F401  registers the twins
@@ -20,6 +20,7 @@ from etf_zoo.evaluation import format_table, measure
 from etf_zoo.frames import Hierarchy
 from training.config import Data, parse
 from training.data import eval_batches, find_source, load_split
+from training.launching import make_accelerator, run_script
 from training.plots import plot_collapse, plot_confusion, plot_cosines
 
 
@@ -50,7 +51,7 @@ class Evaluation:
 
 def evaluate_model(settings: Evaluation) -> dict[str, Any]:
     """Figures of a stored model on a split, with what they were measured on; pictures if asked for."""
-    accelerator = Accelerator()
+    accelerator = make_accelerator()
     folder = Path(settings.model)
     model: Any = timm.create_model(f"local-dir:{folder}" if folder.is_dir() else settings.model, pretrained=True)
     model = model.to(accelerator.device).eval()
@@ -93,7 +94,7 @@ def evaluate_model(settings: Evaluation) -> dict[str, Any]:
         "results": {key: value for key, value in found.figures.items() if key not in ("images", "images_per_second")},
         "dataset": {
             "name": Path(split.source).name if Path(split.source).exists() else split.source,
-            "split": settings.data.val_split,
+            "split": split.name or settings.data.val_split,
             "images": found.figures["images"],
             "size": size,
         },
@@ -106,6 +107,10 @@ def command_line(settings: Evaluation) -> str:
     data = settings.data
     options = ["--model", settings.model, "--data.source", data.source, "--data.val_split", data.val_split]
     options += ["--data.size", str(data.size)] + (["--size", str(settings.size)] if settings.size else [])
+    for name in ("config", "train_split", "image_column", "label_column", "resident", "crop_pct", "streaming"):
+        if getattr(data, name) != getattr(Data(), name):
+            value = getattr(data, name)
+            options += [f"--data.{name}", str(value).lower() if isinstance(value, bool) else str(value)]
     return shlex.join(["accelerate", "launch", "training/evaluate.py", *options])
 
 
@@ -127,4 +132,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -19,6 +19,7 @@ from training.config import Recipe, final_size, parse
 from training.data import eval_batches
 from training.engine import Run
 from training.export import export_run
+from training.launching import run_script
 
 
 @dataclass
@@ -32,6 +33,11 @@ class Finetune(Recipe):
 
     pretrained: bool = True
     compare: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.data.streaming:
+            raise ValueError("Fine-tuning shows single test images, which a stream has not: data.streaming false.")
 
 
 def plan(settings: Finetune) -> dict[str, Finetune]:
@@ -61,7 +67,7 @@ def _predictions(run: Run) -> tuple[np.ndarray, np.ndarray]:
         hidden = model.forward_features(images)
         features.append(model.forward_head(hidden, pre_logits=True).cpu())
         probabilities.append(model.forward_head(hidden).softmax(dim=1).cpu())
-    labels = torch.from_numpy(run.val_split.labels)
+    labels = torch.from_numpy(run.val_split.labels[run.val_split.readable()])
     means = torch.stack([torch.cat(features)[labels == k].mean(dim=0) for k in range(len(run.val_split.label_names))])
     means = torch.nn.functional.normalize(means - means.mean(dim=0), dim=1)
     return torch.cat(probabilities).numpy(), (means @ means.T).numpy()
@@ -87,7 +93,8 @@ def plot(runs: dict[str, Run], path: Path) -> None:
     top.colorbar(picture, ax=axes[-1], label="cosine between class means")
 
     run, probabilities = shown  # type: ignore[misc]
-    labels, names = run.val_split.labels, run.val_split.label_names
+    shown_rows, names = run.val_split.readable(), run.val_split.label_names
+    labels = run.val_split.labels[shown_rows]
     certainty = probabilities[np.arange(len(labels)), labels]
     columns = 12
     hardest = np.argsort(certainty)[:columns]
@@ -98,7 +105,7 @@ def plot(runs: dict[str, Run], path: Path) -> None:
         ax.axis("off")
     for ax, row in [*zip(cells[0], hardest, strict=False), *zip(cells[1], easiest, strict=False)]:
         guess = int(probabilities[row].argmax())
-        ax.imshow(run.val_split.images[row])
+        ax.imshow(run.val_split.picture(int(shown_rows[row])))
         ax.set_title(
             f"{names[guess]}  {100 * probabilities[row, guess]:.0f} %",
             color="black" if guess == labels[row] else "crimson",
@@ -131,4 +138,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

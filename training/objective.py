@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -33,7 +34,7 @@ class Objective:
     Args:
         settings: The recipe's loss.
         model: The model without wrappers.
-        class_counts: Training images of each class.
+        class_counts: Training images of each class; empty if not known.
         label_smoothing: Of the cross-entropy.
 
     Raises:
@@ -49,6 +50,8 @@ class Objective:
         self.penalty = losses.VarianceCovarianceLoss(**settings.penalty_args) if settings.variance_covariance else None
         self.penalty_weight = settings.variance_covariance
         self.moving = self.head if isinstance(self.head, MovingFrameClassifier) else None
+        self.takes_shares = self.loss is None and self.moving is None  # of classes `(B, K)` in the place of labels
+        self._observed: list[tuple[Tensor, Tensor]] = []  # embeddings and labels of this step
         if self.penalty is not None and not isinstance(self.classifier, nn.Module):
             raise ValueError("The variance-covariance penalty needs a model with one classifier.")
 
@@ -67,6 +70,8 @@ class Objective:
         if settings.class_scaling:
             if settings.name != "dot_regression":
                 raise ValueError(f"loss.class_scaling is for dot_regression, not {settings.name}.")
+            if not class_counts:
+                raise ValueError("loss.class_scaling needs the counts of the classes, which a stream does not have.")
             args["class_counts"] = class_counts
         try:
             return LOSSES[settings.name](**args).to(self.head.weight.device)
@@ -74,7 +79,10 @@ class Objective:
             raise ValueError(f"loss.args of {settings.name}: {error}.") from error
 
     def __call__(self, forward: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits `(B, K)` in float32 and the loss; gradients flow through the wrapped model's `forward`."""
+        """Logits `(B, K)` in float32 and the loss; gradients flow through the wrapped model's `forward`.
+
+        Labels are class numbers `(B,)`, or shares of the classes `(B, K)` if `takes_shares`.
+        """
         with _seen(self.classifier) as seen:
             logits = forward(images).float()
         if self.loss is None:
@@ -83,14 +91,16 @@ class Objective:
             loss = self.loss(seen["embeddings"], labels, self.head.weight)  # type: ignore[union-attr]
         if self.penalty is not None:
             loss = loss + self.penalty_weight * self.penalty(seen["features"])
-        self._last = (seen["embeddings"].detach(), labels) if self.moving is not None else None
+        if self.moving is not None:
+            self._observed.append((seen["embeddings"].detach(), labels))
         return logits, loss
 
     def after_step(self) -> None:
         """Let a moving frame follow what the step has seen; every process calls it."""
-        if self.moving is not None and self._last is not None:
-            self.moving.observe(*self._last)
-            self._last = None
+        if self.moving is not None and self._observed:
+            embeddings, labels = zip(*self._observed, strict=True)  # of all pieces of the batch
+            self.moving.observe(torch.cat(embeddings), torch.cat(labels))
+            self._observed.clear()
 
 
 @contextmanager
