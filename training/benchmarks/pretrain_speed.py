@@ -130,8 +130,8 @@ class Ours:
     def steps(self) -> Iterator[int]:
         self.run.model.train()
         self.epoch += 1
-        for images, labels in self.run._batches(self.epoch, 0):
-            self.run._step(images, labels)
+        for number, (images, labels) in enumerate(self.run._batches(self.epoch, 0)):
+            self.run.stepper.step(number, images, labels)
             yield len(labels)
 
 
