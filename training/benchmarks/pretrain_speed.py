@@ -143,6 +143,8 @@ def rate(side: Peer | Ours, steps: int, warm: int) -> float:
     began, images = time.perf_counter(), 0
     for count in itertools.islice(turns, steps):
         images += count
+    if torch.cuda.is_available():  # the engine does not wait for each step
+        torch.cuda.synchronize()
     seconds = time.perf_counter() - began
     turns.close()  # type: ignore[attr-defined]
     return images / seconds
