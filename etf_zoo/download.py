@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
@@ -78,7 +78,7 @@ def download(
             f"{filename} of {repo_id} is not the file that was published: its sha256 is not {str(expected)[:12]}.... "
             f"Give the revision that was published, or unset ETF_ZOO_HUB_ORG if it points elsewhere."
         )
-    _remove_damaged(path, repo_id)
+    raise _damaged(path, repo_id)
 
 
 def check_cached(
@@ -91,14 +91,15 @@ def check_cached(
     """
     cached = try_to_load_from_cache(repo_id, filename, cache_dir=cache_dir, revision=revision)
     if isinstance(cached, str) and _state(Path(cached), None) == "damaged":
-        _remove_damaged(Path(cached), repo_id)
+        raise _damaged(Path(cached), repo_id)
 
 
-def _remove_damaged(path: Path, repo_id: str) -> NoReturn:
+def _damaged(path: Path, repo_id: str) -> RuntimeError:
+    """Remove a damaged file; the error that says so."""
     path.resolve().unlink(missing_ok=True)
     path.unlink(missing_ok=True)
     fix = "Unset HF_HUB_OFFLINE and load it" if constants.HF_HUB_OFFLINE else "Try"
-    raise RuntimeError(f"{path.name} of {repo_id} arrived damaged, and was removed from the cache. {fix} again.")
+    return RuntimeError(f"{path.name} of {repo_id} arrived damaged, and was removed from the cache. {fix} again.")
 
 
 def _fetch(repo_id: str, filename: str, revision: str | None, cache_dir: Any, force: bool = False) -> Path:
