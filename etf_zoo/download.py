@@ -23,7 +23,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-__all__ = ["LOG_IN", "download", "hub_errors", "retry", "sha256"]
+__all__ = ["LOG_IN", "check_cached", "download", "hub_errors", "retry", "sha256"]
 
 _HTTP_PACKAGES = ("httpx2", "httpx", "requests", "urllib3")  # the client's major versions differ in whose errors come
 _LONGEST_WAIT = 60.0
@@ -78,28 +78,9 @@ def download(
             f"{filename} of {repo_id} is not the file that was published: its sha256 is not {str(expected)[:12]}.... "
             f"Give the revision that was published, or unset ETF_ZOO_HUB_ORG if it points elsewhere."
         )
-    raise _damaged(path, repo_id)
-
-
-def check_cached(
-    repo_id: str, filename: str, *, revision: str | None = None, cache_dir: str | Path | None = None
-) -> None:
-    """Check what another loader has just read from the Hub's cache against the hash that the Hub announced.
-
-    Raises:
-        RuntimeError: If it is damaged; it is then removed from the cache.
-    """
-    cached = try_to_load_from_cache(repo_id, filename, cache_dir=cache_dir, revision=revision)
-    if isinstance(cached, str) and _state(Path(cached), None) == "damaged":
-        raise _damaged(Path(cached), repo_id)
-
-
-def _damaged(path: Path, repo_id: str) -> RuntimeError:
-    """Remove a damaged file; the error that says so."""
-    path.resolve().unlink(missing_ok=True)
-    path.unlink(missing_ok=True)
+    _remove(path)
     fix = "Unset HF_HUB_OFFLINE and load it" if constants.HF_HUB_OFFLINE else "Try"
-    return RuntimeError(f"{path.name} of {repo_id} arrived damaged, and was removed from the cache. {fix} again.")
+    raise RuntimeError(f"{filename} of {repo_id} arrived damaged, and was removed from the cache. {fix} again.")
 
 
 def _fetch(repo_id: str, filename: str, revision: str | None, cache_dir: Any, force: bool = False) -> Path:
@@ -133,6 +114,27 @@ def _state(path: Path, expected: str | None) -> str:
     if not whole:
         return "damaged"
     return "other" if expected else "right"
+
+
+def check_cached(
+    repo_id: str, filename: str, *, revision: str | None = None, cache_dir: str | Path | None = None
+) -> None:
+    """Check what another loader has just read from the Hub's cache against the hash that the Hub announced it by.
+
+    Raises:
+        RuntimeError: If it is damaged; it is then removed from the cache.
+    """
+    cached = try_to_load_from_cache(repo_id, filename, cache_dir=cache_dir, revision=revision)
+    path = Path(cached) if isinstance(cached, str) else None
+    if path is None or _state(path, None) == "right":
+        return
+    _remove(path)
+    raise RuntimeError(f"{filename} of {repo_id} arrived damaged, and was removed from the cache. Load it again.")
+
+
+def _remove(path: Path) -> None:
+    path.resolve().unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------------------------------------------------------- errors
