@@ -72,8 +72,9 @@ class Peer:
         self.optimizer = create_optimizer_v2(
             self.model, opt=OPTIM.name, lr=OPTIM.lr, weight_decay=OPTIM.weight_decay, momentum=OPTIM.momentum
         )
+        images: Any = create_dataset("", root=str(folder))
         self.loader = create_loader(
-            create_dataset("", root=str(folder)),
+            images,
             input_size=(3, size, size),
             batch_size=args.batch,
             is_training=True,
