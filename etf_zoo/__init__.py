@@ -3,10 +3,11 @@
 from . import frames
 from .classifier import FrameClassifier
 from .pretrained import native_tags, read_weights
+from .skip import add_skip
 from .variants import attach_frame, frame_heads, register_variants
 
 __version__ = "0.1.0"
-__all__ = ["FrameClassifier", "attach_frame", "frame_heads", "frames", "register"]
+__all__ = ["FrameClassifier", "add_skip", "attach_frame", "frame_heads", "frames", "register"]
 
 
 def register() -> list[str]:

@@ -29,6 +29,7 @@ __all__ = [
 ]
 
 SUFFIX = "_etf"
+SKIP_CONNECTION = "skip_connection"  # a model around another one, see skip.py: no architecture of its own
 # Keyword arguments a twin takes beside its base's: name there -> name in FrameClassifier.
 HEAD_ARGS = {
     "frame": "frame",
@@ -282,7 +283,7 @@ def base_name(name: str) -> str:
 def without_classifier() -> dict[str, str]:
     """timm architectures that get no twin: name -> why."""
     missing = {}
-    for name in timm.list_models(exclude_filters=f"*{SUFFIX}"):
+    for name in timm.list_models(exclude_filters=[f"*{SUFFIX}", SKIP_CONNECTION]):
         cfg = get_pretrained_cfg(name)
         if name in _NO_CLASSIFIER or cfg is None or not cfg.classifier:
             missing[name] = "an encoder for multimodal models, without a classifier or a place for one"
@@ -447,7 +448,7 @@ def register_variants(
     skipped = without_classifier()
     saved_args = {full: args for full, (_, args) in native.items()}
     registered = []
-    for base in timm.list_models(exclude_filters=f"*{SUFFIX}"):
+    for base in timm.list_models(exclude_filters=[f"*{SUFFIX}", SKIP_CONNECTION]):
         name = base + SUFFIX
         if base in skipped or timm.is_model(name):
             continue
