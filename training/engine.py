@@ -27,6 +27,7 @@ from etf_zoo.variants import HEAD_ARGS, base_name, split_head
 
 from .config import Recipe, final_size, save_recipe, seconds, size_at
 from .data import Split, eval_batches, load_split, train_batches
+from .models import find_model
 
 __all__ = ["Run", "make_model"]
 
@@ -36,26 +37,27 @@ STATE = "state.json"
 def make_model(recipe: Recipe, num_classes: int) -> nn.Module:
     """The recipe's model and head; the seed gives a twin and its controls the same backbone."""
     set_seed(recipe.seed)
-    is_twin = recipe.model.split(".")[0].endswith("_etf")
+    source = find_model(recipe.model, recipe.pretrained)
     args: dict[str, Any] = {"pretrained": recipe.pretrained, "num_classes": num_classes, **recipe.model_args}
     if recipe.head == "random":
         args = {**{k: v for k, v in args.items() if k != "orientation"}, "frame": "random"}
     if recipe.head != "learned":
-        if is_twin:
-            return timm.create_model(recipe.model, **args)
+        if source.is_twin:
+            return timm.create_model(source.name, **args)
         head_args = {key: args.pop(key) for key in HEAD_ARGS if key in args}
-        return attach_frame(timm.create_model(recipe.model, **args), **head_args)
+        return attach_frame(timm.create_model(source.name, **args), **head_args)
     args = {key: value for key, value in args.items() if key not in HEAD_ARGS}
-    if not is_twin:
-        return timm.create_model(recipe.model, **args)
-    plain: Any = timm.create_model(base_name(recipe.model), **{**args, "pretrained": False})
+    if not source.is_twin:
+        return timm.create_model(source.name, **args)
+    base = base_name(source.architecture)
+    plain: Any = timm.create_model(base, **{**args, "pretrained": False})
     if recipe.pretrained:
-        twin: Any = timm.create_model(recipe.model, **args)
+        twin: Any = timm.create_model(source.name, **args)
         names = list(frame_heads(twin))
         missing, unexpected = plain.load_state_dict(split_head(twin.state_dict(), names)[0], strict=False)
         if unexpected or any(not key.startswith(tuple(f"{name}." for name in names)) for key in missing):
-            raise RuntimeError(f"{recipe.model} and {base_name(recipe.model)} differ in more than the head: {missing}.")
-        plain.pretrained_cfg = {**twin.pretrained_cfg, "architecture": base_name(recipe.model)}
+            raise RuntimeError(f"{source.architecture} and {base} differ in more than the head: {missing}.")
+        plain.pretrained_cfg = {**twin.pretrained_cfg, "architecture": base}
     return plain
 
 
@@ -66,9 +68,12 @@ class Run:
         recipe: What to do.
         train: Training images; loaded by the recipe if not given.
         val: Images to report on; likewise.
+        model: The model to train; made by the recipe if not given. What has no `requires_grad` stays as it is.
     """
 
-    def __init__(self, recipe: Recipe, train: Split | None = None, val: Split | None = None):
+    def __init__(
+        self, recipe: Recipe, train: Split | None = None, val: Split | None = None, model: nn.Module | None = None
+    ):
         self.began = time.monotonic()
         self.recipe = recipe
         self.folder = Path(recipe.output)
@@ -85,7 +90,7 @@ class Run:
                 f"batch_size {recipe.batch_size} does not divide by {self.accelerator.num_processes} processes."
             )
 
-        model = make_model(recipe, len(self.train_split.label_names))
+        model = model or make_model(recipe, len(self.train_split.label_names))
         if recipe.channels_last:
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         # DDP would send these buffers to every process at every step; they never change
