@@ -8,7 +8,7 @@ import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 import yaml
 from jsonargparse import auto_cli
@@ -110,6 +110,8 @@ class Recipe:
         notes: Free text for the card.
     """
 
+    heads: ClassVar[tuple[str, ...]] = HEADS
+
     output: str = "runs/run"
     model: str = "resnet18_etf"
     head: str = "frame"
@@ -136,8 +138,8 @@ class Recipe:
     def __post_init__(self):
         if self.epochs < 1 or self.batch_size < 1:
             raise ValueError("epochs and batch_size must be positive.")
-        if self.head not in HEADS:
-            raise ValueError(f"head is one of {', '.join(HEADS)}, got {self.head!r}.")
+        if self.head not in self.heads:
+            raise ValueError(f"head is one of {', '.join(self.heads)}, got {self.head!r}.")
         if not self.sizes or any(len(pair) != 2 for pair in self.sizes) or self.sizes[0][0] != 0:
             raise ValueError(f"sizes is a list of [first epoch, pixels] that begins at epoch 0, got {self.sizes}.")
         if self.precision not in ("no", "bf16", "fp16"):
@@ -156,12 +158,13 @@ def final_size(recipe: Recipe) -> int:
 
 
 T = TypeVar("T")
-_FLAGS = ("--resume", "--pretrained")
+_FLAGS = ("--resume", "--pretrained", "--compare", "--class_weights")
 
 
 def parse(kind: type[T], args: list[str] | None = None) -> T:
     """Read a recipe from `--config FILE` and overrides such as `--optim.lr 1e-3`."""
     args = list(sys.argv[1:] if args is None else args)
+    args = ["--data.source" if arg == "--data" else arg for arg in args]
     for i in reversed(range(len(args))):  # a flag may stand alone: --resume is --resume true
         if args[i] in _FLAGS and (i + 1 == len(args) or args[i + 1].startswith("--")):
             args.insert(i + 1, "true")

@@ -35,6 +35,10 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def subset(self, indices: np.ndarray) -> Split:
+        """The images with these numbers."""
+        return Split(self.images[indices], self.labels[indices], self.label_names, self.source)
+
 
 def find_source(source: str) -> str:
     """Folder for a data source: a path as it is, a name below $ETF_ZOO_DATA, else the text itself (a Hub name)."""

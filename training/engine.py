@@ -189,7 +189,7 @@ class Run:
             total=total, initial=self.step, disable=not self.accelerator.is_main_process, unit="step", mininterval=5
         )
         self.model.train()
-        while self.step < total:
+        while self.step < total and not self.enough():
             epoch, first = divmod(self.step, self.steps_per_epoch)
             began, sums = time.monotonic(), torch.zeros(3, dtype=torch.float64)
             for images, labels in self._batches(epoch, first):
@@ -222,6 +222,10 @@ class Run:
         bar.close()
         self.ended = time.monotonic()
         return True
+
+    def enough(self) -> bool:
+        """Whether to end after an epoch, before the last; for subclasses."""
+        return False
 
     def _batches(self, epoch: int, first: int):
         a = self.accelerator
@@ -274,6 +278,14 @@ class Run:
             device=a.device,
         )
         return measure(self.plain_model(), batches, processes=a, autocast=a.autocast).figures
+
+    def figures_on(self, split: Split) -> dict[str, float]:
+        """Figures on any images."""
+        watched, self.val_split = self.val_split, split
+        try:
+            return Run.evaluate(self)
+        finally:
+            self.val_split = watched
 
     def _log(self, record: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:

@@ -51,7 +51,7 @@ def blocks(model: nn.Module) -> dict[str, float]:
     for names in group_parameters(model, model.group_matcher(coarse=False)).values():  # type: ignore[operator]
         prefix = _common_module(names)
         if prefix and not _below(prefix, heads) and not _above(prefix, heads):
-            found[prefix] = sum(sizes[name] for name in names) / total
+            found[prefix] = sum(size for name, size in sizes.items() if _below(name, (prefix,))) / total
     return found
 
 

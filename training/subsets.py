@@ -1,35 +1,13 @@
-"""Parts of a training split: a stratified holdout, k images a class, rows of one's own."""
+"""Parts of a training split: a stratified holdout, k images a class, a long tail."""
 
 from __future__ import annotations
-
-import dataclasses
 
 import numpy as np
 
 from .data import Split
+from .longtail import long_tail_indices
 
-__all__ = ["take", "holdout_indices", "few_shot_indices", "check_classes"]
-
-
-class _Rows:
-    """Some rows of an array `(N, H, W, 3)` without a copy: a large split is a memory map, and stays one."""
-
-    def __init__(self, images, rows: np.ndarray):
-        self.images, self.rows = images, rows
-        self.shape = (len(rows), *images.shape[1:])
-
-    def __getitem__(self, index):
-        return self.images[self.rows[index]]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-
-def take(split: Split, rows: np.ndarray) -> Split:
-    """Some images of a split, in the order of `rows`; the names of the classes stay."""
-    rows = np.asarray(rows, dtype=np.int64)
-    images: np.ndarray = _Rows(split.images, rows)  # type: ignore[assignment]
-    return dataclasses.replace(split, images=images, labels=split.labels[rows])
+__all__ = ["check_classes", "few_shot_indices", "holdout_indices", "split_training"]
 
 
 def holdout_indices(labels, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -90,6 +68,34 @@ def few_shot_indices(labels, shots: int, seed: int, names: list[str]) -> np.ndar
     return np.sort(np.concatenate([rng.permutation(np.flatnonzero(labels == k))[:shots] for k in range(len(names))]))
 
 
+def split_training(
+    split: Split, *, holdout: float = 0.0, shots: int = 0, imbalance: float = 0.0, seed: int = 0
+) -> tuple[Split, Split | None]:
+    """Training images to fit on, and to watch.
+
+    Args:
+        split: All training images.
+        holdout: Share of each class to watch; 0 for none. Taken first: few-shot training sees `shots` others.
+        shots: Then so many images of each class; 0 for all.
+        imbalance: Or an exponential long tail, see `long_tail_indices`; 0 for none.
+        seed: Seed of all choices.
+
+    Raises:
+        ValueError: See the other functions here; on both shots and imbalance.
+    """
+    if shots and imbalance:
+        raise ValueError("shots and imbalance are two ways to choose training images: set one.")
+    held = None
+    if holdout:
+        kept, watched = holdout_indices(split.labels, holdout, seed)
+        split, held = split.subset(kept), split.subset(watched)
+    if shots:
+        split = split.subset(few_shot_indices(split.labels, shots, seed, split.label_names))
+    if imbalance:
+        split = split.subset(long_tail_indices(split.labels, imbalance, seed))
+    return split, held
+
+
 def check_classes(train: Split, test: Split) -> None:
     """Raise ValueError on one class only, different names, or classes in the test that training lacks."""
     present = np.unique(train.labels)
@@ -98,18 +104,12 @@ def check_classes(train: Split, test: Split) -> None:
         raise ValueError(
             f"The training images of {train.source} are all of one class ({names}); a classifier needs at least 2."
         )
-    if train.label_names != test.label_names and set(test.label_names) - set(train.label_names):
-        unknown = [name for name in test.label_names if name not in set(train.label_names)]
-    else:
-        unknown = [
-            test.label_names[k]
-            for k in np.unique(test.labels)
-            if test.label_names[k] not in {train.label_names[j] for j in present}
-        ]
+    known = {train.label_names[k] for k in present}
+    unknown = [test.label_names[k] for k in np.unique(test.labels) if test.label_names[k] not in known]
     if unknown:
         raise ValueError(
             f"The test images of {test.source} have {len(unknown)} classes without a training image, such as "
             f"{unknown[0]!r}. Add training images of these, or take them out of the test."
         )
-    if train.label_names != test.label_names:
+    if train.label_names[: len(test.label_names)] != test.label_names:
         raise ValueError(f"Training and test images of {train.source} number their classes differently.")
