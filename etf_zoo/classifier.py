@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .frames import best_frame, quick_code, random_frame, simplex_etf
+from .frames import best_frame, hierarchy_frame, quick_code, random_frame, simplex_etf
 from .frames.simplex import check_orientation, check_simplex_fits, check_sizes
 from .necks import LastDimBatchNorm, build_neck
 
@@ -23,14 +23,21 @@ __all__ = [
 ]
 
 FEATURE_NORMS = ("l2", "batch", "none")
-FRAMES = ("auto", "simplex", "random", "code")
+FRAMES = ("auto", "simplex", "random", "code", "hierarchy")
 CUSTOM = "custom"  # name of a frame that was given as a tensor
 MAX_LOGIT_SCALE = 100.0
 # Rows of the Gram matrix that solve_logit_scale looks at, so that 100,000 classes need no 100,000^2 matrix.
 _SCALE_ROWS = 1024
 
 
-def check_frame(frame: str | Tensor, num_classes: int, dim: int, *, orientation: str = "random") -> None:
+def check_frame(
+    frame: str | Tensor,
+    num_classes: int,
+    dim: int,
+    *,
+    orientation: str = "random",
+    hierarchy: Tensor | None = None,
+) -> None:
     """Raise the errors of `build_frame`, at no cost.
 
     Args:
@@ -38,11 +45,19 @@ def check_frame(frame: str | Tensor, num_classes: int, dim: int, *, orientation:
         num_classes: K.
         dim: Width of the features that meet the frame.
         orientation: See `build_frame`.
+        hierarchy: See `build_frame`.
 
     Raises:
         ValueError: On an unknown name, a frame that does not fit, or a tensor of wrong shape or without unit rows.
     """
     check_sizes(num_classes, dim)
+    if (hierarchy is not None) != (isinstance(frame, str) and frame == "hierarchy"):
+        raise ValueError(
+            "frame='hierarchy' and hierarchy=D, the distances between classes (K, K), go together: "
+            "D = etf_zoo.frames.Hierarchy.from_json(path).distances(class_names)."
+        )
+    if hierarchy is not None and hierarchy.shape != (num_classes, num_classes):
+        raise ValueError(f"hierarchy has shape {tuple(hierarchy.shape)} for {num_classes} classes.")
     if isinstance(frame, Tensor):
         if frame.shape != (num_classes, dim):
             raise ValueError(f"The frame has shape {tuple(frame.shape)}, the head needs ({num_classes}, {dim}).")
@@ -54,23 +69,33 @@ def check_frame(frame: str | Tensor, num_classes: int, dim: int, *, orientation:
         if frame == "simplex":
             check_simplex_fits(num_classes, dim)
         check_orientation(orientation, num_classes, dim)
-    elif frame in ("random", "code") and orientation != "random":
+    elif frame in ("random", "code", "hierarchy") and orientation != "random":
         raise ValueError(
             f"orientation={orientation!r} is for frame='auto' or 'simplex'; frame={frame!r} has no such form."
         )
 
 
 def build_frame(
-    frame: str | Tensor, num_classes: int, dim: int, *, orientation: str = "random", seed: int = 0
+    frame: str | Tensor,
+    num_classes: int,
+    dim: int,
+    *,
+    orientation: str = "random",
+    seed: int = 0,
+    hierarchy: Tensor | None = None,
+    gamma: float = 2.0,
 ) -> Tensor:
     """Frame by name, or a checked copy of the one given.
 
     Args:
-        frame: `"auto"`, `"simplex"`, `"random"`, `"code"`, or a tensor `(num_classes, dim)` with unit rows.
+        frame: `"auto"`, `"simplex"`, `"random"`, `"code"`, `"hierarchy"`, or a tensor `(num_classes, dim)` with unit
+            rows.
         num_classes: K.
         dim: Width of the features that meet the frame.
         orientation: See `simplex_etf`; only for `"auto"` and `"simplex"`.
         seed: Seed of the frame.
+        hierarchy: Distances between classes `(K, K)`; for `"hierarchy"` and only for it, see `hierarchy_frame`.
+        gamma: Of `hierarchy_frame`.
 
     Returns:
         Float32 `(num_classes, dim)`, unit rows.
@@ -78,7 +103,7 @@ def build_frame(
     Raises:
         ValueError: On an unknown name, a frame that does not fit, or a tensor of wrong shape or without unit rows.
     """
-    check_frame(frame, num_classes, dim, orientation=orientation)
+    check_frame(frame, num_classes, dim, orientation=orientation, hierarchy=hierarchy)
     if isinstance(frame, Tensor):
         return frame.detach().clone().float()
     if frame == CUSTOM:
@@ -92,6 +117,8 @@ def build_frame(
         return simplex_etf(num_classes, dim, orientation=orientation, seed=seed)
     if frame == "random":
         return random_frame(num_classes, dim, seed=seed)
+    if hierarchy is not None:
+        return hierarchy_frame(hierarchy, dim, gamma=gamma, seed=seed)
     return quick_code(num_classes, dim, seed=seed)
 
 
@@ -186,8 +213,9 @@ class FrameClassifier(nn.Module):
         in_features: Width of the features.
         num_classes: Number of classes K.
         frame: `"auto"` (the best known arrangement: the simplex ETF where it fits), `"simplex"`, `"random"` (the
-            control), `"code"`, or a tensor `(K, dim)` with unit rows. The attribute `frame` then reads `"custom"`,
-            which is accepted here on the meta device only, where a checkpoint will bring the frame.
+            control), `"code"`, `"hierarchy"` (2303.05689, with `hierarchy`), or a tensor `(K, dim)` with unit rows. The
+            attribute `frame` then reads `"custom"`, which is accepted here on the meta device only, where a checkpoint
+            will bring the frame.
         neck: None, `"mlp"`, `"residual"`, or a module whose output is `dim` wide (then pass the frame as a tensor
             or let its `out_features` say the width). See `etf_zoo.necks` for why none is linear.
         feature_norm: `"l2"` (unit features: logits are scaled cosines), `"batch"` (batch norm without affine part,
@@ -197,6 +225,8 @@ class FrameClassifier(nn.Module):
         orientation: `"random"` or `"blocks"`, see `simplex_etf`.
         seed: Seed of the frame.
         channels_first: Whether features are `(B, in_features, ...)`.
+        hierarchy: Distances between classes `(K, K)`, for `frame="hierarchy"`: `Hierarchy.distances`.
+        gamma: How fast the hierarchy frame's cosines fall with the distance, see `hierarchy_frame`.
         device: Where to put it. On the meta device nothing is computed.
 
     Raises:
@@ -218,6 +248,8 @@ class FrameClassifier(nn.Module):
         orientation: str = "random",
         seed: int = 0,
         channels_first: bool = False,
+        hierarchy: Tensor | None = None,
+        gamma: float = 2.0,
         device: torch.device | str | None = None,
     ):
         super().__init__()
@@ -239,10 +271,18 @@ class FrameClassifier(nn.Module):
         self.norm = LastDimBatchNorm(self.dim, affine=False, device=device) if feature_norm == "batch" else None
 
         if device.type == "meta":
-            check_frame(frame, num_classes, self.dim, orientation=orientation)
+            check_frame(frame, num_classes, self.dim, orientation=orientation, hierarchy=hierarchy)
             weight = torch.empty(num_classes, self.dim, dtype=torch.float32, device=device)
         else:
-            weight = build_frame(frame, num_classes, self.dim, orientation=orientation, seed=seed).to(device)
+            weight = build_frame(
+                frame,
+                num_classes,
+                self.dim,
+                orientation=orientation,
+                seed=seed,
+                hierarchy=hierarchy,
+                gamma=gamma,
+            ).to(device)
         self.register_buffer("weight", weight)
         scale = torch.tensor(self._initial_scale(logit_scale), dtype=torch.float32, device=device)
         if logit_scale == "learnable":

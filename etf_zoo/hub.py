@@ -102,9 +102,13 @@ def _head_args(model: nn.Module) -> dict[str, Any]:
     if not hasattr(model, "_frame_args"):
         return {}
     parameters = inspect.signature(FrameClassifier).parameters
-    args = {key: parameters[name].default for key, name in HEAD_ARGS.items()} | model._frame_args  # type: ignore[operator]
-    if isinstance(args["frame"], Tensor):
+    defaults = {key: parameters[name].default for key, name in HEAD_ARGS.items() if name in parameters}
+    args = defaults | model._frame_args  # type: ignore[operator]
+    hierarchy, _, moving = args.pop("hierarchy"), args.pop("gamma"), args.pop("moving", None)
+    if isinstance(args["frame"], Tensor) or hierarchy is not None:
         args["frame"] = CUSTOM
+    if moving:
+        args["moving"] = moving
     if isinstance(args["neck"], nn.Module):
         raise ValueError("A model with a neck of your own cannot be saved for others to build; use a named neck.")
     return {key: value for key, value in args.items() if value is not None}

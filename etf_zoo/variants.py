@@ -17,6 +17,8 @@ from timm.models._registry import get_pretrained_cfg
 from torch import Tensor, nn
 
 from .classifier import CUSTOM, FrameClassifier
+from .moving import MovingFrameClassifier
+from .whitening import whiten_last_norm
 
 __all__ = [
     "HEAD_ARGS",
@@ -38,6 +40,9 @@ HEAD_ARGS = {
     "logit_scale": "logit_scale",
     "orientation": "orientation",
     "frame_seed": "seed",
+    "hierarchy": "hierarchy",
+    "gamma": "gamma",
+    "moving": "moving",  # picks the class, see _head_for
 }
 # Encoders of timm whose pretrained cfg names a classifier that the module does not have.
 _NO_CLASSIFIER = ("gemma4_vit_167m_enc", "gemma4_vit_570m_enc", "mobilenetv5_300m_enc")
@@ -105,10 +110,10 @@ def _leaf(model: nn.Module, name: str) -> nn.Module | None:
 
 
 def _args_for(args: Mapping[str, Any], num_classes: int) -> Mapping[str, Any]:
-    """Head arguments at another number of classes: a frame given as a tensor serves its own, the others get `auto`."""
-    frame = args.get("frame")
-    if isinstance(frame, Tensor) and len(frame) != num_classes:
-        return {**args, "frame": "auto"}
+    """Head arguments at another number of classes: a frame of given classes serves its own, the others get `auto`."""
+    given = [value for key in ("frame", "hierarchy") if isinstance(value := args.get(key), Tensor)]
+    if any(len(matrix) != num_classes for matrix in given):
+        return {key: value for key, value in args.items() if key != "hierarchy"} | {"frame": "auto"}
     return args
 
 
@@ -134,16 +139,18 @@ def _head_for(
             f"Name the linear layer itself with classifier='...'."
         )
     device = leaf.weight.device
-    kwargs = {HEAD_ARGS[key]: value for key, value in args.items()}
+    kwargs = {HEAD_ARGS[key]: value for key, value in args.items() if key in HEAD_ARGS}
     if kwargs.get("neck") == "none":
         kwargs["neck"] = None
     if isinstance(kwargs.get("neck"), nn.Module):
         kwargs["neck"] = copy.deepcopy(kwargs["neck"])
-    head = FrameClassifier(
+    moving = kwargs.pop("moving", None)
+    head = (MovingFrameClassifier if moving else FrameClassifier)(
         in_features,
         num_classes,
         channels_first=channels_first,
         device=device if weights is None else "meta",  # with weights, compute no frame only to overwrite it
+        **(moving if isinstance(moving, Mapping) else {}),
         **kwargs,  # type: ignore[arg-type]
     )
     if weights is not None:
@@ -208,6 +215,9 @@ def attach_frame(
     logit_scale: float | str = "auto",
     orientation: str = "random",
     frame_seed: int = 0,
+    hierarchy: Tensor | None = None,
+    gamma: float = 2.0,
+    moving: bool | Mapping[str, Any] = False,
     classifier: str | Iterable[str] | None = None,
 ) -> nn.Module:
     """Put a fixed frame in the place of a model's classifier, in place.
@@ -225,6 +235,9 @@ def attach_frame(
         logit_scale: See `FrameClassifier`.
         orientation: See `FrameClassifier`.
         frame_seed: `seed` of `FrameClassifier`. Several heads (distilled models) share it, so their frames agree.
+        hierarchy: See `FrameClassifier`; like a frame given as a tensor, it serves its own number of classes.
+        gamma: See `FrameClassifier`.
+        moving: Whether the frame follows the class means (2411.01248), or the arguments of `MovingFrameClassifier`.
         classifier: Name(s) of the linear layer(s) to replace; for timm models known.
 
     Returns:
@@ -240,6 +253,9 @@ def attach_frame(
         "logit_scale": logit_scale,
         "orientation": orientation,
         "frame_seed": frame_seed,
+        "hierarchy": hierarchy,
+        "gamma": gamma,
+        "moving": moving,
     }
     is_timm = classifier is None and isinstance(getattr(model, "pretrained_cfg", None), dict)
     names = _names(model.pretrained_cfg.get("classifier") if is_timm else classifier)  # type: ignore[union-attr]
@@ -367,6 +383,7 @@ def _create_twin(
     num_classes = kwargs["num_classes"]
     same_classes = num_classes == cfg.num_classes
     head_args = {key: kwargs.pop(key) for key in HEAD_ARGS if key in kwargs}
+    whitening = kwargs.pop("whitening", False)
     if state_dict is not None and same_classes and num_classes > 0:
         _check_stored_head(name, own_args, saved_args)
 
@@ -379,7 +396,7 @@ def _create_twin(
         # count that always differs and no head at all, and check the keys ourselves.
         base_cfg.update(state_dict=backbone, num_classes=-1)
     model = model_entrypoint(base)(
-        pretrained=state_dict is not None,
+        pretrained=state_dict is not None and not whitening,
         pretrained_cfg=base_cfg,
         cache_dir=cache_dir,
         **({"features_only": True} if features_only else {}),
@@ -391,8 +408,12 @@ def _create_twin(
         return model
     model.pretrained_cfg["num_classes"] = cfg.num_classes
 
+    if whitening:
+        whiten_last_norm(model, **(whitening if isinstance(whitening, Mapping) else {}))
     if state_dict is not None:
         _check_backbone(model, backbone, names, same_classes)
+        if whitening:  # timm's loader ran before there was such a layer
+            model.load_state_dict(backbone, strict=False)
     if not same_classes and num_classes > 0:  # what the tag was trained with need not fit another number of classes
         if "frame" not in own_args and _same(head_args.get("frame"), CUSTOM):
             head_args["frame"] = "auto"
@@ -406,7 +427,8 @@ def _create_twin(
         heads = frame_heads(model).values()
         head_args["frame"] = next(iter(heads)).weight.clone() if heads else "auto"
     _become(model, _FrameModel)
-    model._frame_args, model._classifier_names = head_args, names
+    model._frame_args = {**head_args, "whitening": whitening} if whitening else head_args
+    model._classifier_names = names
     return model
 
 

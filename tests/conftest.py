@@ -12,6 +12,8 @@ import torch
 import etf_zoo  # noqa: F401  registers the twins
 from etf_zoo.hub import save_folder
 
+from .loopback_hub import LoopbackHub
+
 TINY = "mobilenetv3_small_050_etf"
 
 
@@ -30,3 +32,11 @@ def folder(tiny_model, tmp_path):
         pretrained_cfg={"input_size": (3, 32, 32), "license": "apache-2.0", "tag": "test"},
         label_names=list("abcde"),
     )
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A loopback Hub that huggingface_hub talks to, without a token and with an empty cache in `tmp_path / "home"`."""
+    with LoopbackHub() as server:
+        server.use(monkeypatch, tmp_path / "home")
+        yield server

@@ -223,7 +223,10 @@ def test_meta_device_computes_nothing(monkeypatch):
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"frame": "etf"}, r"Unknown frame 'etf'. Choose one of auto, simplex, random, code, or pass a tensor"),
+        (
+            {"frame": "etf"},
+            r"Unknown frame 'etf'. Choose one of auto, .*, hierarchy, or pass a tensor",
+        ),
         ({"frame": "simplex", "num_classes": 10}, "at least 9 dimensions, got 8.*frame='auto'"),
         ({"frame": torch.eye(4)}, r"frame has shape \(4, 4\), the head needs \(5, 8\)"),
         ({"frame": torch.ones(5, 8)}, "unit rows.*row norms from 2.828.*nearest_simplex_etf"),

@@ -15,7 +15,7 @@ from jsonargparse import auto_cli
 
 HEADS = ("frame", "random", "learned")
 
-__all__ = ["Data", "Augment", "Optim", "Recipe", "parse", "final_size", "save_recipe", "seconds", "size_at"]
+__all__ = ["Data", "Augment", "Optim", "Loss", "Recipe", "parse", "final_size", "save_recipe", "seconds", "size_at"]
 
 
 @dataclass
@@ -31,6 +31,8 @@ class Data:
         label_column: Column of integer labels.
         size: Side in pixels that images are stored at, resized and centre-cropped once.
         limit: Use only the first so many training images of a fixed shuffle; 0 for all.
+        long_tail: Thin the training classes out to an exponential long tail: size of the smallest class over the
+            largest, such as 0.01; 0 for none.
     """
 
     source: str = ""
@@ -40,6 +42,7 @@ class Data:
     label_column: str = "label"
     size: int = 64
     limit: int = 0
+    long_tail: float = 0.0
 
 
 @dataclass
@@ -81,6 +84,28 @@ class Optim:
 
 
 @dataclass
+class Loss:
+    """What is minimised.
+
+    Attributes:
+        name: `cross_entropy`, `dot_regression`, `hierarchy_cosine`, `separating_cone` or `squared`; all but the first
+            need a fixed frame. Where a loss has a logit scale of its own it is the head's, unless given.
+        args: Arguments of the loss, see `etf_zoo.losses`.
+        class_weights: Weigh each class in the cross-entropy by the inverse of its number of training images.
+        class_scaling: Dot regression's prototype lengths from the class counts of the training images.
+        variance_covariance: Weight of the variance-covariance penalty on the backbone's features; 0 for none.
+        penalty_args: Arguments of that penalty.
+    """
+
+    name: str = "cross_entropy"
+    args: dict[str, Any] = field(default_factory=dict)
+    class_weights: bool = False
+    class_scaling: bool = False
+    variance_covariance: float = 0.0
+    penalty_args: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
 class Recipe:
     """A training run.
 
@@ -89,11 +114,13 @@ class Recipe:
         model: Any timm name.
         head: `frame` (an `_etf` model as it is; any other gets a frame), `random` (the same with independent random
             directions: a control) or `learned` (a plain trained classifier on the same backbone: the control).
-        model_args: Keyword arguments for the model, such as `orientation`.
+        model_args: Keyword arguments for the model, such as `orientation` or `moving: true`. `frame: hierarchy` takes
+            its tree from the data's `hierarchy.json`.
         pretrained: Start from the tag's weights.
         data: The data.
         augment: Augmentation.
         optim: Optimiser and schedule.
+        loss: What is minimised.
         epochs: Passes over the training images.
         batch_size: Images per step, over all processes.
         sizes: Training size by epoch: a list of [first epoch, pixels].
@@ -120,6 +147,7 @@ class Recipe:
     data: Data = field(default_factory=Data)
     augment: Augment = field(default_factory=Augment)
     optim: Optim = field(default_factory=Optim)
+    loss: Loss = field(default_factory=Loss)
     epochs: int = 30
     batch_size: int = 256
     sizes: list[list[int]] = field(default_factory=lambda: [[0, 64]])
@@ -158,7 +186,7 @@ def final_size(recipe: Recipe) -> int:
 
 
 T = TypeVar("T")
-_FLAGS = ("--resume", "--pretrained", "--compare", "--class_weights")
+_FLAGS = ("--resume", "--pretrained", "--compare", "--loss.class_weights")
 
 
 def parse(kind: type[T], args: list[str] | None = None) -> T:

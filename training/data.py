@@ -16,9 +16,22 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from etf_zoo.frames import Hierarchy
+
 from .config import Augment, Data
 
-__all__ = ["Split", "load_split", "train_batches", "eval_batches", "augment", "normalise", "find_source", "MEAN", "STD"]
+__all__ = [
+    "Split",
+    "load_split",
+    "load_hierarchy",
+    "train_batches",
+    "eval_batches",
+    "augment",
+    "normalise",
+    "find_source",
+    "MEAN",
+    "STD",
+]
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # timm's ImageNet defaults, written into the model's cfg
 
@@ -35,9 +48,9 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def subset(self, indices: np.ndarray) -> Split:
-        """The images with these numbers."""
-        return Split(self.images[indices], self.labels[indices], self.label_names, self.source)
+    def subset(self, rows: np.ndarray) -> Split:
+        """Some of the images, in the order given; read into memory."""
+        return Split(self.images[rows], self.labels[rows], self.label_names, self.source)
 
 
 def find_source(source: str) -> str:
@@ -92,6 +105,18 @@ def load_split(data: Data, split: str) -> Split:
     if not (folder / "meta.json").is_file():
         _store(rows, data, folder)
     return Split(np.load(folder / "images.npy", mmap_mode="r"), labels, list(names), source)
+
+
+def load_hierarchy(data: Data, label_names: list[str]) -> Tensor:
+    """Distances `(K, K)` between classes by the `hierarchy.json` ({child: parent}) in the data's folder.
+
+    Raises:
+        ValueError: If there is none, or it does not hold the classes.
+    """
+    file = Path(find_source(data.source)) / "hierarchy.json"
+    if not file.is_file():
+        raise ValueError(f"A hierarchy frame needs {file}: a JSON object {{child: parent}} over the label names.")
+    return Hierarchy.from_json(file).distances(label_names)
 
 
 def _store(rows, data: Data, folder: Path) -> None:

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 import torch
 from accelerate import Accelerator
@@ -18,40 +19,62 @@ from accelerate.utils import set_seed
 from timm.optim import create_optimizer_v2
 from timm.scheduler.cosine_lr import CosineLRScheduler
 from torch import Tensor, nn
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from etf_zoo import attach_frame, frame_heads
 from etf_zoo.evaluation import measure
+from etf_zoo.necks import build_neck
 from etf_zoo.variants import HEAD_ARGS, base_name, split_head
+from etf_zoo.whitening import whiten_last_norm
 
 from .config import Recipe, final_size, save_recipe, seconds, size_at
-from .data import Split, eval_batches, load_split, train_batches
-from .models import find_model
+from .data import Split, eval_batches, load_hierarchy, load_split, train_batches
+from .longtail import long_tail_indices
+from .models import Source, find_model
+from .objective import Objective
 
 __all__ = ["Run", "make_model"]
 
 STATE = "state.json"
 
 
-def make_model(recipe: Recipe, num_classes: int) -> nn.Module:
-    """The recipe's model and head; the seed gives a twin and its controls the same backbone."""
+def make_model(recipe: Recipe, num_classes: int, hierarchy: Tensor | None = None) -> nn.Module:
+    """The recipe's model and head; the seed gives a twin and its controls the same backbone.
+
+    Args:
+        recipe: The recipe.
+        num_classes: Number of classes K.
+        hierarchy: Distances between the classes `(K, K)`, for `frame: hierarchy`.
+    """
     set_seed(recipe.seed)
     source = find_model(recipe.model, recipe.pretrained)
     args: dict[str, Any] = {"pretrained": recipe.pretrained, "num_classes": num_classes, **recipe.model_args}
+    if args.get("frame") == "hierarchy":
+        args["hierarchy"] = hierarchy
     if recipe.head == "random":
-        args = {**{k: v for k, v in args.items() if k != "orientation"}, "frame": "random"}
+        args = {**{k: v for k, v in args.items() if k not in ("orientation", "hierarchy", "gamma")}, "frame": "random"}
     if recipe.head != "learned":
         if source.is_twin:
             return timm.create_model(source.name, **args)
         head_args = {key: args.pop(key) for key in HEAD_ARGS if key in args}
         return attach_frame(timm.create_model(source.name, **args), **head_args)
+    neck, whitening = args.get("neck"), args.pop("whitening", False)
     args = {key: value for key, value in args.items() if key not in HEAD_ARGS}
+    plain = _plain_model(source, recipe.pretrained, args)
+    if whitening:
+        whiten_last_norm(plain, **(whitening if isinstance(whitening, dict) else {}))
+    if neck:
+        _put_neck(plain, neck)
+    return plain
+
+
+def _plain_model(source: Source, pretrained: bool, args: dict[str, Any]) -> nn.Module:
+    """The backbone with timm's own learned classifier."""
     if not source.is_twin:
         return timm.create_model(source.name, **args)
     base = base_name(source.architecture)
     plain: Any = timm.create_model(base, **{**args, "pretrained": False})
-    if recipe.pretrained:
+    if pretrained:
         twin: Any = timm.create_model(source.name, **args)
         names = list(frame_heads(twin))
         missing, unexpected = plain.load_state_dict(split_head(twin.state_dict(), names)[0], strict=False)
@@ -61,18 +84,33 @@ def make_model(recipe: Recipe, num_classes: int) -> nn.Module:
     return plain
 
 
+def _put_neck(model: nn.Module, neck: str) -> None:
+    """Put a neck in front of a learned linear classifier, in place: the control of a frame behind the same neck."""
+    name = model.pretrained_cfg.get("classifier")  # type: ignore[union-attr]
+    leaf = model.get_submodule(name) if isinstance(name, str) else None
+    if not isinstance(leaf, nn.Linear):
+        raise ValueError(f"A learned head behind a neck needs a model with one linear classifier, not {name}.")
+    module, width = build_neck(neck, leaf.in_features, leaf.out_features)
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, nn.Sequential(module, nn.Linear(width, leaf.out_features)))
+
+
 class Run:
     """A training run in a folder: `checkpoint/`, `metrics.jsonl`, `recipe.yaml`.
 
     Args:
         recipe: What to do.
-        train: Training images; loaded by the recipe if not given.
+        train: Training images, all of which are used; loaded, and thinned to a long tail, by the recipe if not given.
         val: Images to report on; likewise.
-        model: The model to train; made by the recipe if not given. What has no `requires_grad` stays as it is.
+        model: The model, on the CPU; made by the recipe if not given. What has no `requires_grad` stays as it is.
     """
 
     def __init__(
-        self, recipe: Recipe, train: Split | None = None, val: Split | None = None, model: nn.Module | None = None
+        self,
+        recipe: Recipe,
+        train: Split | None = None,
+        val: Split | None = None,
+        model: nn.Module | None = None,
     ):
         self.began = time.monotonic()
         self.recipe = recipe
@@ -81,6 +119,9 @@ class Run:
         with self.accelerator.main_process_first():  # one process decodes, the others find the array
             self.train_split = train or load_split(recipe.data, recipe.data.train_split)
             self.val_split = val or load_split(recipe.data, recipe.data.val_split)
+        if recipe.data.long_tail and train is None:
+            kept = long_tail_indices(self.train_split.labels, recipe.data.long_tail, recipe.seed)
+            self.train_split = self.train_split.subset(kept)
         self.train_images = min(len(self.train_split), recipe.data.limit or len(self.train_split))
         self.steps_per_epoch = self.train_images // recipe.batch_size
         if not self.steps_per_epoch:
@@ -90,7 +131,10 @@ class Run:
                 f"batch_size {recipe.batch_size} does not divide by {self.accelerator.num_processes} processes."
             )
 
-        model = model or make_model(recipe, len(self.train_split.label_names))
+        if model is None:
+            names = self.train_split.label_names
+            tree = load_hierarchy(recipe.data, names) if recipe.model_args.get("frame") == "hierarchy" else None
+            model = make_model(recipe, len(names), tree)
         if recipe.channels_last:
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         # DDP would send these buffers to every process at every step; they never change
@@ -106,6 +150,8 @@ class Run:
             **extra,  # type: ignore
         )
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        counts = np.bincount(self.train_split.labels, minlength=len(self.train_split.label_names)).tolist()
+        self.objective = Objective(recipe.loss, self.plain_model(), counts, recipe.label_smoothing)
         self.schedule = CosineLRScheduler(
             self.optimizer,
             t_initial=recipe.epochs * self.steps_per_epoch,
@@ -248,9 +294,7 @@ class Run:
         if self.recipe.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         with self.accelerator.autocast():
-            logits = self.model(images)
-        logits = logits.float()
-        loss = F.cross_entropy(logits, labels, label_smoothing=self.recipe.label_smoothing)
+            logits, loss = self.objective(self.model, images, labels)
         if not torch.isfinite(loss):
             raise FloatingPointError(
                 f"The loss is {loss.item()} at step {self.step}; the last checkpoint in {self.folder} is intact. "
@@ -261,6 +305,7 @@ class Run:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.optim.clip_grad)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self.objective.after_step()
         self.step += 1
         correct = (logits.detach().argmax(dim=1) == labels).sum()
         count = torch.tensor(len(labels), device=loss.device)

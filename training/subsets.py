@@ -69,7 +69,7 @@ def few_shot_indices(labels, shots: int, seed: int, names: list[str]) -> np.ndar
 
 
 def split_training(
-    split: Split, *, holdout: float = 0.0, shots: int = 0, imbalance: float = 0.0, seed: int = 0
+    split: Split, *, holdout: float = 0.0, shots: int = 0, long_tail: float = 0.0, seed: int = 0
 ) -> tuple[Split, Split | None]:
     """Training images to fit on, and to watch.
 
@@ -77,22 +77,22 @@ def split_training(
         split: All training images.
         holdout: Share of each class to watch; 0 for none. Taken first: few-shot training sees `shots` others.
         shots: Then so many images of each class; 0 for all.
-        imbalance: Or an exponential long tail, see `long_tail_indices`; 0 for none.
+        long_tail: Or an exponential long tail, see `long_tail_indices`; 0 for none.
         seed: Seed of all choices.
 
     Raises:
-        ValueError: See the other functions here; on both shots and imbalance.
+        ValueError: See the other functions here; on both shots and long_tail.
     """
-    if shots and imbalance:
-        raise ValueError("shots and imbalance are two ways to choose training images: set one.")
+    if shots and long_tail:
+        raise ValueError("shots and data.long_tail are two ways to choose training images: set one.")
     held = None
     if holdout:
         kept, watched = holdout_indices(split.labels, holdout, seed)
         split, held = split.subset(kept), split.subset(watched)
     if shots:
         split = split.subset(few_shot_indices(split.labels, shots, seed, split.label_names))
-    if imbalance:
-        split = split.subset(long_tail_indices(split.labels, imbalance, seed))
+    if long_tail:
+        split = split.subset(long_tail_indices(split.labels, long_tail, seed))
     return split, held
 
 

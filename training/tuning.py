@@ -48,8 +48,6 @@ class Finetune(Recipe):
         patience: Stop after so many epochs without a better accuracy on the held-out images, and keep the best; 0 for
             never.
         shots: Train on so many images of each class; 0 for all.
-        imbalance: Train on an exponential long tail, smallest class over largest; 0 for all images.
-        class_weights: Weigh each class in the loss by the inverse of its frequency.
         strength: scikit-learn's C of the linear probe; 0 to choose it by cross-validation.
         sizes: As in pretraining; by default the size that the model was trained at.
         compare: Also run, with the same budget, order and seed, two references: the same model from random weights, and
@@ -67,8 +65,6 @@ class Finetune(Recipe):
     holdout: float = 0.1
     patience: int = 0
     shots: int = 0
-    imbalance: float = 0.0
-    class_weights: bool = False
     strength: float = 0.0
     sizes: list[list[int]] = dataclasses.field(default_factory=list)
     epochs: int = 20
@@ -196,7 +192,7 @@ def fine_tune(settings: Finetune, train: Split, test: Split) -> Tuned | None:
         train,
         holdout=0 if is_probe else settings.holdout,
         shots=settings.shots,
-        imbalance=settings.imbalance,
+        long_tail=settings.data.long_tail,
         seed=settings.seed,
     )
     settings = dataclasses.replace(settings, batch_size=min(settings.batch_size, len(fitted_on)))

@@ -1,0 +1,219 @@
+"""Heads side by side under one budget: `accelerate launch training/comparison.py --config training/recipes/NAME.yaml`.
+
+Each cell (variant, labels, seed) is one training run. Cells are run in the order of the file; several processes of this
+script share them, each taking the next one that no other holds, and a rerun goes on where the last one stopped. Every
+finished cell is one JSON file in `results`, from which the table is written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script from a clone
+
+import numpy as np
+import torch
+import yaml
+from sklearn.linear_model import LogisticRegression
+from torch import nn
+
+from etf_zoo.evaluation import measure
+from training.config import Data, Recipe, final_size, parse
+from training.data import Split, eval_batches, find_source, load_hierarchy, load_split
+from training.engine import Run, make_model
+from training.longtail import long_tail_indices
+
+
+@dataclass
+class Comparison:
+    """What to compare.
+
+    Attributes:
+        results: Folder for the raw figures and the table.
+        base: The recipe all share.
+        stem: `timm` for the model's own first layers, `3x3` for a stride-2 3x3 convolution in the place of its 7x7 one,
+            as small images want it.
+        variants: Name -> what it changes in the recipe.
+        passes: What to run, in order: `labels` (a label column), `seed`, and `only` (variants; all by default).
+        probe_labels: After training on other labels than these, a linear probe of the frozen features for these.
+        probe_strength: Inverse strength of the probe's L2 penalty, on standardised features.
+        table_only: Write the table from what is there, run nothing.
+    """
+
+    results: str = ""
+    base: Recipe = field(default_factory=Recipe)
+    stem: str = "timm"
+    variants: dict[str, dict[str, Any]] = field(default_factory=dict)
+    passes: list[dict[str, Any]] = field(default_factory=list)
+    probe_labels: str = ""
+    probe_strength: float = 0.01
+    table_only: bool = False
+
+
+@dataclass
+class Cell:
+    """One training run of the comparison."""
+
+    variant: str
+    labels: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.variant.replace(' ', '_').replace('+', 'and').replace(',', '')}-{self.labels}-{self.seed}"
+
+
+def cells(settings: Comparison) -> list[Cell]:
+    """All cells, in the order to run them."""
+    found = []
+    for entry in settings.passes:
+        unknown = set(entry.get("only", [])) - settings.variants.keys()
+        if unknown:
+            raise ValueError(f"passes name variants that there are not: {', '.join(sorted(unknown))}.")
+        names = [name for name in settings.variants if name in entry.get("only", settings.variants)]
+        found += [Cell(name, entry["labels"], entry["seed"]) for name in names]
+    return found
+
+
+def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """A nested dictionary with some of its entries changed."""
+    out = dict(base)
+    for key, value in changes.items():
+        both = isinstance(value, dict) and isinstance(base.get(key), dict)
+        out[key] = merged(base[key], value) if both else value
+    return out
+
+
+def recipe_of(settings: Comparison, cell: Cell) -> Recipe:
+    """The recipe of a cell."""
+    entries = merged(dataclasses.asdict(settings.base), settings.variants[cell.variant])
+    entries["seed"], entries["data"]["label_column"] = cell.seed, cell.labels
+    entries["output"] = str(Path(settings.base.output) / cell.name)
+    entries["resume"] = (Path(entries["output"]) / "checkpoint").exists()
+    file = Path(settings.base.output) / f"{cell.name}.yaml"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(yaml.safe_dump(entries, sort_keys=False))
+    return parse(Recipe, ["--config", str(file)])
+
+
+def small_stem(model: nn.Module) -> None:
+    """Replace a ResNet's 7x7 stride-2 convolution by a 3x3 one, in place."""
+    old = getattr(model, "conv1", None)
+    if not isinstance(old, nn.Conv2d):
+        raise ValueError(f"stem 3x3 replaces a convolution called conv1, which {type(model).__name__} has not.")
+    model.conv1 = nn.Conv2d(old.in_channels, old.out_channels, 3, stride=2, padding=1, bias=False)
+    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+
+
+def run_cell(settings: Comparison, cell: Cell) -> dict[str, Any]:
+    """Train one cell and measure it."""
+    recipe = recipe_of(settings, cell)
+    train, val = (load_split(recipe.data, split) for split in (recipe.data.train_split, recipe.data.val_split))
+    if recipe.data.long_tail:
+        train = train.subset(long_tail_indices(train.labels, recipe.data.long_tail, recipe.seed))
+    tree = _tree(recipe.data, val)
+    model = make_model(recipe, len(train.label_names), tree)
+    if settings.stem == "3x3":
+        small_stem(model)
+    run = Run(recipe, train, val, model)
+    run.fit()
+    batches = eval_batches(val, size=final_size(recipe), batch_size=256, device=run.accelerator.device)
+    figures = measure(run.plain_model(), batches, distances=tree, processes=run.accelerator).figures
+    del figures["images_per_second"]
+    if settings.probe_labels and settings.probe_labels != cell.labels:
+        figures["probe_top1"] = probe(
+            run, dataclasses.replace(recipe.data, label_column=settings.probe_labels), settings
+        )
+    return {**dataclasses.asdict(cell), "results": figures, "training": run.summary()}
+
+
+def _tree(data: Data, split: Split) -> torch.Tensor | None:
+    """Distances between the classes; None where the data's tree has not these classes as leaves."""
+    if not (Path(find_source(data.source)) / "hierarchy.json").is_file():
+        return None
+    try:
+        return load_hierarchy(data, split.label_names)
+    except ValueError:  # coarse classes are inner nodes
+        return None
+
+
+@torch.inference_mode()
+def _features(run: Run, split: Split, rows: np.ndarray) -> np.ndarray:
+    """Features of the backbone, before any neck."""
+    model: Any = run.plain_model().eval()
+    part = split.subset(rows)
+    batches = eval_batches(part, size=final_size(run.recipe), batch_size=256, device=run.accelerator.device)
+    return torch.cat(
+        [model.forward_head(model.forward_features(x), pre_logits=True).float().cpu() for x, _ in batches]
+    ).numpy()
+
+
+def probe(run: Run, data: Data, settings: Comparison) -> float:
+    """Top-1 (%) of a logistic regression on the frozen features of the images that the run was trained on."""
+    train, val = load_split(data, data.train_split), load_split(data, data.val_split)
+    rows = np.random.default_rng([run.recipe.seed, 0]).permutation(len(train))[: data.limit or None]
+    x, y = _features(run, train, rows), train.labels[rows]
+    mean, std = x.mean(axis=0), x.std(axis=0) + 1e-6
+    fitted = LogisticRegression(C=settings.probe_strength, max_iter=300, tol=1e-3).fit((x - mean) / std, y)
+    test = _features(run, val, np.arange(len(val)))
+    return 100 * float(fitted.score((test - mean) / std, val.labels))
+
+
+def write_table(settings: Comparison) -> None:
+    """`table.md`: for each variant mean and all seeds' figures, from the files of the finished cells."""
+    done = [json.loads(file.read_text()) for file in sorted(Path(settings.results).glob("cells/*.json"))]
+    columns = {
+        "top-1": "top1",
+        "NC1 (quotient)": "nc1_quotient",
+        "NC1 (CDNV)": "nc1_cdnv",
+        "severity": "severity",
+        "hier. dist@5": "hier_dist@5",
+        "probe": "probe_top1",
+    }
+    lines = []
+    for labels in dict.fromkeys(entry["labels"] for entry in settings.passes):
+        some = [cell for cell in done if cell["labels"] == labels]
+        shown = {k: v for k, v in columns.items() if any(v in cell["results"] for cell in some)}
+        lines += [f"Trained on `{labels}`:", "", f"| variant | seeds | {' | '.join(shown)} |"]
+        lines += ["|---|---|" + "---|" * len(shown)]
+        for name in settings.variants:
+            mine = [cell["results"] for cell in some if cell["variant"] == name]
+            if mine:
+                values = [" / ".join(f"{r[key]:.2f}" for r in mine if key in r) for key in shown.values()]
+                lines.append(f"| {name} | {len(mine)} | {' | '.join(values)} |")
+        left = [name for name in settings.variants if name not in {cell["variant"] for cell in some}]
+        lines += ["", f"Not run: {', '.join(left)}." if left else "", ""]
+    (Path(settings.results) / "table.md").write_text("\n".join(lines))
+
+
+def main() -> None:
+    settings = parse(Comparison)
+    folder = Path(settings.results) / "cells"
+    folder.mkdir(parents=True, exist_ok=True)
+    locks = Path(settings.base.output)
+    locks.mkdir(parents=True, exist_ok=True)
+    for cell in [] if settings.table_only else cells(settings):
+        file = folder / f"{cell.name}.json"
+        with open(locks / f"{cell.name}.lock", "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # falls with the process, whatever ends it
+            except BlockingIOError:
+                continue
+            if file.is_file():
+                continue
+            print(cell.name, flush=True)
+            new = file.with_suffix(".new")
+            new.write_text(json.dumps(run_cell(settings, cell), indent=1) + "\n")
+            os.replace(new, file)
+    write_table(settings)
+
+
+if __name__ == "__main__":
+    main()
