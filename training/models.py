@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,13 @@ class Source:
         name: For `timm.create_model`.
         architecture: timm's name of the architecture, without a tag.
         input_size: Side in pixels that its weights were trained for, or its architecture is meant for.
+        weights_digest: Of a folder's weights file, so that features of other weights under its name are not mixed up.
     """
 
     name: str
     architecture: str
     input_size: int
+    weights_digest: str = ""
 
     @property
     def is_twin(self) -> bool:
@@ -53,7 +56,8 @@ def find_model(model: str, pretrained: bool = True) -> Source:
         if found is None:
             raise ValueError(f"{folder} holds no model: neither it nor its folder model/ has a {CONFIG_NAME}.")
         cfg, architecture, args = load_model_config_from_path(found)
-        return Source(f"local-dir:{found}", args.get("base", architecture), cfg["input_size"][-1])
+        digest = json.loads((found / CONFIG_NAME).read_text(encoding="utf-8")).get("weights_sha256", "")
+        return Source(f"local-dir:{found}", args.get("base", architecture), cfg["input_size"][-1], digest)
     if model.startswith("hf-hub:"):
         cfg, architecture, args = load_model_config_from_hf(model.removeprefix("hf-hub:"))
         return Source(model, args.get("base", architecture), cfg["input_size"][-1])
