@@ -150,7 +150,7 @@ def _forwarded(
             features, logits = (forward or _timm_forward)(model, images)
         _wait(device)
         seconds = time.perf_counter() - began
-        if features.ndim > 2 and features[0].numel() == features.shape[1]:  # (B, d, 1, 1)
+        if features.ndim > 2 and features.shape[1:].numel() == features.shape[1]:  # (B, d, 1, 1)
             features = features.flatten(1)
         if features.ndim != 2 or logits.ndim != 2 or len(features) != len(labels) or len(logits) != len(labels):
             raise ValueError(
@@ -287,8 +287,13 @@ def _head(model: nn.Module) -> tuple[Tensor | None, Tensor | None, FrameClassifi
         return (frames[0].weight, None, frames[0]) if len(frames) == 1 else (None, None, None)
     layer = model.get_classifier() if hasattr(model, "get_classifier") else None  # type: ignore[operator]
     if isinstance(layer, nn.Linear | nn.Conv2d) and layer.weight.flatten(1).shape[1] == layer.weight.shape[1]:
-        return layer.weight.flatten(1), layer.bias, None
+        return _whole(layer.weight).flatten(1), None if layer.bias is None else _whole(layer.bias), None
     return None, None, None
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """A parameter in one piece; a sharded one (FSDP) is gathered, by all processes."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[operator]
 
 
 # ------------------------------------------------------------------------------------------------------------ table

@@ -104,11 +104,14 @@ def _head_args(model: nn.Module) -> dict[str, Any]:
     parameters = inspect.signature(FrameClassifier).parameters
     defaults = {key: parameters[name].default for key, name in HEAD_ARGS.items() if name in parameters}
     args = defaults | model._frame_args  # type: ignore[operator]
-    hierarchy, _, moving = args.pop("hierarchy"), args.pop("gamma"), args.pop("moving", None)
-    if isinstance(args["frame"], Tensor) or hierarchy is not None:
+    if args["hierarchy"] is None:
+        del args["hierarchy"], args["gamma"]
+    elif args["frame"] == "hierarchy":
+        args.update(frame=CUSTOM, hierarchy=None)
+    if isinstance(args["frame"], Tensor):
         args["frame"] = CUSTOM
-    if moving:
-        args["moving"] = moving
+    if not args.get("moving"):
+        args.pop("moving", None)
     if isinstance(args["neck"], nn.Module):
         raise ValueError("A model with a neck of your own cannot be saved for others to build; use a named neck.")
-    return {key: value for key, value in args.items() if value is not None}
+    return {key: value for key, value in args.items() if value is not None or key == "hierarchy"}

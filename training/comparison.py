@@ -25,9 +25,11 @@ from sklearn.linear_model import LogisticRegression
 from torch import nn
 
 from etf_zoo.evaluation import measure
+from training import checkpoint
 from training.config import Data, Recipe, final_size, parse
 from training.data import Split, eval_batches, find_source, load_hierarchy, load_split
-from training.engine import Run, make_model
+from training.engine import CHECKPOINTS, Run, make_model
+from training.launching import run_script
 from training.longtail import long_tail_indices
 
 
@@ -96,7 +98,7 @@ def recipe_of(settings: Comparison, cell: Cell) -> Recipe:
     entries = merged(dataclasses.asdict(settings.base), settings.variants[cell.variant])
     entries["seed"], entries["data"]["label_column"] = cell.seed, cell.labels
     entries["output"] = str(Path(settings.base.output) / cell.name)
-    entries["resume"] = (Path(entries["output"]) / "checkpoint").exists()
+    entries["resume"] = checkpoint.exists(Path(entries["output"]) / CHECKPOINTS)
     file = Path(settings.base.output) / f"{cell.name}.yaml"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(yaml.safe_dump(entries, sort_keys=False))
@@ -216,4 +218,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

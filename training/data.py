@@ -1,13 +1,8 @@
-"""Images in memory: a split decoded once to a uint8 array on disk, and augmentation of whole batches on the device."""
+"""Splits by recipe, and their batches: resident images here, all others by `training/loader.py`."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,93 +13,60 @@ from torch.nn import functional as F
 
 from etf_zoo.frames import Hierarchy
 
+from . import loader
+from .augment import MEAN, STD, augment, erase, mix, normalise
 from .config import Augment, Data
+from .readers import find_source
+from .resident import Split, cache, read_prepared
+from .sources import Rows, Stream, choose_split, open_rows, open_stream
 
 __all__ = [
-    "Split",
-    "load_split",
-    "load_hierarchy",
-    "train_batches",
-    "eval_batches",
-    "augment",
-    "normalise",
-    "find_source",
     "MEAN",
     "STD",
+    "Rows",
+    "Split",
+    "Stream",
+    "augment",
+    "batch_generator",
+    "eval_batches",
+    "find_source",
+    "load_hierarchy",
+    "load_split",
+    "mix",
+    "normalise",
+    "train_batches",
 ]
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # timm's ImageNet defaults, written into the model's cfg
+RESIDENT_SIZE = 128  # what `resident: auto` takes for small
 
 
-@dataclass
-class Split:
-    """Images `(N, H, W, 3)` uint8, labels `(N,)` int64, the names of the classes, and where they came from."""
-
-    images: np.ndarray
-    labels: np.ndarray
-    label_names: list[str]
-    source: str
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def subset(self, rows: np.ndarray) -> Split:
-        """Some of the images, in the order given; read into memory."""
-        return Split(self.images[rows], self.labels[rows], self.label_names, self.source)
-
-
-def find_source(source: str) -> str:
-    """Folder for a data source: a path as it is, a name below $ETF_ZOO_DATA, else the text itself (a Hub name)."""
-    root = os.environ.get("ETF_ZOO_DATA")
-    if not Path(source).exists() and root and (Path(root) / source).exists():
-        return str(Path(root) / source)
-    return source
-
-
-def load_split(data: Data, split: str) -> Split:
-    """One split, decoded once and kept as a memory map in $ETF_ZOO_CACHE (default ~/.cache/etf_zoo).
+def load_split(data: Data, split: str) -> Split | Rows | Stream:
+    """One split of a data set: an array (see `training/resident.py`), encoded rows, or a stream.
 
     Args:
         data: Where the images are.
         split: Name of the split.
 
     Raises:
-        ValueError: On a missing data set, split or column, or labels that are not class numbers.
+        ValueError: On a missing data set, split or column, labels that make no classes, or too many broken images.
+        OSError: If the disk is full.
     """
     if not data.source:
         raise ValueError("No data: give --data.source a folder, a Hub name or digits.")
     if data.source == "digits":
         return _digits(data.size, split)
-    # datasets is imported late: digits and prepared arrays need none of it
-    import datasets
-    from datasets.exceptions import DatasetNotFoundError
+    if prepared := prepared_splits(data.source):
+        return read_prepared(prepared[choose_split(list(prepared), split, data.source)], data)
+    if data.streaming:
+        return open_stream(data, split)
+    resident = data.size <= RESIDENT_SIZE if data.resident == "auto" else data.resident
+    rows = open_rows(data, split, resident=resident)
+    return cache(rows, data.size) if resident else rows
 
-    source = find_source(data.source)
-    try:
-        rows = datasets.load_dataset(source, split=split)
-    except (FileNotFoundError, DatasetNotFoundError, ConnectionError, ValueError) as error:
-        raise ValueError(
-            f"Cannot load split {split!r} of {source!r}: {error}. Give a folder or a Hub name; a bare name is looked "
-            f"up in $ETF_ZOO_DATA ({os.environ.get('ETF_ZOO_DATA', 'not set')})."
-        ) from error
-    for column in (data.image_column, data.label_column):
-        if column not in rows.column_names:
-            raise ValueError(
-                f"{source} has no column {column!r} but {', '.join(rows.column_names)}. "
-                f"Set --data.image_column and --data.label_column."
-            )
-    names = getattr(rows.features[data.label_column], "names", None)
-    labels = np.asarray(rows[data.label_column], dtype=np.int64)
-    if names is None:
-        names = [str(i) for i in range(labels.max() + 1)]
-    rows = rows.select_columns([data.image_column]).cast_column(data.image_column, datasets.Image(mode="RGB"))
-    key = hashlib.sha256(f"{rows._fingerprint} {data.size}".encode()).hexdigest()[:16]
-    folder = (
-        Path(os.environ.get("ETF_ZOO_CACHE", Path.home() / ".cache" / "etf_zoo")) / f"{Path(source).name}-{split}-{key}"
-    )
-    if not (folder / "meta.json").is_file():
-        _store(rows, data, folder)
-    return Split(np.load(folder / "images.npy", mmap_mode="r"), labels, list(names), source)
+
+def prepared_splits(source: str) -> dict[str, Path]:
+    """Splits that `training/prepare.py` left in a folder, by name."""
+    return {file.parent.name: file.parent for file in sorted(Path(find_source(source)).glob("*/images.npy"))}
 
 
 def load_hierarchy(data: Data, label_names: list[str]) -> Tensor:
@@ -117,35 +79,6 @@ def load_hierarchy(data: Data, label_names: list[str]) -> Tensor:
     if not file.is_file():
         raise ValueError(f"A hierarchy frame needs {file}: a JSON object {{child: parent}} over the label names.")
     return Hierarchy.from_json(file).distances(label_names)
-
-
-def _store(rows, data: Data, folder: Path) -> None:
-    """Decode into a folder beside the final one and rename it: another process sees all of it or nothing."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-        shape = (len(rows), data.size, data.size, 3)
-        images = np.lib.format.open_memmap(Path(temporary) / "images.npy", mode="w+", dtype=np.uint8, shape=shape)
-        for i, row in enumerate(rows):
-            images[i] = _square(row[data.image_column], data.size)
-        images.flush()
-        (Path(temporary) / "meta.json").write_text(json.dumps({"shape": shape}))
-        try:
-            os.rename(temporary, folder)
-        except OSError:  # another process was first
-            if not (folder / "meta.json").is_file():
-                raise
-        else:
-            os.mkdir(temporary)  # for the context manager to remove
-
-
-def _square(image: Image.Image, size: int) -> np.ndarray:
-    """Short side to `size`, then the centre."""
-    if image.size != (size, size):
-        scale = size / min(image.size)
-        image = image.resize([max(size, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC)
-        left, top = (image.width - size) // 2, (image.height - size) // 2
-        image = image.crop((left, top, left + size, top + size))
-    return np.asarray(image)
 
 
 def _digits(size: int, split: str) -> Split:
@@ -162,21 +95,27 @@ def _digits(size: int, split: str) -> Split:
     images = [
         np.asarray(Image.fromarray(g).resize((size, size), Image.Resampling.BICUBIC).convert("RGB")) for g in grey
     ]
-    return Split(np.stack(images), labels[keep].astype(np.int64), [str(i) for i in range(10)], "scikit-learn digits")
+    names = [str(i) for i in range(10)]
+    return Split(np.stack(images), labels[keep].astype(np.int64), names, "scikit-learn digits", split)
 
 
 # --------------------------------------------------------------------------------------------------------- batches
 
 
-def _take(split: Split, rows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
-    order = np.argsort(rows)  # a memory map reads forward faster than back and forth
-    images = np.empty((len(rows), *split.images.shape[1:]), np.uint8)
-    images[order] = split.images[rows[order]]
-    return torch.from_numpy(images).to(device).permute(0, 3, 1, 2), torch.from_numpy(split.labels[rows]).to(device)
+def batch_generator(seed: int, epoch: int, step: int, stream: int = 2) -> torch.Generator:
+    """Randomness of one batch, on the CPU so that every device draws the same.
+
+    Args:
+        seed: Of the run.
+        epoch: Number of the epoch.
+        step: Of the epoch.
+        stream: Tells different uses within a step apart.
+    """
+    return torch.Generator().manual_seed(int(np.random.default_rng([seed, stream, epoch, step]).integers(2**62)))
 
 
 def train_batches(
-    split: Split,
+    split: Split | Rows | Stream,
     settings: Augment,
     *,
     size: int,
@@ -189,10 +128,12 @@ def train_batches(
     limit: int = 0,
     device: torch.device | str = "cpu",
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Augmented, normalised batches of one epoch, from step `start` on.
+    """Augmented, normalised batches of one epoch, from step `start` on; `mix` is left to the caller.
 
-    Order and augmentation depend on (seed, epoch, step, rank) alone, so a resumed run sees what it would have seen.
-    The last, short batch is left out.
+    Order and augmentation depend on (seed, epoch, step) and the place in the batch alone: a resumed run sees what it
+    would have seen, and several processes see together what one would. (Streams: only the former, see
+    `loader.stream_batches`.) The last, short batch is left out. Unreadable images that are not resident make a batch
+    shorter.
 
     Args:
         split: The images.
@@ -211,62 +152,65 @@ def train_batches(
         Images `(B, 3, size, size)` float32, labels `(B,)`.
     """
     device = torch.device(device)
-    rows = np.random.default_rng([seed, 0]).permutation(len(split))[: limit or None]
-    rows = rows[np.random.default_rng([seed, 1, epoch]).permutation(len(rows))]
-    for step in range(start, len(rows) // batch_size):
-        batch = rows[step * batch_size : (step + 1) * batch_size][rank::world]
-        images, labels = _take(split, batch, device)
-        generator = torch.Generator().manual_seed(
-            int(np.random.default_rng([seed, 2, epoch, step, rank]).integers(2**62))
+    if isinstance(split, Stream):
+        batches = loader.stream_batches(
+            split,
+            settings,
+            size=size,
+            batch_size=batch_size,
+            seed=seed,
+            epoch=epoch,
+            start=start,
+            rank=rank,
+            world=world,
         )
-        yield normalise(augment(images, settings, size, generator)), labels
+    else:
+        rows = np.random.default_rng([seed, 0]).permutation(len(split))[: limit or None]
+        rows = rows[np.random.default_rng([seed, 1, epoch]).permutation(len(rows))]
+        parts = [
+            rows[step * batch_size : (step + 1) * batch_size][rank::world]
+            for step in range(start, len(rows) // batch_size)
+        ]
+        if isinstance(split, Split):
+            batches = (split.take(part, device) for part in parts)
+        else:
+            batches = loader.row_batches(
+                split, loader.train_transform(settings, size), parts, (seed, epoch), train=True
+            )
+    for step, (images, labels) in enumerate(batches, start):
+        generator = batch_generator(seed, epoch, step)
+        if isinstance(split, Split):
+            images = augment(images, settings, size, generator, rank=rank, world=world)
+        else:
+            images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        images = normalise(images)
+        if settings.erase:
+            images = erase(images, settings.erase, generator, rank=rank, world=world)
+        yield images, labels
 
 
 def eval_batches(
-    split: Split, *, size: int, batch_size: int, rank: int = 0, world: int = 1, device: torch.device | str = "cpu"
+    split: Split | Rows | Stream,
+    *,
+    size: int,
+    batch_size: int,
+    rank: int = 0,
+    world: int = 1,
+    device: torch.device | str = "cpu",
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """All images once, in order, over all processes: no sample dropped or doubled."""
+    """All images once over all processes, those of an array in order: no sample dropped or doubled."""
     device = torch.device(device)
-    rows = np.arange(len(split))[rank::world]
-    for start in range(0, len(rows), batch_size):
-        images, labels = _take(split, rows[start : start + batch_size], device)
-        images = images.float()
+    if isinstance(split, Stream):
+        batches = loader.stream_batches(split, None, size=size, batch_size=batch_size, rank=rank, world=world)
+    else:
+        rows = np.arange(len(split))[rank::world]
+        parts = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+        if isinstance(split, Split):
+            batches = (split.take(part, device) for part in parts)
+        else:
+            batches = loader.row_batches(split, loader.eval_transform(split.settings, size), parts, (0, 0), train=False)
+    for images, labels in batches:
+        images = images.to(device, non_blocking=True).float()
         if images.shape[-1] != size:
             images = F.interpolate(images, size=(size, size), mode="bilinear", antialias=True).clamp_(0, 255)
-        yield normalise(images), labels
-
-
-def normalise(images: Tensor) -> Tensor:
-    """Pixels from 0..255 to timm's ImageNet mean and standard deviation."""
-    mean = torch.tensor(MEAN, device=images.device).view(1, 3, 1, 1) * 255
-    std = torch.tensor(STD, device=images.device).view(1, 3, 1, 1) * 255
-    return (images - mean) / std
-
-
-def augment(images: Tensor, settings: Augment, size: int, generator: torch.Generator) -> Tensor:
-    """Random resized crop and flip of a batch, each image its own, in one bilinear sampling.
-
-    Args:
-        images: `(B, 3, H, W)` uint8.
-        settings: The augmentation.
-        size: Pixels of a side of the result.
-        generator: Source of randomness, on the CPU so that every device draws the same.
-
-    Returns:
-        `(B, 3, size, size)` float32, values 0..255.
-    """
-    batch = len(images)
-    low, high = settings.crop_scale
-    area = torch.empty(batch).uniform_(low, high, generator=generator)
-    log_ratio = torch.tensor(settings.crop_ratio).log()
-    ratio = torch.empty(batch).uniform_(log_ratio[0].item(), log_ratio[1].item(), generator=generator).exp()
-    width, height = (area * ratio).sqrt().clamp_max(1), (area / ratio).sqrt().clamp_max(1)
-    shift = torch.rand(batch, 2, generator=generator) * 2 - 1
-    mirror = (
-        torch.where(torch.rand(batch, generator=generator) < 0.5, -1.0, 1.0) if settings.flip else torch.ones(batch)
-    )
-    theta = torch.zeros(batch, 2, 3)
-    theta[:, 0, 0], theta[:, 1, 1] = width * mirror, height
-    theta[:, 0, 2], theta[:, 1, 2] = shift[:, 0] * (1 - width), shift[:, 1] * (1 - height)
-    grid = F.affine_grid(theta.to(images.device), [batch, 3, size, size], align_corners=False)
-    return F.grid_sample(images.float(), grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+        yield normalise(images), labels.to(device, non_blocking=True)

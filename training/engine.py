@@ -2,107 +2,51 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-import json
+import math
 import os
-import shutil
 import subprocess
 import time
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
-import timm
 import torch
-from accelerate import Accelerator
-from accelerate.utils import set_seed
-from timm.optim import create_optimizer_v2
+from accelerate.utils import broadcast_object_list, set_seed
 from timm.scheduler.cosine_lr import CosineLRScheduler
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from etf_zoo import attach_frame, frame_heads
+from etf_zoo import frame_heads
 from etf_zoo.evaluation import measure
-from etf_zoo.necks import build_neck
-from etf_zoo.variants import HEAD_ARGS, base_name, split_head
-from etf_zoo.whitening import whiten_last_norm
+from etf_zoo.moving import copy_moving_frames
 
-from .config import Recipe, final_size, save_recipe, seconds, size_at
+from . import checkpoint
+from .config import Recipe, changes, final_size, save_recipe, seconds, size_at
 from .data import Split, eval_batches, load_hierarchy, load_split, train_batches
+from .launching import Repeatable, gather_in, in_step, is_sharded, make_accelerator, sync_buffers
+from .log import Log, forget_after, progress
 from .longtail import long_tail_indices
-from .models import Source, find_model
+from .model import make_model, make_optimizer
 from .objective import Objective
 
-__all__ = ["Run", "make_model"]
+__all__ = ["Run", "make_model", "make_optimizer"]
 
-STATE = "state.json"
-
-
-def make_model(recipe: Recipe, num_classes: int, hierarchy: Tensor | None = None) -> nn.Module:
-    """The recipe's model and head; the seed gives a twin and its controls the same backbone.
-
-    Args:
-        recipe: The recipe.
-        num_classes: Number of classes K.
-        hierarchy: Distances between the classes `(K, K)`, for `frame: hierarchy`.
-    """
-    set_seed(recipe.seed)
-    source = find_model(recipe.model, recipe.pretrained)
-    args: dict[str, Any] = {"pretrained": recipe.pretrained, "num_classes": num_classes, **recipe.model_args}
-    if args.get("frame") == "hierarchy":
-        args["hierarchy"] = hierarchy
-    if recipe.head == "random":
-        args = {**{k: v for k, v in args.items() if k not in ("orientation", "hierarchy", "gamma")}, "frame": "random"}
-    if recipe.head != "learned":
-        if source.is_twin:
-            return timm.create_model(source.name, **args)
-        head_args = {key: args.pop(key) for key in HEAD_ARGS if key in args}
-        return attach_frame(timm.create_model(source.name, **args), **head_args)
-    neck, whitening = args.get("neck"), args.pop("whitening", False)
-    args = {key: value for key, value in args.items() if key not in HEAD_ARGS}
-    plain = _plain_model(source, recipe.pretrained, args)
-    if whitening:
-        whiten_last_norm(plain, **(whitening if isinstance(whitening, dict) else {}))
-    if neck:
-        _put_neck(plain, neck)
-    return plain
-
-
-def _plain_model(source: Source, pretrained: bool, args: dict[str, Any]) -> nn.Module:
-    """The backbone with timm's own learned classifier."""
-    if not source.is_twin:
-        return timm.create_model(source.name, **args)
-    base = base_name(source.architecture)
-    plain: Any = timm.create_model(base, **{**args, "pretrained": False})
-    if pretrained:
-        twin: Any = timm.create_model(source.name, **args)
-        names = list(frame_heads(twin))
-        missing, unexpected = plain.load_state_dict(split_head(twin.state_dict(), names)[0], strict=False)
-        if unexpected or any(not key.startswith(tuple(f"{name}." for name in names)) for key in missing):
-            raise RuntimeError(f"{source.architecture} and {base} differ in more than the head: {missing}.")
-        plain.pretrained_cfg = {**twin.pretrained_cfg, "architecture": base}
-    return plain
-
-
-def _put_neck(model: nn.Module, neck: str) -> None:
-    """Put a neck in front of a learned linear classifier, in place: the control of a frame behind the same neck."""
-    name = model.pretrained_cfg.get("classifier")  # type: ignore[union-attr]
-    leaf = model.get_submodule(name) if isinstance(name, str) else None
-    if not isinstance(leaf, nn.Linear):
-        raise ValueError(f"A learned head behind a neck needs a model with one linear classifier, not {name}.")
-    module, width = build_neck(neck, leaf.in_features, leaf.out_features)
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, nn.Sequential(module, nn.Linear(width, leaf.out_features)))
+CHECKPOINTS = "checkpoints"
 
 
 class Run:
-    """A training run in a folder: `checkpoint/`, `metrics.jsonl`, `recipe.yaml`.
+    """A training run in a folder: `checkpoints/`, `metrics.jsonl`, `recipe.yaml`, `tensorboard/`.
 
     Args:
         recipe: What to do.
         train: Training images, all of which are used; loaded, and thinned to a long tail, by the recipe if not given.
         val: Images to report on; likewise.
-        model: The model, on the CPU; made by the recipe if not given. What has no `requires_grad` stays as it is.
+        model: The model, on the CPU; made by the recipe if not given.
     """
 
     def __init__(
@@ -115,7 +59,7 @@ class Run:
         self.began = time.monotonic()
         self.recipe = recipe
         self.folder = Path(recipe.output)
-        self.accelerator = Accelerator(mixed_precision=recipe.precision)
+        self.accelerator = make_accelerator(recipe.precision)
         with self.accelerator.main_process_first():  # one process decodes, the others find the array
             self.train_split = train or load_split(recipe.data, recipe.data.train_split)
             self.val_split = val or load_split(recipe.data, recipe.data.val_split)
@@ -124,99 +68,133 @@ class Run:
             self.train_split = self.train_split.subset(kept)
         self.train_images = min(len(self.train_split), recipe.data.limit or len(self.train_split))
         self.steps_per_epoch = self.train_images // recipe.batch_size
-        if not self.steps_per_epoch:
-            raise ValueError(f"{self.train_images} training images do not fill one batch of {recipe.batch_size}.")
-        if recipe.batch_size % self.accelerator.num_processes:
-            raise ValueError(
-                f"batch_size {recipe.batch_size} does not divide by {self.accelerator.num_processes} processes."
-            )
+        self._check_batch()
 
         if model is None:
             names = self.train_split.label_names
             tree = load_hierarchy(recipe.data, names) if recipe.model_args.get("frame") == "hierarchy" else None
             model = make_model(recipe, len(names), tree)
-        if recipe.channels_last:
+        set_seed(recipe.seed, device_specific=True)  # what is drawn in training, such as dropout, differs by process
+        whole = is_sharded(self.accelerator) and self.accelerator.is_main_process
+        self.whole_model = copy.deepcopy(model) if whole else None  # takes the weights of all processes in the end
+        self.channels_last = recipe.channels_last and not is_sharded(self.accelerator)  # contiguous weights only there
+        if self.channels_last:
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         # DDP would send these buffers to every process at every step; they never change
         model._ddp_params_and_buffers_to_ignore = [f"{name}.weight" for name in frame_heads(model)]  # type: ignore
-        o = recipe.optim
-        extra = {"betas": tuple(o.betas)} if o.betas else {}
-        optimizer = create_optimizer_v2(
-            model,
-            opt=o.name,
-            lr=o.lr,
-            weight_decay=o.weight_decay,
-            momentum=o.momentum,
-            **extra,  # type: ignore
-        )
+        optimizer = make_optimizer(recipe.optim, model)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.ema = self._make_ema()
+        if is_sharded(self.accelerator):
+            gather_in(self.model)
+        plain = self.trained_model()
         counts = np.bincount(self.train_split.labels, minlength=len(self.train_split.label_names)).tolist()
-        self.objective = Objective(recipe.loss, self.plain_model(), counts, recipe.label_smoothing)
+        self.objective = Objective(recipe.loss, plain, counts, recipe.label_smoothing)
+        if recipe.compile:  # what comes behind the features is cheap, and the objective looks into it
+            plain.forward_features = torch.compile(plain.forward_features)
         self.schedule = CosineLRScheduler(
             self.optimizer,
             t_initial=recipe.epochs * self.steps_per_epoch,
-            warmup_t=round(o.warmup_epochs * self.steps_per_epoch),
+            lr_min=recipe.optim.min_lr,
+            warmup_t=round(recipe.optim.warmup_epochs * self.steps_per_epoch),
             warmup_prefix=False,
             t_in_epochs=False,
         )
         self.step = 0  # optimiser steps done
+        self.sums = self._zeros()  # loss, right, images of the present epoch, of this process
+        self.saved = (0, time.monotonic())  # step and time of the last checkpoint
         self.spent = 0.0  # seconds trained by earlier sessions of this run
         self.ended: float | None = None  # when this session's training ended
         self.commit = _commit()
         if recipe.resume:
             self._resume()
-        elif self.accelerator.is_main_process:
+        else:
             self._start_folder()
+        self.log = Log(self.folder, recipe.tensorboard and self.accelerator.is_main_process, self.step)
+
+    def _check_batch(self) -> None:
+        recipe, processes = self.recipe, self.accelerator.num_processes
+        if not self.steps_per_epoch:
+            raise ValueError(f"{self.train_images} training images do not fill one batch of {recipe.batch_size}.")
+        if recipe.batch_size % (processes * recipe.accumulate):
+            raise ValueError(
+                f"batch_size {recipe.batch_size} does not divide by {processes} processes"
+                f"{f' times accumulate {recipe.accumulate}' if recipe.accumulate > 1 else ''}."
+            )
+
+    def _make_ema(self) -> ModelEmaV3 | None:
+        settings = self.recipe.ema
+        if not settings.decay:
+            return None
+        if is_sharded(self.accelerator):
+            raise ValueError("An average of the weights is not available under FSDP: set --ema.decay 0.")
+        ema = ModelEmaV3(self.trained_model(), decay=settings.decay, use_warmup=settings.warmup)
+        self.accelerator.register_for_checkpointing(ema)
+        return ema
+
+    def _zeros(self) -> Tensor:
+        device = self.accelerator.device
+        return torch.zeros(3, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
 
     # ------------------------------------------------------------------------------------------------ checkpoints
 
     def _start_folder(self) -> None:
-        if (self.folder / "checkpoint").exists():
+        if checkpoint.exists(self.folder / CHECKPOINTS):
             raise ValueError(
                 f"{self.folder} holds a run already. Continue it with --resume, or choose another --output."
             )
-        self.folder.mkdir(parents=True, exist_ok=True)
-        save_recipe(self.record(), self.folder / "recipe.yaml")
-        self._keep_metrics()
-
-    def _keep_metrics(self) -> None:
-        """Drop the records of epochs that a kill undid, so that each epoch stands in `metrics.jsonl` once."""
-        file = self.folder / "metrics.jsonl"
-        if file.is_file():
-            records = [json.loads(line) for line in file.read_text().splitlines()]
-            done = [r for r in records if r["epoch"] * self.steps_per_epoch <= self.step]
-            file.write_text("".join(json.dumps(r) + "\n" for r in done))
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_recipe(self.record(), self.folder / "recipe.yaml")
+            forget_after(self.folder, 0)
 
     def save(self) -> None:
-        """Write a checkpoint beside the old one, then take its place."""
-        new, kept = self.folder / "checkpoint.new", self.folder / "checkpoint"
-        if self.accelerator.is_main_process:
-            shutil.rmtree(new, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(new))
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            state = {"step": self.step, "seconds": self.seconds(), "commit": self.commit}
-            (new / STATE).write_text(json.dumps(state))
-            old = self.folder / "checkpoint.old"
-            if kept.exists():
-                os.replace(kept, old)
-            os.replace(new, kept)
-            shutil.rmtree(old, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
+        """Write a checkpoint, unless this step has one."""
+        if self.saved[0] == self.step:
+            return
+        self._check_finite(self.sums.tolist()[0])
+        sums = self._over_processes(self.sums)
+        state = {
+            "step": self.step,
+            "steps_per_epoch": self.steps_per_epoch,
+            "sums": sums.tolist(),
+            "seconds": self.seconds(),
+            "commit": self.commit,
+        }
+        checkpoint.save(self.folder / CHECKPOINTS, self.accelerator, state, self.recipe.keep_checkpoints)
+        self.saved = (self.step, time.monotonic())
 
     def _resume(self) -> None:
-        # killed between the two renames, only the old one is left
-        found = next(
-            (p for p in (self.folder / "checkpoint", self.folder / "checkpoint.old") if (p / STATE).is_file()), None
-        )
+        found = checkpoint.newest(self.folder / CHECKPOINTS, self.accelerator)
         if found is None:
             raise ValueError(f"There is no checkpoint in {self.folder} to resume from. Start without --resume.")
-        self.accelerator.load_state(str(found))
-        state = json.loads((found / STATE).read_text())
+        path, state = found
+        self._tell_changes()
+        if state["steps_per_epoch"] != self.steps_per_epoch:
+            raise ValueError(
+                f"{path} has {state['steps_per_epoch']} steps in an epoch, this recipe {self.steps_per_epoch}. Resume "
+                f"with the data and the batch_size of {self.folder / 'recipe.yaml'}."
+            )
+        self.accelerator.load_state(str(path))
         self.step, self.spent, self.commit = state["step"], state["seconds"], state["commit"]  # of the start
-        if self.accelerator.is_main_process:
-            self._keep_metrics()
+        self.saved = (self.step, time.monotonic())
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:  # sums over all processes
+            self.sums += self.sums.new_tensor(state["sums"])
+            save_recipe(self.record(), self.folder / "recipe.yaml")
+            forget_after(self.folder, self.step // self.steps_per_epoch)
+
+    def _tell_changes(self) -> None:
+        """Name what differs from the recipe that the run was started with; refuse another model."""
+        changed = changes(self.folder / "recipe.yaml", self.record())
+        if any(name.startswith(("model", "head")) for name in changed):
+            raise ValueError(
+                f"{self.folder} holds a run of another model ({'; '.join(changed.values())}). Resume with its "
+                f"recipe.yaml, or choose another --output."
+            )
+        if changed:
+            self.accelerator.print(f"Resuming with another recipe than before: {'; '.join(changed.values())}.")
 
     # --------------------------------------------------------------------------------------------------- the loop
 
@@ -227,51 +205,109 @@ class Run:
             Whether the end was reached; if not, a checkpoint is written.
         """
         recipe, total = self.recipe, self.recipe.epochs * self.steps_per_epoch
-        deadline = self.began + seconds(recipe.time_budget)
-        if self.step == total:  # was finished when this session began
+        if self.step >= total:  # was finished when this session began
             self.ended = self.began
             return True
-        bar = tqdm(
-            total=total, initial=self.step, disable=not self.accelerator.is_main_process, unit="step", mininterval=5
-        )
-        self.model.train()
-        while self.step < total and not self.enough():
-            epoch, first = divmod(self.step, self.steps_per_epoch)
-            began, sums = time.monotonic(), torch.zeros(3, dtype=torch.float64)
-            for images, labels in self._batches(epoch, first):
-                sums += self._step(images, labels)
-                bar.update()
-                if time.monotonic() > deadline:
-                    bar.close()
-                    self.save()
-                    self.accelerator.print(
-                        f"Time budget of {recipe.time_budget} is used up at step {self.step} of {total}; saved. "
-                        f"Go on with the same command and --resume."
-                    )
-                    return False
-            sums = self.accelerator.reduce(sums.to(self.accelerator.device), reduction="sum").cpu()  # type: ignore
-            record = {
-                "epoch": epoch + 1,
-                "size": size_at(recipe, epoch),
-                "lr": self.optimizer.param_groups[0]["lr"],
-                "train_loss": sums[0].item() / sums[2].item(),
-                "train_top1": 100 * sums[1].item() / sums[2].item(),
-                "images_per_second": sums[2].item() / (time.monotonic() - began),
-            }
-            if (epoch + 1) % recipe.eval_every == 0 or self.step == total:
-                record |= {f"val_{k}": v for k, v in self.evaluate().items() if not k.startswith("images")}
-            record["seconds"] = self.seconds()
-            self._log(record)
-            bar.set_postfix(loss=f"{record['train_loss']:.3f}", top1=f"{record.get('val_top1', float('nan')):.1f}")
-            if (epoch + 1) % recipe.save_every == 0 or self.step == total:
-                self.save()
-        bar.close()
+        with progress(total, self.step, recipe.batch_size, self.accelerator.is_main_process) as bar:
+            self.model.train()
+            while self.step < total and not self.enough():
+                stop = self._epoch(bar)
+                if stop and self.step < total:
+                    break
+        if self.step < total and not self.enough():
+            self.accelerator.print(
+                f"Time budget of {recipe.time_budget} is used up at step {self.step} of {total}; saved. "
+                f"Go on with the same command and --resume."
+            )
+            return False
         self.ended = time.monotonic()
+        self.log.close()
         return True
 
     def enough(self) -> bool:
         """Whether to end after an epoch, before the last; for subclasses."""
         return False
+
+    def _epoch(self, bar: tqdm) -> bool:
+        """Train to the end of the epoch, evaluate, log; or to the end of the time.
+
+        Returns:
+            Whether the time is up; a checkpoint is written then.
+        """
+        recipe = self.recipe
+        epoch, first = divmod(self.step, self.steps_per_epoch)
+        began, images_before, seen = time.monotonic(), self.sums[2].item(), self.sums.tolist()
+        looked = began
+        for images, labels in self._batches(epoch, first):
+            self.sums += self._step(images, labels)
+            bar.update(recipe.batch_size)
+            inside = self.step % self.steps_per_epoch > 0  # the last step is saved after its evaluation
+            look = self.step % recipe.log_every == 0
+            if look or not inside:
+                now, sums = time.monotonic(), self.sums.tolist()
+                self._look([a - b for a, b in zip(sums, seen, strict=True)], now - looked, bar)
+                looked, seen = now, sums
+            if inside:
+                stop, save = self._clock(look)
+                if stop or save or (recipe.save_steps and self.step % recipe.save_steps == 0):
+                    self.save()
+                if stop:
+                    return True
+        sums = self._over_processes(self.sums).tolist()
+        new_images = self._over_processes(self.sums[2] - images_before).item()
+        record = {
+            "epoch": epoch + 1,
+            "size": size_at(recipe, epoch),
+            "lr": self._lr(),
+            "train_loss": sums[0] / sums[2],
+            "train_top1": 100 * sums[1] / sums[2],
+            "images_per_second": new_images / (time.monotonic() - began),
+        }
+        self.sums.zero_()
+        last = self.step == recipe.epochs * self.steps_per_epoch
+        if (epoch + 1) % recipe.eval_every == 0 or last:
+            figures = {f"val_{k}": v for k, v in self.evaluate().items() if not k.startswith("images")}
+            if not bar.disable:
+                bar.write(f"epoch {epoch + 1}: loss {figures['val_loss']:.4f}, top-1 {figures['val_top1']:.2f} %")
+            record |= figures
+        record["seconds"] = self.seconds()
+        if self.accelerator.is_main_process:
+            self.log.epoch(record, self.step)
+        stop, save = self._clock(True)
+        if stop or save or last or (epoch + 1) % recipe.save_every == 0:
+            self.save()
+        return stop
+
+    def _look(self, new: list[float], seconds: float, bar: tqdm) -> None:
+        """Show how the steps since the last look went; with several processes, the main one's share of the images."""
+        loss, right, images = new
+        self._check_finite(loss)
+        if not self.accelerator.is_main_process or not images:
+            return
+        figures = {"loss": loss / images, "top1": 100 * right / images}
+        bar.set_postfix(loss=f"{figures['loss']:.3f}", top1=f"{figures['top1']:.1f} %", refresh=False)
+        rate = images * self.accelerator.num_processes / seconds
+        self.log.step({**figures, "lr": self._lr(), "images_per_second": rate}, self.step)
+
+    def _check_finite(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"The loss is {loss} at step {self.step}; the last checkpoint in {self.folder} is intact. "
+                f"Try a lower --optim.lr, more --optim.warmup_epochs or --optim.clip_grad 1."
+            )
+
+    def _clock(self, look: bool) -> tuple[bool, bool]:
+        """Whether the time budget is used up, and whether a checkpoint is due by the clock.
+
+        With several processes the main one decides for all, at each look only: agreeing costs a message.
+        """
+        if self.accelerator.num_processes > 1 and not look:
+            return False, False
+        now = time.monotonic()
+        due = now - self.saved[1] > 60 * self.recipe.save_minutes > 0
+        decision = [now > self.began + seconds(self.recipe.time_budget), due]
+        stop, save = broadcast_object_list(decision)
+        return stop, save
 
     def _batches(self, epoch: int, first: int):
         a = self.accelerator
@@ -290,39 +326,57 @@ class Run:
         )
 
     def _step(self, images: Tensor, labels: Tensor) -> Tensor:
+        """One optimiser step; sums of loss and right predictions, and the number of images."""
         self.schedule.step_update(self.step)
-        if self.recipe.channels_last:
+        if self.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        with self.accelerator.autocast():
-            logits, loss = self.objective(self.model, images, labels)
-        if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"The loss is {loss.item()} at step {self.step}; the last checkpoint in {self.folder} is intact. "
-                f"Try a lower --optim.lr, more --optim.warmup_epochs or --optim.clip_grad 1."
-            )
-        self.accelerator.backward(loss)
+        sums = self._zeros()
+        pieces = list(zip(images.chunk(self.recipe.accumulate), labels.chunk(self.recipe.accumulate), strict=True))
+        for i, piece in enumerate(pieces):
+            waits = i + 1 < len(pieces)  # gradients are summed over processes with the last piece
+            with self.accelerator.no_sync(self.model) if waits else nullcontext():
+                with self.accelerator.autocast():
+                    logits, loss = self.objective(self.model, *piece)
+                self.accelerator.backward(loss / len(pieces))
+            right, count = (logits.detach().argmax(dim=1) == piece[1]).sum(), len(piece[1])
+            sums += torch.stack([loss.detach() * count, right, right.new_tensor(count)]).to(sums.dtype)
         if self.recipe.optim.clip_grad:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.optim.clip_grad)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.objective.after_step()
         self.step += 1
-        correct = (logits.detach().argmax(dim=1) == labels).sum()
-        count = torch.tensor(len(labels), device=loss.device)
-        return torch.stack([loss.detach() * count, correct, count]).double().cpu()
+        if self.ema is not None:
+            self.ema.update(self.trained_model(), step=self.step)
+            copy_moving_frames(self.ema, self.trained_model())
+        return sums
+
+    def _lr(self) -> float:
+        return max(group["lr"] for group in self.optimizer.param_groups)
+
+    def _over_processes(self, tensor: Tensor) -> Tensor:
+        return cast(Tensor, self.accelerator.reduce(tensor, reduction="sum"))
+
+    # ------------------------------------------------------------------------------------------------- the result
 
     def evaluate(self) -> dict[str, float]:
         """Figures on the validation split, see `etf_zoo.evaluation.evaluate`."""
-        a = self.accelerator
-        batches = eval_batches(
+        a, size = self.accelerator, final_size(self.recipe)
+        batches = partial(
+            eval_batches,
             self.val_split,
-            size=final_size(self.recipe),
+            size=size,
             batch_size=self.recipe.batch_size,
             rank=a.process_index,
             world=a.num_processes,
             device=a.device,
         )
-        return measure(self.plain_model(), batches, processes=a, autocast=a.autocast).figures
+        if is_sharded(a):
+            batches = partial(in_step, batches, (0, 3, size, size), a)
+        model = self.trained_model() if self.ema is None else self.ema.module
+        if a.num_processes > 1:  # batch norm's statistics are each process's own: the main one's are what is saved
+            sync_buffers(model)
+        return measure(model, Repeatable(batches), processes=a, autocast=a.autocast).figures
 
     def figures_on(self, split: Split) -> dict[str, float]:
         """Figures on any images."""
@@ -332,14 +386,24 @@ class Run:
         finally:
             self.val_split = watched
 
-    def _log(self, record: dict[str, Any]) -> None:
-        if self.accelerator.is_main_process:
-            with open(self.folder / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(record) + "\n")
+    def trained_model(self) -> Any:
+        """The model in training, without the wrappers of accelerate."""
+        return self.accelerator.unwrap_model(self.model)
 
     def plain_model(self) -> nn.Module:
-        """The trained model without the wrappers of accelerate."""
-        return self.accelerator.unwrap_model(self.model)
+        """The model to export, in one piece: with the averaged weights where there is an average.
+
+        Under FSDP every process has to call it, and the main one gets the weights.
+        """
+        if self.ema is not None:
+            return self.ema.module
+        if not is_sharded(self.accelerator):
+            return self.trained_model()
+        weights = self.accelerator.get_state_dict(self.model)
+        if self.whole_model is None:
+            return self.trained_model()
+        self.whole_model.load_state_dict(weights)
+        return self.whole_model
 
     def seconds(self) -> float:
         """Wall-clock seconds that training took so far, over all sessions; what comes after the end is not counted."""

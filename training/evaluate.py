@@ -12,7 +12,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script from a clone
 
 import timm
-from accelerate import Accelerator, PartialState
+from accelerate import PartialState
 from tqdm import tqdm
 
 import etf_zoo  # noqa: F401  registers the twins
@@ -20,6 +20,7 @@ from etf_zoo.evaluation import format_table, measure
 from etf_zoo.frames import Hierarchy
 from training.config import Data, parse
 from training.data import eval_batches, find_source, load_split
+from training.launching import make_accelerator, run_script
 from training.plots import plot_collapse, plot_confusion, plot_cosines
 
 
@@ -50,7 +51,7 @@ class Evaluation:
 
 def evaluate_model(settings: Evaluation) -> dict[str, Any]:
     """Figures of a stored model on a split, with what they were measured on; pictures if asked for."""
-    accelerator = Accelerator()
+    accelerator = make_accelerator()
     folder = Path(settings.model)
     model: Any = timm.create_model(f"local-dir:{folder}" if folder.is_dir() else settings.model, pretrained=True)
     model = model.to(accelerator.device).eval()
@@ -127,4 +128,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -14,6 +14,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script from a clone
 
 from training.config import parse
+from training.launching import run_script
 from training.picture import plot
 from training.probes import PROBES
 from training.tuning import Finetune, Tuned, fine_tune, load_data
@@ -71,4 +72,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -53,6 +53,7 @@ class Objective:
         self.penalty = losses.VarianceCovarianceLoss(**settings.penalty_args) if settings.variance_covariance else None
         self.penalty_weight = settings.variance_covariance
         self.moving = self.head if isinstance(self.head, MovingFrameClassifier) else None
+        self._observed: list[tuple[Tensor, Tensor]] = []  # embeddings and labels of this step
         if self.penalty is not None and not isinstance(self.classifier, nn.Module):
             raise ValueError("The variance-covariance penalty needs a model with one classifier.")
 
@@ -89,14 +90,16 @@ class Objective:
             loss = self.loss(seen["embeddings"], labels, self.head.weight)  # type: ignore[union-attr]
         if self.penalty is not None:
             loss = loss + self.penalty_weight * self.penalty(seen["features"])
-        self._last = (seen["embeddings"].detach(), labels) if self.moving is not None else None
+        if self.moving is not None:
+            self._observed.append((seen["embeddings"].detach(), labels))
         return logits, loss
 
     def after_step(self) -> None:
         """Let a moving frame follow what the step has seen; every process calls it."""
-        if self.moving is not None and self._last is not None:
-            self.moving.observe(*self._last)
-            self._last = None
+        if self.moving is not None and self._observed:
+            embeddings, labels = zip(*self._observed, strict=True)  # of all pieces of the batch
+            self.moving.observe(torch.cat(embeddings), torch.cat(labels))
+            self._observed.clear()
 
 
 def _class_weights(counts: list[int], device: torch.device) -> Tensor:

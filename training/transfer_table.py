@@ -31,8 +31,8 @@ from accelerate import PartialState
 from etf_zoo.metrics import NeuralCollapse
 from training.config import final_size, parse
 from training.data import Split, load_split
-from training.engine import make_model
-from training.models import find_model
+from training.launching import run_script
+from training.model import find_model, make_model
 from training.probes import PROBES, backbone_features, fit_probe
 from training.subsets import check_classes, few_shot_indices, holdout_indices
 from training.transfer_report import write_report
@@ -283,4 +283,4 @@ def main() -> None:
 __all__ = ["Cell", "Table", "cells", "main", "read_cells", "run_cell"]
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -11,17 +11,18 @@ from typing import Any, ClassVar
 import numpy as np
 import safetensors.torch
 import torch
-from accelerate import Accelerator
 from torch import nn
 
 from etf_zoo import attach_frame
 
 from .config import HEADS, Recipe, final_size
 from .data import Split, load_split
-from .engine import Run, make_model
+from .engine import Run
 from .export import export_run
+from .launching import make_accelerator
+from .log import METRICS
 from .methods import METHODS, prepare, tuned_share, warm_head
-from .models import find_model
+from .model import find_model, make_model
 from .probes import PROBES, Probe, backbone_features, fit_probe
 from .subsets import check_classes, split_training
 
@@ -82,6 +83,8 @@ class Finetune(Recipe):
             raise ValueError(f"method is one of {', '.join(METHODS + PROBES)}, got {self.method!r}.")
         if self.patience and not self.holdout:
             raise ValueError("Early stopping (patience) needs held-out images: set holdout, such as 0.1.")
+        if self.data.streaming:
+            raise ValueError("Fine-tuning needs all images at hand: set data.streaming to false.")
         if self.compare and self.method in PROBES:
             raise ValueError(f"compare is for training, not for {self.method}.")
 
@@ -115,7 +118,6 @@ class Tuned:
 
     def export(self, folder: Path, references: list[dict[str, Any]] | None = None) -> dict[str, float]:
         """Write the Hub-ready folder; figures on the test images, measured from the stored weights."""
-        self.run.val_split = self.test
         return export_run(self.run, folder, references=references)["results"]
 
     def figures(self) -> dict[str, float]:
@@ -129,8 +131,9 @@ class Tuning(Run):
     def __init__(self, recipe: Finetune, train: Split, held: Split | None, test: Split, model: nn.Module):
         super().__init__(recipe, train=train, val=held or test, model=model)
         self.patience = recipe.patience
-        file = self.folder / "metrics.jsonl"
-        records = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+        file = self.folder / METRICS
+        lines = file.read_text().splitlines() if recipe.resume and file.is_file() else []
+        records = [json.loads(line) for line in lines]
         self.scores = [(r["val_top1"], -r["val_loss"]) for r in records if "val_top1" in r]
 
     def evaluate(self) -> dict[str, float]:
@@ -168,7 +171,7 @@ class Tuning(Run):
 
 def load_data(settings: Recipe) -> tuple[Split, Split]:
     """Training and test images, checked against each other."""
-    accelerator = Accelerator(mixed_precision=settings.precision)
+    accelerator = make_accelerator(settings.precision)
     with accelerator.main_process_first():  # one process decodes, the others find the array
         train = load_split(settings.data, settings.data.train_split)
         test = load_split(settings.data, settings.data.val_split)
@@ -200,7 +203,7 @@ def fine_tune(settings: Finetune, train: Split, test: Split) -> Tuned | None:
 
 
 def _features(settings: Finetune, model: nn.Module, split: Split) -> torch.Tensor:
-    device = Accelerator().device
+    device = make_accelerator(settings.precision).device
     return backbone_features(model, split, size=final_size(settings), device=device)
 
 

@@ -21,9 +21,11 @@ from accelerate import PartialState
 from etf_zoo.card import METRICS_NAME, write_card
 from etf_zoo.pretrained import WEIGHTS_NAME
 from etf_zoo.variants import base_name
+from training import checkpoint
 from training.config import Recipe, parse
-from training.engine import Run
+from training.engine import CHECKPOINTS, Run
 from training.export import export_run
+from training.launching import run_script
 from training.readme import ROOT, write_table
 
 KINDS = {"frame": "etf", "learned": "control", "random": "random_control"}
@@ -38,7 +40,7 @@ def train_and_export(recipe_file: Path, head: str, *, time_budget: str, keep: se
     recipe = parse(Recipe, ["--config", str(recipe_file)])
     name = f"{base_name(recipe.model)}_{KINDS[head]}.{recipe.tag}"
     output = Path(recipe.output if head == "frame" else f"{recipe.output}_{KINDS[head]}")
-    resume = (output / "checkpoint").exists()
+    resume = checkpoint.exists(output / CHECKPOINTS)
     run = Run(dataclasses.replace(recipe, head=head, output=str(output), time_budget=time_budget, resume=resume))
     if not run.fit():
         return None
@@ -82,4 +84,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

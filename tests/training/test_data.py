@@ -75,6 +75,15 @@ def test_same_step_same_augmentation(split):
     assert first[0].shape == (10, 3, 12, 12)
 
 
+def test_processes_see_together_what_one_sees(split):
+    whole, *shares = (
+        [x for x, _ in train_batches(split, Augment(), size=12, batch_size=10, seed=1, epoch=0, rank=r, world=w)]
+        for r, w in ((0, 1), (0, 2), (1, 2))
+    )
+    for images, *parts in zip(whole, *shares, strict=True):
+        torch.testing.assert_close(torch.stack(parts, dim=1).flatten(0, 1), images)
+
+
 def test_evaluation_drops_and_doubles_nothing(split):
     got = [torch.cat([y for _, y in eval_batches(split, size=8, batch_size=9, rank=r, world=3)]) for r in range(3)]
     assert [len(g) for g in got] == [17, 17, 16]
@@ -121,7 +130,7 @@ def test_parquet_by_name_is_decoded_once(source, monkeypatch):
     assert split.label_names == ["x", "y", "z"]
     full = np.asarray(source["image"][0].resize((24, 16), Image.Resampling.BICUBIC))  # 30 x 20, short side to 16
     assert np.array_equal(split.images[0], full[:, 4:20])
-    monkeypatch.setattr("training.data._store", lambda *a: pytest.fail("decoded again"))
+    monkeypatch.setattr("training.resident.write_prepared", lambda *a: pytest.fail("decoded again"))
     assert np.array_equal(load_split(Data("made", size=16), "train").images, split.images)
 
 

@@ -20,6 +20,7 @@ RECIPE = Recipe(
     data=Data("digits", val_split="test", size=32, limit=256),
     augment=Augment(flip=False),
     optim=Optim(lr=2e-3),
+    tensorboard=False,
     epochs=2,
     batch_size=64,
     sizes=[[0, 24], [1, 32]],
@@ -60,15 +61,25 @@ def test_the_frame_is_not_trained_and_the_backbone_is(tmp_path):
     assert not torch.equal(before["conv_stem.weight"], after["conv_stem.weight"])
 
 
-def test_interrupted_save_falls_back_to_the_old_checkpoint(tmp_path):
-    stopped = run(tmp_path, "run", time_budget="0s")
-    stopped.fit()
-    (tmp_path / "run" / "checkpoint").rename(tmp_path / "run" / "checkpoint.old")  # killed between the two renames
-    (tmp_path / "run" / "checkpoint.new").mkdir()
+def test_half_written_checkpoints_are_passed_over(tmp_path, capsys):
+    stopped = run(tmp_path, "run", epochs=1, save_steps=1, keep_checkpoints=3)
+    assert stopped.fit()
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert sorted(f.name for f in checkpoints.iterdir()) == ["step_00000002", "step_00000003", "step_00000004"]
+    (checkpoints / "step_00000004" / "state.json").write_text('{"step": 4, "fi')
+    weights = checkpoints / "step_00000003" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    (checkpoints / "step_00000009.part").mkdir()  # killed while saving
     log = tmp_path / "run" / "metrics.jsonl"
-    log.write_text('{"epoch": 1}\n')  # logged, but killed before it was saved
-    assert run(tmp_path, "run", resume=True).step == 1
-    assert log.read_text() == ""
+    log.write_text(log.read_text() + '{"epoch": 2, "tr')  # and while writing a line
+    resumed = run(tmp_path, "run", resume=True)
+    assert resumed.step == 2
+    out = capsys.readouterr().out
+    assert "step_00000004 is passed over, it is incomplete: no readable state.json" in out
+    assert "step_00000003 is passed over, it is incomplete: model.safetensors has" in out
+    assert log.read_text() == ""  # the first epoch is not over at step 2
+    assert resumed.fit()
+    assert sorted(f.name for f in checkpoints.iterdir()) == ["step_00000004", "step_00000008"]
 
 
 def test_a_finished_folder_is_not_overwritten(tmp_path):

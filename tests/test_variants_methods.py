@@ -1,0 +1,119 @@
+"""The methods that are keyword arguments of any twin: hierarchy frame, moving frame, whitening."""
+
+import copy
+
+import pytest
+import timm
+import torch
+
+import etf_zoo
+from etf_zoo.frames import best_frame, hierarchy_frame
+from etf_zoo.hub import save_folder
+from etf_zoo.moving import MovingFrameClassifier
+from etf_zoo.whitening import Whitening
+
+DISTANCES = torch.tensor([[0, 1, 2, 2, 2], [1, 0, 2, 2, 2], [2, 2, 0, 1, 2], [2, 2, 1, 0, 2], [2, 2, 2, 2, 0.0]])
+ARGS = [
+    {"frame": "hierarchy", "hierarchy": DISTANCES, "gamma": 1.0},
+    {"moving": True},
+    {"moving": {"momentum": 0.5, "update_every": 2}, "feature_norm": "batch"},
+    {"whitening": True},
+    {"whitening": {"group_size": 16}, "neck": "residual"},
+]
+KEYS = [next(iter(args)) for args in ARGS]
+
+
+def small(**kwargs):
+    torch.manual_seed(0)
+    return timm.create_model("test_resnet_etf", num_classes=5, **kwargs)
+
+
+def trained(net):
+    """Moved away from what construction gives: norms, whitening and a moving frame have seen data."""
+    images, labels = torch.randn(20, 3, 32, 32), torch.arange(20) % 5
+    net.train()(images)
+    head = net.get_classifier()
+    if isinstance(head, MovingFrameClassifier):
+        for _ in range(2):
+            head.observe(torch.randn(20, head.dim), labels)
+    return net.eval()
+
+
+@pytest.mark.parametrize("args", ARGS, ids=KEYS)
+@pytest.mark.parametrize("attached", [False, True])
+def test_saved_and_loaded(tmp_path, args, attached):
+    if attached and "whitening" in args:
+        pytest.skip("a function of its own on a model at hand: whiten_last_norm")
+    if attached:
+        torch.manual_seed(0)
+        net = trained(etf_zoo.attach_frame(timm.create_model("test_resnet"), 5, **args))
+    else:
+        net = trained(small(**args))
+    save_folder(net, tmp_path, pretrained_cfg={"input_size": (3, 32, 32)})
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    x = torch.randn(4, 3, 32, 32)
+    torch.testing.assert_close(loaded(x), net(x), atol=2e-2, rtol=0)  # stored in float16
+    assert torch.equal(loaded.get_classifier().weight, net.get_classifier().weight)
+    assert type(loaded.get_classifier()) is type(net.get_classifier())
+    save_folder(loaded, tmp_path / "again")
+    again = timm.create_model(f"local-dir:{tmp_path / 'again'}", pretrained=True).eval()
+    assert torch.equal(again(x), loaded(x))
+
+
+@pytest.mark.parametrize("args", ARGS, ids=KEYS)
+def test_reset_to_other_classes_and_back(args):
+    net = copy.deepcopy(small(**args))
+    first = net.get_classifier()
+    net.reset_classifier(7)
+    assert net(torch.randn(2, 3, 32, 32)).shape == (2, 7)
+    assert type(net.get_classifier()) is type(first)
+    if "hierarchy" in args:  # the tree is of five classes
+        assert torch.equal(net.get_classifier().weight, best_frame(7, first.dim))
+    net.reset_classifier(5)
+    assert torch.equal(net.get_classifier().weight, first.weight)
+
+
+def test_hierarchy_frame():
+    net = small(frame="hierarchy", hierarchy=DISTANCES, gamma=1.0, frame_seed=3)
+    head = net.get_classifier()
+    assert torch.equal(head.weight, hierarchy_frame(DISTANCES, head.dim, gamma=1.0, seed=3))
+    assert head.frame == "hierarchy"
+
+
+def test_moving_arguments_reach_the_head():
+    head = small(moving={"momentum": 0.5, "update_every": 2, "delta": 0.1}).get_classifier()
+    assert (head.momentum, head.update_every, head.delta) == (0.5, 2, 0.1)
+    with torch.device("meta"):
+        assert isinstance(small(moving=True).get_classifier(), MovingFrameClassifier)
+
+
+def test_whitening_stands_in_the_last_norm():
+    net = small(whitening={"group_size": 8})
+    found = [module for module in net.modules() if isinstance(module, Whitening)]
+    assert [module.group_size for module in found] == [8]
+    plain = small()
+    assert len(list(net.modules())) == len(list(plain.modules()))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"frame": "hierarchy"}, "go together: D = etf_zoo.frames.Hierarchy"),
+        ({"hierarchy": DISTANCES}, "go together"),
+        ({"frame": "hierarchy", "hierarchy": DISTANCES[:4, :4]}, r"shape \(4, 4\) for 5 classes"),
+        ({"frame": "hierarchy", "hierarchy": DISTANCES, "orientation": "blocks"}, "has no such form"),
+        ({"frame": "hierarchy", "hierarchy": DISTANCES, "gamma": 0.0}, "gamma must be positive"),
+        ({"moving": {"momentum": 2}}, "momentum is the share"),
+        ({"moving": True, "num_classes": 1000}, "at least 999 dimensions"),
+        ({"whitening": {"group_size": 0}}, "must be positive"),
+    ],
+)
+def test_errors(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        timm.create_model("test_resnet_etf", **{"num_classes": 5, **kwargs})
+
+
+def test_weights_without_whitening_are_refused(tmp_path):
+    save_folder(small().eval(), tmp_path)
+    with pytest.raises(RuntimeError, match=r"do not belong to this architecture.*arguments it was saved with"):
+        timm.create_model(f"local-dir:{tmp_path}", pretrained=True, whitening=True)

@@ -1,0 +1,106 @@
+"""What depends on how a run was launched: accelerate's settings, FSDP, and how a script ends."""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch import Tensor, nn
+
+from .config import PRECISIONS
+
+__all__ = ["Repeatable", "make_accelerator", "is_sharded", "gather_in", "in_step", "sync_buffers", "run_script"]
+
+Batch = tuple[Tensor, Tensor]
+
+
+def make_accelerator(precision: str = "fp32") -> Accelerator:
+    """accelerate's Accelerator, for the way that the script was launched.
+
+    Args:
+        precision: `fp32`, `bf16` or `fp16`.
+
+    Raises:
+        ValueError: On fp16 without a GPU.
+    """
+    # several processes without this would each train alone: accelerate's launcher does not pass `use_cpu` on to them
+    no_gpu = not torch.accelerator.is_available()
+    accelerator = Accelerator(mixed_precision=PRECISIONS[precision], cpu=no_gpu)
+    if precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError("fp16 needs a GPU: set --precision bf16 or fp32.")
+    if accelerator.distributed_type == DistributedType.MULTI_CPU and os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        # accelerate turns FSDP on for GPUs only; gloo shards as well, which is how FSDP is tried without one
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+        accelerator.state.distributed_type = DistributedType.FSDP
+        PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    return accelerator
+
+
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Whether each process holds a part of the model only."""
+    return accelerator.distributed_type == DistributedType.FSDP
+
+
+def gather_in(model: nn.Module) -> None:
+    """Let a sharded timm model gather its weights in the parts of its forward pass too, as evaluation calls them."""
+    from torch.distributed.fsdp import register_fsdp_forward_method  # slow to import, and few need it
+
+    for name in ("forward_features", "forward_head"):
+        register_fsdp_forward_method(model, name)
+
+
+class Repeatable:
+    """Batches that can be read again.
+
+    Args:
+        batches: Makes an iterator over them.
+    """
+
+    def __init__(self, batches: Callable[[], Iterable[Batch]]):
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self.batches())
+
+
+def in_step(
+    batches: Callable[[], Iterable[Batch]], empty: tuple[int, ...], accelerator: Accelerator
+) -> Iterator[Batch]:
+    """Batches, and empty ones for the processes that have fewer, so that all make as many forward passes.
+
+    A sharded model needs that: all processes gather its weights together.
+
+    Args:
+        batches: Makes an iterator over the batches of this process.
+        empty: Shape of a batch of no images.
+        accelerator: The processes.
+    """
+    device = accelerator.device
+    iterator = iter(batches())
+    while True:
+        batch = next(iterator, None)
+        if not accelerator.reduce(torch.tensor([float(batch is not None)], device=device), reduction="sum").item():
+            return
+        yield batch or (torch.empty(empty, device=device), torch.empty(0, dtype=torch.int64, device=device))
+
+
+def sync_buffers(model: nn.Module) -> None:
+    """Give every process the buffers of the main one; each has to call it."""
+    for buffer in model.buffers():
+        torch.distributed.broadcast(buffer, 0)
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run a script. An error that this project raises on purpose ends it with one line, any other with a traceback."""
+    try:
+        main()
+    except (ValueError, OSError, FloatingPointError, ImportError) as error:
+        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+        if not raised_in.is_relative_to(Path(__file__).resolve().parent.parent):
+            raise
+        raise SystemExit(f"error: {error}") from None
