@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from training.data import Split
 from training.subsets import check_classes, few_shot_indices, holdout_indices, split_training
@@ -36,7 +37,11 @@ def test_split_training():
     data = split(np.repeat([0, 1], 20), "ab")
     fit, held = split_training(data, holdout=0.25, shots=3, seed=0)
     assert (len(fit), len(held)) == (6, 10)
-    assert not set(fit.images[:, 0, 0, 0]) & set(held.images[:, 0, 0, 0])
+    shown, watched = (
+        set(part.take(np.arange(len(part)), torch.device("cpu"))[0][:, 0, 0, 0].tolist()) for part in (fit, held)
+    )
+    assert (len(shown), len(watched)) == (6, 10)
+    assert not shown & watched
     whole, none = split_training(data)
     assert len(whole) == 40
     assert none is None
