@@ -1,6 +1,6 @@
 """Fixed-frame (simplex ETF) twins of every timm architecture. Importing this registers them."""
 
-from . import frames
+from . import frames, vit  # noqa: F401  vit is in timm's registry before the twins are made
 from .classifier import FrameClassifier
 from .pretrained import native_tags, read_weights
 from .skip import add_skip

@@ -102,8 +102,9 @@ def augment(
 
 def crop_matrix(settings: Augment, draws: Draws) -> Tensor:
     """Random resized crop and flip as maps `(B, 3, 3)` from places in the result to places in the image, in -1..1."""
-    area = draws.uniform(*settings.crop_scale)
-    ratio = draws.uniform(*torch.tensor(settings.crop_ratio).log().tolist()).exp()
+    area = draws.uniform(settings.crop_scale[0], settings.crop_scale[1])
+    log_ratio = torch.tensor(settings.crop_ratio).log()
+    ratio = draws.uniform(log_ratio[0].item(), log_ratio[1].item()).exp()
     width, height = (area * ratio).sqrt().clamp_max(1), (area / ratio).sqrt().clamp_max(1)
     shift = draws.uniform(0, 1, 2) * 2 - 1
     mirror = torch.where(draws.coin(0.5), -1.0, 1.0) if settings.flip else torch.ones(draws.count)

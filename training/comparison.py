@@ -27,7 +27,7 @@ from torch import nn
 from etf_zoo.evaluation import measure
 from training import checkpoint
 from training.config import Data, Recipe, final_size, parse
-from training.data import Split, eval_batches, find_source, load_hierarchy, load_split
+from training.data import AnySplit, eval_batches, find_source, load_hierarchy, load_split
 from training.engine import CHECKPOINTS, Run, make_model
 from training.launching import run_script
 from training.longtail import long_tail_indices
@@ -136,7 +136,7 @@ def run_cell(settings: Comparison, cell: Cell) -> dict[str, Any]:
     return {**dataclasses.asdict(cell), "results": figures, "training": run.summary()}
 
 
-def _tree(data: Data, split: Split) -> torch.Tensor | None:
+def _tree(data: Data, split: AnySplit) -> torch.Tensor | None:
     """Distances between the classes; None where the data's tree has not these classes as leaves."""
     if not (Path(find_source(data.source)) / "hierarchy.json").is_file():
         return None
@@ -147,7 +147,7 @@ def _tree(data: Data, split: Split) -> torch.Tensor | None:
 
 
 @torch.inference_mode()
-def _features(run: Run, split: Split, rows: np.ndarray) -> np.ndarray:
+def _features(run: Run, split: AnySplit, rows: np.ndarray) -> np.ndarray:
     """Features of the backbone, before any neck."""
     model: Any = run.plain_model().eval()
     part = split.subset(rows)

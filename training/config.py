@@ -85,6 +85,8 @@ class Data:
             raise ValueError("data.limit, data.train_images and data.num_classes are 0 for all, or positive.")
         if not 0 <= self.max_corrupt <= 1 or not 0 < self.crop_pct <= 1:
             raise ValueError("data.max_corrupt is a share in [0, 1], data.crop_pct one in (0, 1].")
+        if self.image_column == self.label_column:
+            raise ValueError(f"data.image_column and data.label_column are one column, {self.image_column!r}.")
         if self.streaming and self.resident is True:
             raise ValueError("A stream is never resident: set data.streaming or data.resident to false.")
         if self.streaming and self.limit:
@@ -121,6 +123,11 @@ class Augment:
     mixup: float = 0.0
     cutmix: float = 0.0
     mix_prob: float = 1.0
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed, so that an image has more than one class."""
+        return self.mix_prob > 0 and max(self.mixup, self.cutmix) > 0
 
     def __post_init__(self):
         for name, value in (("crop_scale", self.crop_scale), ("crop_ratio", self.crop_ratio)):

@@ -21,6 +21,7 @@ from .resident import Split, cache, read_prepared
 from .sources import Rows, Stream, choose_split, open_rows, open_stream
 
 __all__ = [
+    "AnySplit",
     "MEAN",
     "STD",
     "Rows",
@@ -37,10 +38,11 @@ __all__ = [
     "train_batches",
 ]
 
+AnySplit = Split | Rows | Stream
 RESIDENT_SIZE = 128  # what `resident: auto` takes for small
 
 
-def load_split(data: Data, split: str) -> Split | Rows | Stream:
+def load_split(data: Data, split: str) -> AnySplit:
     """One split of a data set: an array (see `training/resident.py`), encoded rows, or a stream.
 
     Args:
@@ -115,7 +117,7 @@ def batch_generator(seed: int, epoch: int, step: int, stream: int = 2) -> torch.
 
 
 def train_batches(
-    split: Split | Rows | Stream,
+    split: AnySplit,
     settings: Augment,
     *,
     size: int,
@@ -190,7 +192,7 @@ def train_batches(
 
 
 def eval_batches(
-    split: Split | Rows | Stream,
+    split: AnySplit,
     *,
     size: int,
     batch_size: int,

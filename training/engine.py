@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list, set_seed
 from timm.scheduler.cosine_lr import CosineLRScheduler
@@ -27,7 +26,7 @@ from etf_zoo.moving import copy_moving_frames
 
 from . import checkpoint
 from .config import Recipe, changes, final_size, save_recipe, seconds, size_at
-from .data import Split, eval_batches, load_hierarchy, load_split, train_batches
+from .data import AnySplit, batch_generator, eval_batches, load_hierarchy, load_split, mix, train_batches
 from .launching import Repeatable, gather_in, in_step, is_sharded, make_accelerator, sync_buffers
 from .log import Log, forget_after, progress
 from .longtail import long_tail_indices
@@ -52,8 +51,8 @@ class Run:
     def __init__(
         self,
         recipe: Recipe,
-        train: Split | None = None,
-        val: Split | None = None,
+        train: AnySplit | None = None,
+        val: AnySplit | None = None,
         model: nn.Module | None = None,
     ):
         self.began = time.monotonic()
@@ -88,8 +87,12 @@ class Run:
         if is_sharded(self.accelerator):
             gather_in(self.model)
         plain = self.trained_model()
-        counts = np.bincount(self.train_split.labels, minlength=len(self.train_split.label_names)).tolist()
-        self.objective = Objective(recipe.loss, plain, counts, recipe.label_smoothing)
+        self.objective = Objective(recipe.loss, plain, self.train_split.class_counts(), recipe.label_smoothing)
+        if recipe.augment.mixes and not self.objective.takes_shares:
+            raise ValueError(
+                "augment.mixup and augment.cutmix give an image several classes, which only loss.name cross_entropy "
+                "without a moving frame can use: set them to 0."
+            )
         if recipe.compile:  # what comes behind the features is cheap, and the objective looks into it
             plain.forward_features = torch.compile(plain.forward_features)
         self.schedule = CosineLRScheduler(
@@ -330,6 +333,8 @@ class Run:
         self.schedule.step_update(self.step)
         if self.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
+        if self.recipe.augment.mixes:
+            images, labels = self._mixed(images, labels)
         sums = self._zeros()
         pieces = list(zip(images.chunk(self.recipe.accumulate), labels.chunk(self.recipe.accumulate), strict=True))
         for i, piece in enumerate(pieces):
@@ -338,7 +343,8 @@ class Run:
                 with self.accelerator.autocast():
                     logits, loss = self.objective(self.model, *piece)
                 self.accelerator.backward(loss / len(pieces))
-            right, count = (logits.detach().argmax(dim=1) == piece[1]).sum(), len(piece[1])
+            classes = piece[1] if piece[1].ndim == 1 else piece[1].argmax(dim=1)  # of a mixed image, the larger part's
+            right, count = (logits.detach().argmax(dim=1) == classes).sum(), len(classes)
             sums += torch.stack([loss.detach() * count, right, right.new_tensor(count)]).to(sums.dtype)
         if self.recipe.optim.clip_grad:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.optim.clip_grad)
@@ -350,6 +356,18 @@ class Run:
             self.ema.update(self.trained_model(), step=self.step)
             copy_moving_frames(self.ema, self.trained_model())
         return sums
+
+    def _mixed(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        a = self.accelerator
+        return mix(
+            images,
+            labels,
+            len(self.train_split.label_names),
+            self.recipe.augment,
+            batch_generator(self.recipe.seed, *divmod(self.step, self.steps_per_epoch), stream=4),
+            rank=a.process_index,
+            world=a.num_processes,
+        )
 
     def _lr(self) -> float:
         return max(group["lr"] for group in self.optimizer.param_groups)
@@ -378,7 +396,7 @@ class Run:
             sync_buffers(model)
         return measure(model, Repeatable(batches), processes=a, autocast=a.autocast).figures
 
-    def figures_on(self, split: Split) -> dict[str, float]:
+    def figures_on(self, split: AnySplit) -> dict[str, float]:
         """Figures on any images."""
         watched, self.val_split = self.val_split, split
         try:

@@ -94,7 +94,7 @@ def evaluate_model(settings: Evaluation) -> dict[str, Any]:
         "results": {key: value for key, value in found.figures.items() if key not in ("images", "images_per_second")},
         "dataset": {
             "name": Path(split.source).name if Path(split.source).exists() else split.source,
-            "split": settings.data.val_split,
+            "split": split.name or settings.data.val_split,
             "images": found.figures["images"],
             "size": size,
         },
@@ -107,6 +107,10 @@ def command_line(settings: Evaluation) -> str:
     data = settings.data
     options = ["--model", settings.model, "--data.source", data.source, "--data.val_split", data.val_split]
     options += ["--data.size", str(data.size)] + (["--size", str(settings.size)] if settings.size else [])
+    for name in ("config", "train_split", "image_column", "label_column", "resident", "crop_pct", "streaming"):
+        if getattr(data, name) != getattr(Data(), name):
+            value = getattr(data, name)
+            options += [f"--data.{name}", str(value).lower() if isinstance(value, bool) else str(value)]
     return shlex.join(["accelerate", "launch", "training/evaluate.py", *options])
 
 

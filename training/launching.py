@@ -12,6 +12,8 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 
+from etf_zoo.metrics import sum_over_processes
+
 from .config import PRECISIONS
 
 __all__ = ["Repeatable", "make_accelerator", "is_sharded", "gather_in", "in_step", "sync_buffers", "run_script"]
@@ -84,7 +86,7 @@ def in_step(
     iterator = iter(batches())
     while True:
         batch = next(iterator, None)
-        if not accelerator.reduce(torch.tensor([float(batch is not None)], device=device), reduction="sum").item():
+        if not sum_over_processes(torch.tensor([float(batch is not None)], device=device), accelerator).item():
             return
         yield batch or (torch.empty(empty, device=device), torch.empty(0, dtype=torch.int64, device=device))
 

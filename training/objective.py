@@ -34,7 +34,7 @@ class Objective:
     Args:
         settings: The recipe's loss.
         model: The model without wrappers.
-        class_counts: Training images of each class.
+        class_counts: Training images of each class; empty if not known.
         label_smoothing: Of the cross-entropy.
 
     Raises:
@@ -53,6 +53,7 @@ class Objective:
         self.penalty = losses.VarianceCovarianceLoss(**settings.penalty_args) if settings.variance_covariance else None
         self.penalty_weight = settings.variance_covariance
         self.moving = self.head if isinstance(self.head, MovingFrameClassifier) else None
+        self.takes_shares = self.loss is None and self.moving is None  # of classes `(B, K)` in the place of labels
         self._observed: list[tuple[Tensor, Tensor]] = []  # embeddings and labels of this step
         if self.penalty is not None and not isinstance(self.classifier, nn.Module):
             raise ValueError("The variance-covariance penalty needs a model with one classifier.")
@@ -74,6 +75,8 @@ class Objective:
         if settings.class_scaling:
             if settings.name != "dot_regression":
                 raise ValueError(f"loss.class_scaling is for dot_regression, not {settings.name}.")
+            if not class_counts:
+                raise ValueError("loss.class_scaling needs the counts of the classes, which a stream does not have.")
             args["class_counts"] = class_counts
         try:
             return LOSSES[settings.name](**args).to(self.head.weight.device)
@@ -81,7 +84,10 @@ class Objective:
             raise ValueError(f"loss.args of {settings.name}: {error}.") from error
 
     def __call__(self, forward: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits `(B, K)` in float32 and the loss; gradients flow through the wrapped model's `forward`."""
+        """Logits `(B, K)` in float32 and the loss; gradients flow through the wrapped model's `forward`.
+
+        Labels are class numbers `(B,)`, or shares of the classes `(B, K)` if `takes_shares`.
+        """
         with _seen(self.classifier) as seen:
             logits = forward(images).float()
         if self.loss is None:

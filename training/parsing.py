@@ -20,8 +20,8 @@ T = TypeVar("T")
 def parse(kind: type[T], args: list[str] | None = None) -> T:
     """Read a recipe from `--config FILE` and overrides such as `--optim.lr 1e-3`; a mistake ends the program.
 
-    A name may be spelled with dashes or underscores. A flag may stand alone: `--resume` is `--resume true`. `--data NAME`
-    is `--data.source NAME`.
+    A name may be spelled with dashes or underscores. A flag may stand alone: `--resume` is `--resume true`. Short for
+    `--data.source NAME` is `--data NAME`.
 
     Raises:
         SystemExit: On an unknown field, with the nearest name, or a value that does not fit, after one line about it.

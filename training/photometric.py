@@ -89,9 +89,9 @@ def solarize_add(images: Tensor, add: Tensor) -> Tensor:
 
 def autocontrast(images: Tensor) -> Tensor:
     """Each channel stretched to 0..255."""
-    low, high = images.amin((2, 3), keepdim=True), images.amax((2, 3), keepdim=True)
-    stretched = (images - low) * (255 / (high - low).clamp_min(1e-6))
-    return torch.where(high > low, stretched, images)
+    low, high = images.amin((2, 3), keepdim=True).round(), images.amax((2, 3), keepdim=True).round()
+    stretched = ((images - low) * (255 / (high - low).clamp_min(1))).clamp(0, 255)
+    return torch.where(high > low, stretched, images)  # not the noise of sampling an even image
 
 
 def equalize(images: Tensor) -> Tensor:
@@ -111,12 +111,13 @@ def _factor(level: Tensor) -> Tensor:
 
 
 # RandAugment's operations by a level in -1..1, as timm's set with increasing severity reads it; without a direction
-# only its size counts. At level 0 posterize still keeps but four bits, and the first three take no level.
+# only its size counts. At level 0 posterize still keeps but four bits, and the first three take no level. At level 1
+# posterize keeps one bit, not none: a black image, which newer versions of Pillow refuse.
 OPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "AutoContrast": lambda images, level: autocontrast(images),
     "Equalize": lambda images, level: equalize(images),
     "Invert": lambda images, level: invert(images),
-    "PosterizeIncreasing": lambda images, level: posterize(images, 4 - (4 * level.abs()).floor()),
+    "PosterizeIncreasing": lambda images, level: posterize(images, (4 - (4 * level.abs()).floor()).clamp_min(1)),
     "SolarizeIncreasing": lambda images, level: solarize(images, 256 - (256 * level.abs()).floor()),
     "SolarizeAdd": lambda images, level: solarize_add(images, (110 * level.abs()).floor()),
     "ColorIncreasing": lambda images, level: saturation(images, _factor(level)),

@@ -11,8 +11,9 @@ import torch
 from matplotlib.figure import Figure
 
 from .config import final_size
-from .data import MEAN, STD, Split, eval_batches
+from .data import MEAN, STD, eval_batches
 from .engine import Run
+from .subsets import Images
 
 __all__ = ["plot"]
 
@@ -20,7 +21,7 @@ COLUMNS = 12
 
 
 @torch.inference_mode()
-def _predictions(run: Run, test: Split) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _predictions(run: Run, test: Images) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Class probabilities `(N, K)`, labels `(N,)`, and cosines between centred class means of the features `(K, K)`."""
     model: Any = run.plain_model().eval()
     probabilities, features, labels = [], [], []
@@ -35,13 +36,13 @@ def _predictions(run: Run, test: Split) -> tuple[np.ndarray, np.ndarray, np.ndar
     return torch.cat(probabilities).numpy(), truth.numpy(), (means @ means.T).numpy()
 
 
-def _pixels(test: Split, rows: list[int], size: int) -> np.ndarray:
+def _pixels(test: Images, rows: list[int], size: int) -> np.ndarray:
     """Some images as the model sees them, `(n, size, size, 3)` in 0..1."""
     images = torch.cat([x for x, _ in eval_batches(test.subset(np.array(rows)), size=size, batch_size=len(rows))])
     return (images.permute(0, 2, 3, 1).numpy() * np.array(STD) + np.array(MEAN)).clip(0, 1)
 
 
-def plot(runs: dict[str, Run], test: Split, path: Path, *, curve: str = "Test") -> None:
+def plot(runs: dict[str, Run], test: Images, path: Path, *, curve: str = "Test") -> None:
     """Draw the picture; the images are those of the first run.
 
     Args:

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from .data import Split, eval_batches
+from .data import eval_batches
+from .subsets import Images
 
 __all__ = ["PROBES", "Probe", "backbone_features", "class_means", "fit_probe"]
 
@@ -53,16 +54,23 @@ class Probe:
 
 @torch.inference_mode()
 def backbone_features(
-    model: nn.Module, split: Split, *, size: int, batch_size: int = 256, device: torch.device | str = "cpu"
+    model: nn.Module, split: Images, *, size: int, batch_size: int = 256, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """Features `(N, d)`, float32 on the CPU, of a timm model in evaluation mode, before any neck of its head."""
+    """Features `(N, d)`, float32 on the CPU, of a timm model in evaluation mode, before any neck of its head.
+
+    Raises:
+        ValueError: If an image cannot be read.
+    """
     model = model.to(device).eval()
     batches = eval_batches(split, size=size, batch_size=batch_size, device=device)
     found = []
     for images, _ in tqdm(batches, total=-(-len(split) // batch_size), desc="features", mininterval=5, disable=None):
         hidden = model.forward_features(images)  # type: ignore[operator]
         found.append(model.forward_head(hidden, pre_logits=True).flatten(1).float().cpu())  # type: ignore[operator]
-    return torch.cat(found)
+    features = torch.cat(found)
+    if len(features) != len(split):
+        raise ValueError(f"{len(split) - len(features)} images of {split.source} cannot be read: remove them.")
+    return features
 
 
 def class_means(features: Tensor, labels: Tensor, names: list[str]) -> Tensor:

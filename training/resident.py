@@ -60,6 +60,18 @@ class Split:
         at = np.arange(len(self))[indices]
         return replace(self, labels=self.labels[at], index=at if self.index is None else self.index[at])
 
+    def class_counts(self) -> list[int]:
+        """Images of each class."""
+        return np.bincount(self.labels, minlength=len(self.label_names)).tolist()
+
+    def readable(self) -> np.ndarray:
+        """Numbers of the images that evaluation gives, in its order: all of them."""
+        return np.arange(len(self))
+
+    def picture(self, row: int) -> np.ndarray:
+        """An image as `(H, W, 3)` uint8."""
+        return self.images[row if self.index is None else self.index[row]]
+
     def take(self, rows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
         """Images `(B, 3, H, W)` uint8 and labels `(B,)` of some rows, on a device."""
         at = rows if self.index is None else self.index[rows]

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from .config import Data
-from .decode import Corrupt, Unreadable, encoded
+from .decode import Corrupt, Unreadable, decode, encoded
 from .readers import HELD_OUT, DatasetsReader, find_reader
 
 __all__ = ["Rows", "Stream", "choose_split", "open_rows", "open_stream"]
@@ -63,6 +63,18 @@ class Rows:
         at = np.arange(len(self))[indices]
         return replace(self, labels=self.labels[at], index=at if self.index is None else self.index[at])
 
+    def class_counts(self) -> list[int]:
+        """Rows of each class."""
+        return np.bincount(self.labels, minlength=len(self.label_names)).tolist()
+
+    def readable(self) -> np.ndarray:
+        """Numbers of the rows that a finished evaluation gave, in its order."""
+        return np.array([row for row in range(len(self)) if self.where(row) not in self.corrupt.found], dtype=np.int64)
+
+    def picture(self, row: int) -> np.ndarray:
+        """An image as `(H, W, 3)` uint8."""
+        return np.asarray(decode(self.encoded(row)))
+
     def digest(self) -> str:
         """Hash of all images and labels."""
         found = hashlib.sha256(json.dumps(self.label_names).encode() + self.labels.tobytes())
@@ -102,13 +114,23 @@ class Stream:
             raise ValueError(f"{self.source} does not state how many images an epoch has: set --data.train_images.")
         return self.count
 
+    def class_counts(self) -> list[int]:
+        """Unknown: empty."""
+        return []
+
     @property
     def labels(self) -> np.ndarray:
-        """Not of a stream: raises ValueError, as `subset` does."""
+        """Not known, which raises ValueError, as do all choices of images."""
         raise ValueError("What needs all labels or a choice of images cannot use a stream: set --data.streaming false.")
 
     def subset(self, indices: np.ndarray) -> Stream:
-        return self.labels  # type: ignore
+        raise ValueError("A stream has no subsets: set --data.streaming false.")
+
+    def readable(self) -> np.ndarray:
+        return np.arange(len(self.labels))
+
+    def picture(self, row: int) -> np.ndarray:
+        raise ValueError("A stream has no numbered images: set --data.streaming false.")
 
 
 def open_rows(data: Data, split: str, *, resident: bool) -> Rows:

@@ -4,10 +4,25 @@ from __future__ import annotations
 
 import numpy as np
 
-from .data import Split
+from .config import Data
+from .data import Rows, Split, Stream, load_split
 from .longtail import long_tail_indices
 
-__all__ = ["check_classes", "few_shot_indices", "holdout_indices", "split_training"]
+__all__ = ["Images", "check_classes", "few_shot_indices", "holdout_indices", "load_images", "split_training"]
+
+Images = Split | Rows  # a split with a length and labels at hand, resident or not
+
+
+def load_images(data: Data, split: str) -> Images:
+    """A split that is no stream.
+
+    Raises:
+        ValueError: See `load_split`; on a stream.
+    """
+    found = load_split(data, split)
+    if isinstance(found, Stream):
+        raise ValueError("Choosing among images needs all of them at hand: set data.streaming to false.")
+    return found
 
 
 def holdout_indices(labels, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -69,8 +84,8 @@ def few_shot_indices(labels, shots: int, seed: int, names: list[str]) -> np.ndar
 
 
 def split_training(
-    split: Split, *, holdout: float = 0.0, shots: int = 0, long_tail: float = 0.0, seed: int = 0
-) -> tuple[Split, Split | None]:
+    split: Images, *, holdout: float = 0.0, shots: int = 0, long_tail: float = 0.0, seed: int = 0
+) -> tuple[Images, Images | None]:
     """Training images to fit on, and to watch.
 
     Args:
@@ -96,7 +111,7 @@ def split_training(
     return split, held
 
 
-def check_classes(train: Split, test: Split) -> None:
+def check_classes(train: Images, test: Images) -> None:
     """Raise ValueError on one class only, different names, or classes in the test that training lacks."""
     present = np.unique(train.labels)
     if len(present) < 2:

@@ -77,10 +77,15 @@ def rank_correlations(table: Sequence[Record]) -> list[Record]:
         for side in ("source", "target"):
             pairs = [(r[f"nc1_{side}"], r["top1"]) for r in some if math.isfinite(r[f"nc1_{side}"])]
             varied = len(pairs) > 2 and all(len(set(column)) > 1 for column in zip(*pairs, strict=True))
-            entry[side] = float(stats.spearmanr(*zip(*pairs, strict=True)).statistic) if varied else math.nan
+            entry[side] = _spearman(pairs) if varied else math.nan
             entry["n"] = len(pairs)
         found.append(entry)
     return found
+
+
+def _spearman(pairs: list[tuple[float, float]]) -> float:
+    found: Any = stats.spearmanr([x for x, _ in pairs], [y for _, y in pairs])
+    return float(found.statistic)
 
 
 def write_report(records: Sequence[Record], folder: Path, *, control: str, order: Sequence[str], left: int = 0) -> None:

@@ -30,11 +30,10 @@ from accelerate import PartialState
 
 from etf_zoo.metrics import NeuralCollapse
 from training.config import final_size, parse
-from training.data import Split, load_split
-from training.launching import run_script
+from training.launching import make_accelerator, run_script
 from training.model import find_model, make_model
 from training.probes import PROBES, backbone_features, fit_probe
-from training.subsets import check_classes, few_shot_indices, holdout_indices
+from training.subsets import Images, check_classes, few_shot_indices, holdout_indices, load_images
 from training.transfer_report import write_report
 from training.tuning import Finetune, fine_tune
 
@@ -152,11 +151,11 @@ def run_cell(cell: Cell, work: str) -> dict[str, Any]:
     """Measure a cell."""
     settings = cell.settings
     names = {"key": cell.key, "weights": cell.weights, "data": cell.data, "method": cell.method, "seed": cell.seed}
-    test = load_split(settings.data, settings.data.val_split)
+    test = load_images(settings.data, settings.data.val_split)
     if not cell.method:
         features = _cached(settings, settings.data.val_split, test, Path(work))
         return {**names, **_collapse(features, test)}
-    train = load_split(settings.data, settings.data.train_split)
+    train = load_images(settings.data, settings.data.train_split)
     check_classes(train, test)
     rows = _rows(cell, train)
     if settings.method in PROBES:
@@ -183,7 +182,7 @@ def run_cell(cell: Cell, work: str) -> dict[str, Any]:
     return {**names, **found, **_collapse(features, train)}
 
 
-def _rows(cell: Cell, train: Split):
+def _rows(cell: Cell, train: Images):
     """Training images of a seed: few of each class, or a share of each."""
     count = cell.settings.shots or cell.per_class
     if count and cell.settings.method in PROBES:
@@ -196,7 +195,7 @@ def _rows(cell: Cell, train: Split):
 
 
 def _device() -> torch.device:
-    return PartialState().device
+    return make_accelerator().device
 
 
 def _backbone_size(settings: Finetune) -> int:
@@ -205,13 +204,13 @@ def _backbone_size(settings: Finetune) -> int:
     return sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in model.get_classifier().parameters())
 
 
-def _collapse(features: torch.Tensor, split: Split) -> dict[str, float]:
+def _collapse(features: torch.Tensor, split: Images) -> dict[str, float]:
     collapse = NeuralCollapse(len(split.label_names), features.shape[1])
     collapse.update(features, torch.from_numpy(split.labels))
     return {name: value for name, value in collapse.compute().items() if name in NC1}
 
 
-def _cached(settings: Finetune, name: str, split: Split, work: Path) -> torch.Tensor:
+def _cached(settings: Finetune, name: str, split: Images, work: Path) -> torch.Tensor:
     """Features of a whole split, computed once; two processes do not compute the same."""
     source = find_model(settings.model, settings.pretrained)
     parts = [settings.data, name, final_size(settings), source.name, source.weights_digest]

@@ -16,7 +16,6 @@ from torch import nn
 from etf_zoo import attach_frame
 
 from .config import HEADS, Recipe, final_size
-from .data import Split, load_split
 from .engine import Run
 from .export import export_run
 from .launching import make_accelerator
@@ -24,7 +23,7 @@ from .log import METRICS
 from .methods import METHODS, prepare, tuned_share, warm_head
 from .model import find_model, make_model
 from .probes import PROBES, Probe, backbone_features, fit_probe
-from .subsets import check_classes, split_training
+from .subsets import Images, check_classes, load_images, split_training
 
 __all__ = ["Finetune", "Tuned", "Tuning", "fine_tune", "load_data"]
 
@@ -84,7 +83,7 @@ class Finetune(Recipe):
         if self.patience and not self.holdout:
             raise ValueError("Early stopping (patience) needs held-out images: set holdout, such as 0.1.")
         if self.data.streaming:
-            raise ValueError("Fine-tuning needs all images at hand: set data.streaming to false.")
+            raise ValueError("Fine-tuning chooses among images, which a stream does not let it: data.streaming false.")
         if self.compare and self.method in PROBES:
             raise ValueError(f"compare is for training, not for {self.method}.")
 
@@ -104,7 +103,7 @@ class Tuned:
     """
 
     run: Run
-    test: Split
+    test: Images
     tuned: int
     total: int
     start: tuple[float, str] | None = None
@@ -128,7 +127,7 @@ class Tuned:
 class Tuning(Run):
     """A run that watches the accuracy on held-out images, stops when it no longer rises, and goes back to the best."""
 
-    def __init__(self, recipe: Finetune, train: Split, held: Split | None, test: Split, model: nn.Module):
+    def __init__(self, recipe: Finetune, train: Images, held: Images | None, test: Images, model: nn.Module):
         super().__init__(recipe, train=train, val=held or test, model=model)
         self.patience = recipe.patience
         file = self.folder / METRICS
@@ -169,17 +168,17 @@ class Tuning(Run):
         return True
 
 
-def load_data(settings: Recipe) -> tuple[Split, Split]:
+def load_data(settings: Recipe) -> tuple[Images, Images]:
     """Training and test images, checked against each other."""
     accelerator = make_accelerator(settings.precision)
     with accelerator.main_process_first():  # one process decodes, the others find the array
-        train = load_split(settings.data, settings.data.train_split)
-        test = load_split(settings.data, settings.data.val_split)
+        train = load_images(settings.data, settings.data.train_split)
+        test = load_images(settings.data, settings.data.val_split)
     check_classes(train, test)
     return train, test
 
 
-def fine_tune(settings: Finetune, train: Split, test: Split) -> Tuned | None:
+def fine_tune(settings: Finetune, train: Images, test: Images) -> Tuned | None:
     """Do what a recipe says.
 
     Args:
@@ -202,12 +201,12 @@ def fine_tune(settings: Finetune, train: Split, test: Split) -> Tuned | None:
     return _probe(settings, fitted_on, test) if is_probe else _train(settings, fitted_on, held, test)
 
 
-def _features(settings: Finetune, model: nn.Module, split: Split) -> torch.Tensor:
+def _features(settings: Finetune, model: nn.Module, split: Images) -> torch.Tensor:
     device = make_accelerator(settings.precision).device
     return backbone_features(model, split, size=final_size(settings), device=device)
 
 
-def _train(settings: Finetune, train: Split, held: Split | None, test: Split) -> Tuned | None:
+def _train(settings: Finetune, train: Images, held: Images | None, test: Images) -> Tuned | None:
     names = train.label_names
     model = make_model(settings, len(names))
     if settings.head == "warm":
@@ -225,7 +224,7 @@ def _train(settings: Finetune, train: Split, held: Split | None, test: Split) ->
     return Tuned(run, test, tuned, total, start) if run.fit() else None
 
 
-def _probe(settings: Finetune, train: Split, test: Split) -> Tuned:
+def _probe(settings: Finetune, train: Images, test: Images) -> Tuned:
     names, labels = train.label_names, torch.from_numpy(train.labels)
     model: Any = make_model(dataclasses.replace(settings, head="learned"), len(names))
     features, tested = (_features(settings, model, split) for split in (train, test))

@@ -1,18 +1,25 @@
 """The loop: what it computes, and that stopping and resuming changes nothing."""
 
 import dataclasses
+import errno
 import json
+import os
+import resource
+import sys
 
 import numpy as np
 import pytest
 import timm
 import torch
+from accelerate.state import AcceleratorState
 from torch import nn
 
 from etf_zoo import frame_heads
-from training.config import Augment, Data, Optim, Recipe
+from training.checkpoint import CheckpointError
+from training.config import Augment, Data, Ema, Optim, Recipe
 from training.data import Split
-from training.engine import Run, make_model
+from training.engine import Run
+from training.model import make_model, make_optimizer
 
 RECIPE = Recipe(
     model="mobilenetv3_small_050_etf",
@@ -80,6 +87,179 @@ def test_half_written_checkpoints_are_passed_over(tmp_path, capsys):
     assert log.read_text() == ""  # the first epoch is not over at step 2
     assert resumed.fit()
     assert sorted(f.name for f in checkpoints.iterdir()) == ["step_00000004", "step_00000008"]
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
+    """The system refuses files beyond a size, in the middle of the second checkpoint's weights."""
+    stopped = run(tmp_path, "run", epochs=1, time_budget="0s")
+    stopped.fit()
+    weights = tmp_path / "run" / "checkpoints" / "step_00000001" / "model.safetensors"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (weights.stat().st_size // 2, before[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"step_00000001 is intact: make room, then go on with --resume"):
+            run(tmp_path, "run", epochs=1, save_steps=1, resume=True).fit()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [f.name for f in weights.parents[1].iterdir()] == ["step_00000001"]  # what was half written is gone
+    resumed = run(tmp_path, "run", epochs=1, resume=True)
+    assert resumed.step == 1
+    assert resumed.fit()
+
+
+def test_a_full_disk_at_the_log(tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    stopped = run(tmp_path, "run", epochs=1)
+    monkeypatch.setattr("training.log.open", full, raising=False)
+    with pytest.raises(OSError, match=r"metrics.jsonl: No space left on device. .*--resume"):
+        stopped.fit()
+
+
+def test_a_budget_that_ends_with_the_epoch(tmp_path, monkeypatch):
+    """The epoch is evaluated and logged before the run stops, and not again after it."""
+    stopped = run(tmp_path, "run", sizes=[[0, 24]])
+    monkeypatch.setattr(stopped, "_clock", lambda look: (stopped.step == stopped.steps_per_epoch, False))
+    assert not stopped.fit()
+    assert stopped.step == stopped.steps_per_epoch
+    resumed = run(tmp_path, "run", sizes=[[0, 24]], resume=True)
+    assert resumed.fit()
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [(r["epoch"], "val_top1" in r) for r in records] == [(1, True), (2, True)]
+
+
+def test_saves_by_the_clock(tmp_path):
+    saving = run(tmp_path, "run", epochs=1, save_minutes=1e-9, keep_checkpoints=9)
+    saving.fit()
+    assert sorted(f.name for f in (tmp_path / "run" / "checkpoints").iterdir()) == [
+        f"step_0000000{i}" for i in (1, 2, 3, 4)
+    ]
+
+
+def test_resuming_with_another_recipe(tmp_path, capsys):
+    run(tmp_path, "run", time_budget="0s").fit()
+    with pytest.raises(ValueError, match=r"another model \(head frame -> learned\)"):
+        run(tmp_path, "run", resume=True, head="learned")
+    with pytest.raises(ValueError, match="4 steps in an epoch, this recipe 8"):
+        run(tmp_path, "run", resume=True, batch_size=32)
+    again = run(tmp_path, "run", resume=True, optim=Optim(lr=1e-3))
+    assert "another recipe than before: optim.lr 0.002 -> 0.001." in capsys.readouterr().out
+    assert again.step == 1
+    assert "lr: 0.001" in (tmp_path / "run" / "recipe.yaml").read_text()
+
+
+def test_accumulation_changes_nothing_but_rounding(tmp_path):
+    """On a model without statistics of a batch; and with several pieces a moving frame sees all of them."""
+    recipe = {
+        "model": "convnext_atto_etf",
+        "model_args": {"depths": [1, 1, 1, 1], "dims": [8, 16, 24, 32], "moving": True},
+        "optim": Optim("sgd", lr=0.02, clip_grad=1.0),
+        "sizes": [[0, 32]],
+        "epochs": 1,
+    }
+    weights = []
+    for accumulate in (1, 4):
+        one = run(tmp_path, f"run{accumulate}", accumulate=accumulate, **recipe)
+        one.fit()
+        weights.append(one.plain_model().state_dict())
+    for key, value in weights[0].items():
+        torch.testing.assert_close(weights[1][key], value, atol=1e-5, rtol=0, msg=lambda m, key=key: f"{key}: {m}")
+    with pytest.raises(ValueError, match="64 does not divide by 1 processes times accumulate 3"):
+        run(tmp_path, "other", accumulate=3)
+
+
+def test_average_of_the_weights(tmp_path):
+    """timm's average, step by step, but with the frame of the model itself; it is what is evaluated."""
+    averaged = run(tmp_path, "run", epochs=1, ema=Ema(0.5, warmup=False), model_args={"moving": True})
+    expected = None
+    step = averaged._step
+
+    def watched(*batch):
+        nonlocal expected
+        sums = step(*batch)
+        now = averaged.trained_model().conv_stem.weight.detach().clone()
+        expected = now if expected is None else expected.lerp(now, 0.5)  # the first step is copied
+        return sums
+
+    averaged._step = watched
+    averaged.fit()
+    model, own = averaged.plain_model(), averaged.trained_model()
+    torch.testing.assert_close(model.conv_stem.weight, expected, atol=1e-6, rtol=1e-5)
+    assert torch.equal(model.classifier.weight, own.classifier.weight)
+    gram = model.classifier.weight.double() @ model.classifier.weight.double().T
+    torch.testing.assert_close(gram, (10 * torch.eye(10) - 1).double() / 9, atol=1e-5, rtol=0)
+    assert not torch.equal(model.conv_stem.weight, own.conv_stem.weight)
+    loss = averaged.evaluate()["loss"]
+    averaged.ema = None
+    assert averaged.evaluate()["loss"] != loss
+
+
+def test_learning_rate_by_layer():
+    model = make_model(RECIPE, 10)
+    optimizer = make_optimizer(Optim(lr=1.0, layer_decay=0.5), model)
+    scale = {id(p): group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}
+    scales = [scale[id(p)] for p in (model.conv_stem.weight, model.blocks[0][0].conv_dw.weight, model.conv_head.weight)]
+    assert scales == sorted(set(scales))
+    assert all("lr_scale" not in group for group in make_optimizer(Optim(), model).param_groups)
+
+
+def test_schedule_ends_at_the_smallest_rate(tmp_path):
+    recipe = {"optim": Optim(lr=0.1, min_lr=0.01, warmup_epochs=0.5), "epochs": 1, "batch_size": 16}
+    ended = run(tmp_path, "run", **recipe)
+    rates = [(ended.schedule.step_update(step), ended._lr())[1] for step in range(17)]
+    assert rates[:8] == pytest.approx([0.1 * step / 8 for step in range(8)])
+    assert rates[8:] == sorted(rates[8:], reverse=True)
+    assert rates[16] == pytest.approx(0.01)
+
+
+def test_tensorboard(tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run(tmp_path, "run", epochs=1, tensorboard=True, log_every=2).fit()
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [2, 4]
+    assert {"train/top1", "train/lr", "train/images_per_second", "val/top1", "val/top5", "val/nc1_pinv"} <= set(
+        events.Tags()["scalars"]
+    )
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ImportError, match="pip install tensorboard"):
+        run(tmp_path, "other", tensorboard=True)
+
+
+def test_half_precision_without_a_gpu(tmp_path):
+    if torch.accelerator.is_available():
+        pytest.skip("there is a GPU")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        with pytest.raises(ValueError, match="fp16 needs a GPU"):
+            run(tmp_path, "run", precision="fp16")
+        AcceleratorState._reset_state(reset_partial_state=True)
+        half = run(tmp_path, "run", precision="bf16", epochs=1)
+        assert half.fit()
+        assert half.plain_model().classifier.weight.dtype == torch.float32
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.slow
+def test_compiled_equals_eager(tmp_path):
+    recipe = {
+        "model": "convnext_atto_etf",
+        "model_args": {"depths": [1, 1, 1, 1], "dims": [8, 16, 24, 32], "moving": True},
+        "optim": Optim("sgd", lr=0.02),
+        "ema": Ema(0.9),
+        "sizes": [[0, 32]],
+        "epochs": 1,
+    }
+    models = []
+    for compiled in (False, True):
+        one = run(tmp_path, f"run{compiled}", compile=compiled, **recipe)
+        one.fit()
+        models.append(one.plain_model().state_dict())
+    for key, value in models[0].items():
+        torch.testing.assert_close(models[1][key], value, atol=1e-4, rtol=0, msg=lambda m, key=key: f"{key}: {m}")
 
 
 def test_a_finished_folder_is_not_overwritten(tmp_path):

@@ -208,12 +208,12 @@ def test_bad_folders(folder, tmp_path, monkeypatch):
 def test_classes_that_are_missing(tmp_path, digits, monkeypatch):
     train, test = digits
     one = Split(train.images, np.zeros_like(train.labels), train.label_names, "made up")
-    monkeypatch.setattr("training.tuning.load_split", lambda data, split: one if split == "train" else test)
+    monkeypatch.setattr("training.tuning.load_images", lambda data, split: one if split == "train" else test)
     with pytest.raises(ValueError, match="all of one class"):
         load_data(RECIPE)
     rows = np.flatnonzero(train.labels != 7)
     monkeypatch.setattr(
-        "training.tuning.load_split", lambda data, split: train.subset(rows) if split == "train" else test
+        "training.tuning.load_images", lambda data, split: train.subset(rows) if split == "train" else test
     )
     with pytest.raises(ValueError, match="without a training image, such as '7'"):
         load_data(RECIPE)
