@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from etf_zoo import attach_frame, frame_heads
 from etf_zoo.necks import build_neck
 from etf_zoo.pretrained import CONFIG_NAME
-from etf_zoo.variants import HEAD_ARGS, base_name, split_head
+from etf_zoo.variants import HEAD_ARGS, SKIP_CONNECTION, base_name, split_head
 from etf_zoo.whitening import whiten_last_norm
 
 from .config import Optim, Recipe
@@ -64,12 +64,14 @@ def find_model(model: str, pretrained: bool = True) -> Source:
         found = next((path for path in (folder, folder / "model") if (path / CONFIG_NAME).is_file()), None)
         if found is None:
             raise ValueError(f"{folder} holds no model: neither it nor its folder model/ has a {CONFIG_NAME}.")
-        cfg, architecture, args = load_model_config_from_path(found)
+        cfg, architecture, _ = load_model_config_from_path(found)
+        _check_base(model, architecture)
         digest = json.loads((found / CONFIG_NAME).read_text(encoding="utf-8")).get("weights_sha256", "")
-        return Source(f"local-dir:{found}", args.get("base", architecture), cfg["input_size"][-1], digest)
+        return Source(f"local-dir:{found}", architecture, cfg["input_size"][-1], digest)
     if model.startswith("hf-hub:"):
-        cfg, architecture, args = load_model_config_from_hf(model.removeprefix("hf-hub:"))
-        return Source(model, args.get("base", architecture), cfg["input_size"][-1])
+        cfg, architecture, _ = load_model_config_from_hf(model.removeprefix("hf-hub:"))
+        _check_base(model, architecture)
+        return Source(model, architecture, cfg["input_size"][-1])
     architecture, _, tag = model.partition(".")
     if not timm.is_model(architecture):
         near = difflib.get_close_matches(architecture, timm.list_models(), n=3)
@@ -84,6 +86,13 @@ def find_model(model: str, pretrained: bool = True) -> Source:
         known = ", ".join(timm.list_pretrained(f"{architecture}.*")) or "no tag"
         raise ValueError(f"{architecture} has no tag {tag!r}; there is {known}.") from None
     return Source(model, architecture, cfg.input_size[-1])
+
+
+def _check_base(model: str, architecture: str) -> None:
+    if architecture == SKIP_CONNECTION:
+        raise ValueError(
+            f"{model} has a skip connection from an earlier tuning: start from the model that it came from."
+        )
 
 
 def make_model(recipe: Recipe, num_classes: int, hierarchy: Tensor | None = None) -> nn.Module:

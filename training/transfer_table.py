@@ -116,22 +116,22 @@ class Cell:
 
 
 def cells(table: Table) -> list[Cell]:
-    """All cells, the collapse at the source first, then in the order of the methods."""
+    """All cells, the collapse at the source first, then by method, data set, weights and seed."""
     found = []
     if table.source:
         for weights, start in table.weights.items():
             settings = _settings(table, start, table.source, {"method": "ncm"})
             found.append(Cell(weights, "", "", settings.seed, settings))
     for method, entry in table.methods.items():
-        own = {k: v for k, v in entry.items() if k not in ("weights", "data", "seeds")}
-        for seed in entry.get("seeds", table.seeds):
-            for data in entry.get("data", table.data):
-                fields = {k: v for k, v in table.data[data].items() if k != "per_class"}
-                for weights in entry.get("weights", table.weights):
-                    changes = {"method": method, **own, "seed": seed}
-                    settings = _settings(table, table.weights[weights], fields, changes)
-                    per_class = table.data[data].get("per_class", 0)
-                    found.append(Cell(weights, data, method, seed, settings, per_class, table.share))
+        own = {"method": method, **{k: v for k, v in entry.items() if k not in ("weights", "data", "seeds")}}
+        for data in entry.get("data", table.data):
+            fields = {k: v for k, v in table.data[data].items() if k != "per_class"}
+            per_class = table.data[data].get("per_class", 0)
+            for weights in entry.get("weights", table.weights):
+                settings = _settings(table, table.weights[weights], fields, own)
+                for seed in entry.get("seeds", table.seeds):
+                    of_seed = dataclasses.replace(settings, seed=seed)
+                    found.append(Cell(weights, data, method, seed, of_seed, per_class, table.share))
     return found
 
 

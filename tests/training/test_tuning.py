@@ -104,6 +104,11 @@ def test_methods_become_model_folders(tmp_path, digits, method, head, capsys):
     x = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
         torch.testing.assert_close(loaded(x), tuned.run.plain_model().eval()(x), atol=0.05, rtol=0.05)
+    frame = "a fixed frame, never trained" in (folder / "README.md").read_text()
+    assert frame == (method != "head")
+    if method == "scl":
+        with pytest.raises(ValueError, match="skip connection from an earlier tuning"):
+            dataclasses.replace(settings, model=str(folder))
 
 
 @pytest.mark.parametrize("method", ["linear_probe", "ncm"])
