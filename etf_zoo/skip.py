@@ -24,7 +24,7 @@ __all__ = ["add_skip", "pooled_to_width", "skip_connection"]
 
 
 class _SkipModel(nn.Module):
-    """Mixed into the class of a timm model: `forward_features` also gives the layer's output, `forward_head` adds it."""
+    """Mixed into a timm model's class: `forward_features` gives the layer's output too, `forward_head` adds it."""
 
     _skip_layer: str
 
@@ -56,7 +56,7 @@ def pooled_to_width(hidden: Tensor, width: int, model: nn.Module) -> Tensor:
     """A layer's output as one vector: pooled over positions, zero-padded or cut to a width.
 
     Args:
-        hidden: `(B, C, H, W)`, or `(B, H, W, C)` where the model says so (`output_fmt`), or tokens `(B, N, C)`, or `(B, C)`.
+        hidden: `(B, C, H, W)`, `(B, H, W, C)` where the model says so (`output_fmt`), tokens `(B, N, C)`, or `(B, C)`.
         width: Wanted number of channels.
         model: The timm model it comes from, which knows the meaning of the axes and of prefix tokens.
 

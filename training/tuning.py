@@ -40,8 +40,8 @@ class Finetune(Recipe):
             frozen features, which knows the classes before any training. By default `frame` for `_etf` models and
             `learned` for others.
         method: `full`, `head` (frozen backbone), `layer` (one block and the head), `scl` (the same, with a skip
-            connection to the last feature, 2212.12206), or on frozen features, with a head of their own, `linear_probe`,
-            `knn`, `ncm` (nearest class mean).
+            connection to the last feature, 2212.12206), or on frozen features, with a head of their own,
+            `linear_probe`, `knn`, `ncm` (nearest class mean).
         layer: Block that `layer` and `scl` tune; by default the last with at most a tenth of the parameters.
         holdout: Share of each class's training images that is held out, to draw the curve and to stop by. With 0 the
             curve is over the test images, and nothing is chosen by it. Probes hold nothing out.
