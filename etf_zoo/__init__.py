@@ -2,12 +2,14 @@
 
 from . import frames, vit  # noqa: F401  vit is in timm's registry before the twins are made
 from .classifier import FrameClassifier
+from .convert import convert_classifier
+from .heads import attach_frame, frame_heads
 from .pretrained import native_tags, read_weights
 from .skip import add_skip
-from .variants import attach_frame, frame_heads, register_variants
+from .variants import register_variants
 
 __version__ = "0.1.0"
-__all__ = ["FrameClassifier", "add_skip", "attach_frame", "frame_heads", "frames", "register"]
+__all__ = ["FrameClassifier", "add_skip", "attach_frame", "convert_classifier", "frame_heads", "frames", "register"]
 
 
 def register() -> list[str]:

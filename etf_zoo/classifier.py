@@ -8,12 +8,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .frames import best_frame, hierarchy_frame, quick_code, random_frame, simplex_etf
-from .frames.simplex import check_orientation, check_simplex_fits, check_sizes
+from .frames.simplex import check_orientation, check_simplex_fits, check_sizes, helmert_basis
 from .necks import LastDimBatchNorm, build_neck
 
 __all__ = [
     "FrameClassifier",
     "CUSTOM",
+    "HELMERT",
     "FEATURE_NORMS",
     "FRAMES",
     "MAX_LOGIT_SCALE",
@@ -25,6 +26,9 @@ __all__ = [
 FEATURE_NORMS = ("l2", "batch", "none")
 FRAMES = ("auto", "simplex", "random", "code", "hierarchy")
 CUSTOM = "custom"  # name of a frame that was given as a tensor
+# Simplex ETF in the Helmert basis, K - 1 wide: what softmax-preserving conversion puts behind its linear neck.
+HELMERT = "helmert"
+HELMERT_MATRIX_CLASSES = 4096  # above, it is a transform in O(K) without a matrix of 67 MB and more
 MAX_LOGIT_SCALE = 100.0
 # Rows of the Gram matrix that solve_logit_scale looks at, so that 100,000 classes need no 100,000^2 matrix.
 _SCALE_ROWS = 1024
@@ -63,6 +67,9 @@ def check_frame(
             raise ValueError(f"The frame has shape {tuple(frame.shape)}, the head needs ({num_classes}, {dim}).")
         if not frame.is_meta:
             _check_unit_rows(frame)
+    elif frame == HELMERT:
+        if dim != num_classes - 1:
+            raise ValueError(f"frame={HELMERT!r} is {num_classes - 1} wide, the features are {dim}: use neck='linear'.")
     elif frame not in (*FRAMES, CUSTOM):
         raise ValueError(f"Unknown frame {frame!r}. Choose one of {', '.join(FRAMES)}, or pass a tensor (K, dim).")
     elif frame in ("auto", "simplex"):
@@ -111,6 +118,8 @@ def build_frame(
             f"frame={CUSTOM!r} names a frame that was given as a tensor and that only its weights hold: load them "
             f"(pretrained=True), pass the tensor itself, or choose one of {', '.join(FRAMES)}."
         )
+    if frame == HELMERT:
+        return (math.sqrt(num_classes / (num_classes - 1)) * helmert_basis(num_classes)).float()
     if frame == "auto":
         return best_frame(num_classes, dim, orientation=orientation, seed=seed)
     if frame == "simplex":
@@ -194,10 +203,20 @@ def _scaled_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     return F.linear(x * scale, weight.to(x.dtype))
 
 
+def _helmert_product(x: Tensor, scale: Tensor) -> Tensor:
+    """The same for the Helmert frame of K classes and x `(..., K-1)`, in O(K) and without the frame's matrix."""
+    k = x.shape[-1] + 1
+    j = torch.arange(1, k, device=x.device, dtype=x.dtype)
+    x = x * (scale * math.sqrt(k / (k - 1)) / torch.sqrt(j * (j + 1)))
+    sums = x.flip(-1).cumsum(-1).flip(-1)  # row i of the basis: 1 for each later column, -j in the one before
+    return F.pad(sums, (0, 1)) - F.pad(j * x, (1, 0))
+
+
 # Leaves for torch.fx: their branches on dtype and autocast are not for a tracer to follow.
 torch.fx.wrap("_at_least_float32")
 torch.fx.wrap("_unit")
 torch.fx.wrap("_scaled_product")
+torch.fx.wrap("_helmert_product")
 
 
 class FrameClassifier(nn.Module):
@@ -215,9 +234,12 @@ class FrameClassifier(nn.Module):
         frame: `"auto"` (the best known arrangement: the simplex ETF where it fits), `"simplex"`, `"random"` (the
             control), `"code"`, `"hierarchy"` (2303.05689, with `hierarchy`), or a tensor `(K, dim)` with unit rows. The
             attribute `frame` then reads `"custom"`, which is accepted here on the meta device only, where a checkpoint
-            will bring the frame.
+            will bring the frame. `"helmert"`, with neck `"linear"` and norm `"none"`, is a converted classifier, see
+            `etf_zoo.convert`: above 4,096 classes its frame is computed, not stored, `weight` is `(K, 0)` and
+            `implicit` is true.
         neck: None, `"mlp"`, `"residual"`, or a module whose output is `dim` wide (then pass the frame as a tensor
-            or let its `out_features` say the width). See `etf_zoo.necks` for why none is linear.
+            or let its `out_features` say the width). See `etf_zoo.necks` for why none is linear; `"linear"` and
+            `"centre"` are for converted classifiers.
         feature_norm: `"l2"` (unit features: logits are scaled cosines), `"batch"` (batch norm without affine part,
             then unit: centres nonnegative features, as 2203.09081's code does) or `"none"`.
         logit_scale: A number; `"auto"` solves for the scale at which a feature on its prototype has probability
@@ -261,6 +283,8 @@ class FrameClassifier(nn.Module):
         self.feature_norm = feature_norm
         self.channels_first = channels_first
         self.frame = frame if isinstance(frame, str) else CUSTOM
+        _check_conversion(self.frame, neck, feature_norm)
+        self.implicit = self.frame == HELMERT and num_classes > HELMERT_MATRIX_CLASSES
 
         if isinstance(neck, str):
             self.neck, self.dim = build_neck(neck, in_features, num_classes, device=device)
@@ -270,9 +294,10 @@ class FrameClassifier(nn.Module):
             self.neck, self.dim = None, in_features
         self.norm = LastDimBatchNorm(self.dim, affine=False, device=device) if feature_norm == "batch" else None
 
-        if device.type == "meta":
+        if device.type == "meta" or self.implicit:
             check_frame(frame, num_classes, self.dim, orientation=orientation, hierarchy=hierarchy)
-            weight = torch.empty(num_classes, self.dim, dtype=torch.float32, device=device)
+            width = 0 if self.implicit else self.dim
+            weight = torch.empty(num_classes, width, dtype=torch.float32, device=device)
         else:
             weight = build_frame(
                 frame,
@@ -323,10 +348,16 @@ class FrameClassifier(nn.Module):
             return _unit(x)
         return _at_least_float32(x)
 
+    def project(self, x: Tensor) -> Tensor:
+        """Logits of what `embed` gives: `(..., dim)` to `(..., num_classes)`."""
+        if self.implicit:
+            return _helmert_product(x, self.logit_scale)
+        return _scaled_product(x, self.weight, self.logit_scale)
+
     def forward(self, x: Tensor) -> Tensor:
         if self.channels_first:
             x = x.movedim(1, -1)
-        logits = _scaled_product(self.embed(x), self.weight, self.logit_scale)
+        logits = self.project(self.embed(x))
         return logits.movedim(-1, 1) if self.channels_first else logits
 
     def _apply(self, fn, recurse=True):
@@ -355,7 +386,7 @@ class FrameClassifier(nn.Module):
                 f"or load the checkpoint without its keys below {prefix!r} to keep the fresh frame."
             )
             return
-        if weight is not None and not weight.is_meta:
+        if weight is not None and not weight.is_meta and not self.implicit:
             try:
                 _check_unit_rows(weight)
             except ValueError as error:
@@ -367,6 +398,21 @@ class FrameClassifier(nn.Module):
         return (
             f"{self.in_features}, {self.num_classes}, frame={self.frame!r}, dim={self.dim}, "
             f"feature_norm={self.feature_norm!r}"
+        )
+
+
+def _check_conversion(frame: str, neck: str | nn.Module | None, feature_norm: str) -> None:
+    """Raise ValueError unless the Helmert frame and the linear neck come together, as conversion writes them."""
+    linear = isinstance(neck, str) and neck == "linear"
+    if linear and frame != HELMERT:
+        raise ValueError(
+            "A linear neck in front of a fixed frame is a learned classifier by another name. It is there for "
+            f"converted classifiers only (frame={HELMERT!r}); use neck='mlp' or neck='residual'."
+        )
+    if frame == HELMERT and not (linear and feature_norm == "none"):
+        raise ValueError(
+            f"frame={HELMERT!r} is for converted classifiers and needs neck='linear' and feature_norm='none'. "
+            f"To train with a simplex use frame='simplex' or 'auto'."
         )
 
 

@@ -1,9 +1,10 @@
-"""Command line: `etf-zoo list | info | predict | evaluate | card`."""
+"""Command line: `etf-zoo list | info | predict | evaluate | convert | export | card | publish`."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,8 @@ def _load(name: str, pretrained: bool = True) -> Any:
 
     import etf_zoo  # noqa: F401  registers the twins
 
+    from .download import hub_errors
+
     if Path(name).is_dir():
         name = f"local-dir:{name}"
     elif ":" not in name and not timm.is_model(name):
@@ -26,7 +29,8 @@ def _load(name: str, pretrained: bool = True) -> Any:
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f" Did you mean {', '.join(near)}?" if near else ""
         raise ValueError(f"There is no model or folder {name!r}.{hint} `etf-zoo list` shows the names.")
-    return timm.create_model(name, pretrained=pretrained)
+    with hub_errors(name.removeprefix("hf-hub:")):
+        return timm.create_model(name, pretrained=pretrained)
 
 
 def _list(args: argparse.Namespace) -> None:
@@ -40,30 +44,64 @@ def _list(args: argparse.Namespace) -> None:
     names = timm.list_pretrained(pattern) if args.pretrained else timm.list_models(pattern)
     if not names:
         raise ValueError(f"No model matches {pattern!r}.")
-    print("\n".join(names))
+    width = max(map(len, names))
+    print("\n".join(f"{name:<{width}}  {_source(name)}" if args.pretrained else name for name in names))
+
+
+def _source(name: str) -> str:
+    """Where the weights of a tag come from, in words."""
+    from timm.models import get_pretrained_cfg
+
+    from .variants import is_converted
+
+    cfg = get_pretrained_cfg(name)
+    if cfg is None or not cfg.has_weights:
+        return "none yet"
+    where = "embedded" if cfg.file else f"hf-hub:{cfg.hf_hub_id}" if cfg.hf_hub_id else str(cfg.url)
+    return f"converted from {where}" if is_converted(cfg) else where
 
 
 def _describe(name: str) -> dict[str, Any]:
     import timm
 
+    from .convert import EXACT
     from .frames import frame_report
-    from .variants import frame_heads
+    from .heads import frame_heads
+    from .pretrained import native_tags
+    from .variants import is_converted
 
-    registered = not Path(name).is_dir() and timm.is_model(name.split(".")[0])
-    has_weights = not registered or timm.models.is_model_pretrained(name) or bool(timm.list_pretrained(f"{name}.*"))
-    model = _load(name, pretrained=has_weights)
+    model: Any
+    tagged = timm.models.get_pretrained_cfg(name) if timm.is_model(name) else None
+    native = next((tag for tag in native_tags() if name in (tag, tag.partition(".")[0])), None)
+    if tagged is not None and is_converted(tagged):  # its head is known without a download
+        kwargs: dict[str, Any] = EXACT
+        model, weights = timm.create_model(name, **kwargs), _source(name)
+    elif tagged is not None and native is None:
+        converted = timm.list_pretrained(f"{name}.*") if "." not in name else []
+        model, weights = _load(name, pretrained=False), "none yet"
+        if converted:
+            weights = f"{len(converted)} converted, such as {converted[0]}"
+    else:
+        model = _load(name)
+        weights = f"{model.pretrained_cfg.get('tag') or 'in the folder'}"
     cfg = model.pretrained_cfg
     info: dict[str, Any] = {
         "architecture": cfg["architecture"],
-        "weights": f"{cfg.get('tag') or 'in the folder'} ({cfg.get('license', 'no licence stated')})"
-        if has_weights
-        else "none yet",
+        "weights": f"{weights} ({cfg.get('license') or 'no licence stated'})",
         "parameters": sum(p.numel() for p in model.parameters()),
         "classes": model.num_classes,
         "features": model.num_features,
         "input": " x ".join(str(n) for n in cfg["input_size"]),
     }
     for head_name, head in frame_heads(model).items():
+        if head.implicit:
+            info[f"head {head_name}"] = {
+                "frame": f"{head.frame}, computed and not stored",
+                "width": head.dim,
+                "largest cosine": -1 / head.dim,
+                "feature norm": head.feature_norm,
+            }
+            continue
         report = frame_report(head.weight)
         info[f"head {head_name}"] = {
             "frame": head.frame,
@@ -130,81 +168,93 @@ def _predict(args: argparse.Namespace) -> None:
             print(f"  {100 * entry['probability']:6.2f} %  {entry['label']}")
 
 
-class _Rows:
-    """Batches of a data set, as often as they are asked for: transformed images and the model's own label numbers."""
+def _images(args: argparse.Namespace, split: str) -> Any:
+    from .cli_data import Images
 
-    def __init__(self, rows, transform, image_column: str, label_column: str, numbers: list[int], batch_size: int):
-        self.rows, self.transform, self.numbers, self.batch_size = rows, transform, numbers, batch_size
-        self.image_column, self.label_column = image_column, label_column
-
-    def __len__(self) -> int:
-        return -(-len(self.rows) // self.batch_size)
-
-    def __iter__(self):
-        import torch
-
-        for batch in self.rows.iter(self.batch_size):
-            images = [self.transform(image.convert("RGB")) for image in batch[self.image_column]]
-            labels = [self.numbers[label] for label in batch[self.label_column]]
-            yield torch.stack(images), torch.tensor(labels)
-
-
-def _label_numbers(own: Sequence[str] | None, theirs: Sequence[str], num_classes: int) -> list[int]:
-    """Model's number for each of the data's labels, by name; by position only where the model has no names."""
-    if own is None:
-        if len(theirs) != num_classes:
-            raise ValueError(f"The model has {num_classes} classes, the data {len(theirs)}.")
-        return list(range(num_classes))
-    missing = [name for name in theirs if name not in own]
-    if missing:
-        raise ValueError(
-            f"The model does not know {len(missing)} of the data's {len(theirs)} classes, such as {missing[0]!r}; it "
-            f"knows {', '.join(repr(name) for name in own[:3])} and so on. Fine-tune it on this data first."
-        )
-    return [list(own).index(name) for name in theirs]
+    return Images(args.data, split, args.image_column, args.label_column, args.batch_size)
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    try:
-        import datasets
-        from tqdm import tqdm
-    except ImportError as error:
-        raise RuntimeError(f"evaluate needs {error.name}: pip install 'etf-zoo[training]'.") from None
-    from timm.data import create_transform, resolve_data_config
-
     from .evaluation import evaluate, format_table
     from .frames import Hierarchy
 
-    folder = Path(args.data)
-    try:
-        is_images = folder.is_dir() and not any(folder.rglob("*.parquet"))
-        where = {"path": "imagefolder", "data_dir": args.data} if is_images else {"path": args.data}
-        rows = datasets.load_dataset(**where, split=args.split)
-    except (FileNotFoundError, ValueError, ConnectionError) as error:
-        raise ValueError(f"Cannot read split {args.split!r} of {args.data!r}: {error}") from None
-    for column in (args.image_column, args.label_column):
-        if column not in rows.column_names:
-            raise ValueError(f"{args.data} has no column {column!r} but {', '.join(rows.column_names)}.")
-    names = getattr(rows.features[args.label_column], "names", None)
-    if names is None:
-        raise ValueError(f"Column {args.label_column!r} has no class names; name a column of class labels.")
+    images = _images(args, args.split)
     model = _load(args.name).eval()
-    numbers = _label_numbers(model.pretrained_cfg.get("label_names"), names, model.num_classes)
     distances = None
     if args.hierarchy:
-        own = model.pretrained_cfg.get("label_names") or names
+        own = model.pretrained_cfg.get("label_names") or images.names
         distances = Hierarchy.from_json(args.hierarchy).distances(own)
-    transform = create_transform(**resolve_data_config(model=model), is_training=False)
-    rows = rows.cast_column(args.image_column, datasets.Image(mode="RGB"))
-    batches = _Rows(rows, transform, args.image_column, args.label_column, numbers, args.batch_size)
-    figures = evaluate(model, tqdm(batches, unit="batch", disable=None), distances=distances)
+    figures = evaluate(model, images.batches(model), distances=distances)
     print(json.dumps(figures, indent=1) if args.json else format_table(figures))
+
+
+def _convert(args: argparse.Namespace) -> None:
+    from .export import convert_checkpoint
+
+    if args.centre and not (args.data and args.mode == "nearest"):
+        raise ValueError("--centre SPLIT takes the mean features of --data, for --mode nearest.")
+    data_name = Path(args.data).resolve().name if args.data and Path(args.data).is_dir() else args.data
+    results = convert_checkpoint(
+        args.source,
+        args.out,
+        mode=args.mode,
+        architecture=args.architecture,
+        half=args.half,
+        data=_images(args, args.split).batches if args.data else None,
+        centre=_images(args, args.centre).batches if args.centre else None,
+        record={"dataset": {"name": data_name, "split": args.split}, "command": shlex.join(["etf-zoo", *args.argv])},
+    )
+    for when, figures in results.items():
+        print(f"{when:<7} top-1 {figures['top1']:6.2f} %  cross-entropy {figures['loss']:.4f}")
+    print(args.out)
+
+
+def _export(args: argparse.Namespace) -> None:
+    from .export import export_onnx, export_plain
+
+    model = _load(args.name).eval()
+    if not (args.plain or args.onnx):
+        raise ValueError("Say what to export: --plain (a checkpoint for stock timm), --onnx, or both.")
+    if args.plain:
+        same = export_plain(model, args.out, half=args.half)
+        print(f"{args.out}: same top-1 predictions, {'the same' if same else 'another'} softmax")
+    if args.onnx:
+        print(f"{export_onnx(model, args.out)}: the same logits")
 
 
 def _card(args: argparse.Namespace) -> None:
     from .card import write_card
 
     print(write_card(args.folder))
+
+
+def _publish(args: argparse.Namespace) -> None:
+    from .pretrained import cards_folder
+    from .publish import publish, zoo_folders
+
+    if bool(args.name) == args.all or (args.all and not args.org) or (args.org and args.repo_id):
+        raise ValueError("Publish one folder or name, with --repo-id ORG/NAME, or the zoo with --all --org ORG.")
+    if args.all:
+        folders = list(zoo_folders())
+    else:
+        folders = [Path(args.name) if Path(args.name).is_dir() else cards_folder() / args.name]
+    for folder in folders:
+        repo_id = f"{args.org}/{folder.resolve().name}" if args.org else args.repo_id
+        done = publish(folder, repo_id, private=args.private, create_pr=args.create_pr, dry_run=args.dry_run)
+        if args.dry_run:
+            state = f"ready; would send {', '.join(done.files)}"
+        else:
+            state = f"{'commit' if done.changed else 'unchanged, at'} {done.revision[:12]}"
+        print(f"{folder.name}: {done.url} ({state})")
+
+
+def _data_options(command: argparse.ArgumentParser, required: bool) -> None:
+    about = "folder of images by class, of parquet files, or a Hub name"
+    command.add_argument("--data", required=required, help=about)
+    command.add_argument("--split", default="validation")
+    command.add_argument("--image-column", default="image")
+    command.add_argument("--label-column", default="label")
+    command.add_argument("--batch-size", type=int, default=64)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -238,20 +288,50 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     command = commands.add_parser("evaluate", help="accuracy, calibration, collapse and severity on a data set")
     command.add_argument("name", help="model name or folder")
-    command.add_argument("--data", required=True, help="folder of images by class, of parquet files, or a Hub name")
-    command.add_argument("--split", default="validation")
-    command.add_argument("--image-column", default="image")
-    command.add_argument("--label-column", default="label")
+    _data_options(command, required=True)
     command.add_argument("--hierarchy", help="JSON file {child: parent} over the class names")
-    command.add_argument("--batch-size", type=int, default=64)
     command.add_argument("--json", action="store_true")
     command.set_defaults(run=_evaluate)
+
+    command = commands.add_parser("convert", help="put a fixed frame in the place of a trained classifier")
+    command.add_argument("source", help="timm name, hf-hub:ORG/NAME, folder in timm's format, or .safetensors file")
+    command.add_argument("out", help="folder to write")
+    command.add_argument(
+        "--mode",
+        choices=("exact", "nearest"),
+        default="exact",
+        help="the same softmax, behind a linear neck; or the nearest simplex frame, without one",
+    )
+    command.add_argument("--architecture", help="of a .safetensors file, as timm calls it")
+    command.add_argument("--half", action="store_true", help="store the backbone in float16")
+    command.add_argument("--centre", metavar="SPLIT", help="subtract the mean features of this split (mode nearest)")
+    _data_options(command, required=False)
+    command.set_defaults(run=_convert)
+
+    command = commands.add_parser("export", help="write a model for stock timm, without this package, or as ONNX")
+    command.add_argument("name", help="model name or folder")
+    command.add_argument("out", help="folder to write")
+    command.add_argument("--plain", action="store_true", help="fold the frame into a linear layer: the same top-1")
+    command.add_argument("--onnx", action="store_true", help="write model.onnx: the same logits")
+    command.add_argument("--half", action="store_true", help="store a plain checkpoint in float16")
+    command.set_defaults(run=_export)
 
     command = commands.add_parser("card", help="write the card (README.md) of a model folder")
     command.add_argument("folder")
     command.set_defaults(run=_card)
 
+    command = commands.add_parser("publish", help="check a model folder and put it on the Hugging Face Hub")
+    command.add_argument("name", nargs="?", help="folder, or name of a model of the zoo")
+    command.add_argument("--repo-id", metavar="ORG/NAME", help="where to; where it was published last by default")
+    command.add_argument("--all", action="store_true", help="every model of the zoo that has weights")
+    command.add_argument("--org", help="publish as ORG/<name of the folder>")
+    command.add_argument("--private", action="store_true", help="make a new repository private")
+    command.add_argument("--create-pr", action="store_true", help="open a pull request instead")
+    command.add_argument("--dry-run", action="store_true", help="check only, send nothing")
+    command.set_defaults(run=_publish)
+
     args = parser.parse_args(argv)
+    args.argv = sys.argv[1:] if argv is None else list(argv)
     try:
         args.run(args)
     except BrokenPipeError:  # `etf-zoo list | head`

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .classifier import FrameClassifier
+from .heads import frame_heads
 from .metrics import MistakeSeverity, NeuralCollapse, sum_over_processes
-from .variants import frame_heads
 
 __all__ = ["Measurement", "evaluate", "measure", "format_table"]
 
@@ -284,7 +284,8 @@ def _head(model: nn.Module) -> tuple[Tensor | None, Tensor | None, FrameClassifi
     """Weight (K, d) and bias (K,) of the one head a model has, and the head if it is a frame."""
     frames = list(frame_heads(model).values())
     if frames:
-        return (frames[0].weight, None, frames[0]) if len(frames) == 1 else (None, None, None)
+        one = len(frames) == 1 and not frames[0].implicit  # a frame of very many classes is not stored
+        return (frames[0].weight, None, frames[0]) if one else (None, None, None)
     layer = model.get_classifier() if hasattr(model, "get_classifier") else None  # type: ignore[operator]
     if isinstance(layer, nn.Linear | nn.Conv2d) and layer.weight.flatten(1).shape[1] == layer.weight.shape[1]:
         return _whole(layer.weight).flatten(1), None if layer.bias is None else _whole(layer.bias), None

@@ -15,18 +15,18 @@ from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
 from .classifier import CUSTOM, FrameClassifier
+from .heads import HEAD_ARGS, frame_heads
 from .pretrained import CONFIG_NAME, WEIGHTS_NAME, sha256
-from .variants import HEAD_ARGS, frame_heads
 
 __all__ = ["save_folder", "storage_state_dict"]
 
 _HALF_MAX = torch.finfo(torch.float16).max
 
 
-def storage_state_dict(model: nn.Module) -> dict[str, Tensor]:
+def storage_state_dict(model: nn.Module, *, half: bool = True) -> dict[str, Tensor]:
     """State dict as it is stored: float16, but float32 for frames, scales and running statistics.
 
-    Tensors that float16 cannot hold stay as they are.
+    Tensors that float16 cannot hold stay as they are; all do without `half`.
     """
     exact = {
         f"{name}.{key}"
@@ -38,7 +38,7 @@ def storage_state_dict(model: nn.Module) -> dict[str, Tensor]:
     for key, value in model.state_dict().items():
         value = value.detach().cpu().contiguous()
         statistic = key in exact or key.endswith(("running_mean", "running_var"))
-        if value.dtype == torch.float32 and not statistic and value.abs().max().item() < _HALF_MAX:
+        if half and value.dtype == torch.float32 and not statistic and value.abs().max().item() < _HALF_MAX:
             value = value.half()
         stored[key] = value.clone()
     return stored
@@ -51,6 +51,7 @@ def save_folder(
     pretrained_cfg: Mapping[str, Any] | None = None,
     label_names: Sequence[str] | None = None,
     label_descriptions: Mapping[str, str] | None = None,
+    half: bool = True,
 ) -> Path:
     """Write a model as a Hub-ready folder: `model.safetensors` and `config.json` with the file's sha256.
 
@@ -62,6 +63,7 @@ def save_folder(
         pretrained_cfg: Entries for the pretrained cfg: input size, mean, std, license, description, tag.
         label_names: Names of the classes, in order.
         label_descriptions: Name -> text for people.
+        half: Whether to store the backbone in float16; otherwise everything keeps its precision.
 
     Returns:
         The folder.
@@ -77,7 +79,7 @@ def save_folder(
     weights, config = folder / WEIGHTS_NAME, folder / CONFIG_NAME
     new_weights, new_config = folder / (WEIGHTS_NAME + ".new"), folder / (CONFIG_NAME + ".new")
     try:
-        safetensors.torch.save_file(storage_state_dict(model), new_weights, metadata={"format": "pt"})
+        safetensors.torch.save_file(storage_state_dict(model, half=half), new_weights, metadata={"format": "pt"})
         model_config: dict[str, Any] = {
             "pretrained_cfg": dict(pretrained_cfg or {}),
             "weights_sha256": sha256(new_weights),
@@ -114,4 +116,6 @@ def _head_args(model: nn.Module) -> dict[str, Any]:
         args.pop("moving", None)
     if isinstance(args["neck"], nn.Module):
         raise ValueError("A model with a neck of your own cannot be saved for others to build; use a named neck.")
+    if args["neck"] is None and getattr(model, "_model_args", {}).get("neck"):  # type: ignore[union-attr]
+        args["neck"] = "none"  # the weights it came from had one
     return {key: value for key, value in args.items() if value is not None or key == "hierarchy"}

@@ -1,15 +1,17 @@
-"""Nonlinear necks: small modules between the backbone's features and the frame.
+"""Necks: small modules between the backbone's features and the frame.
 
 A *linear* neck of width at least K - 1 in front of a frame can absorb any classifier: neck and frame together are
-then a learned classifier by another name. So none is offered here; the linear map that softmax-preserving conversion
-needs lives with the conversion and says so. Features for transfer are always the backbone's, before any neck.
+then a learned classifier by another name. So none is offered for training; `"linear"` is what softmax-preserving
+conversion (`etf_zoo.convert`) writes, and `FrameClassifier` takes it with that conversion's frame only. Features for
+transfer are always the backbone's, before any neck.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
-__all__ = ["LastDimBatchNorm", "mlp_neck", "ResidualNeck", "build_neck", "NECKS"]
+__all__ = ["LastDimBatchNorm", "mlp_neck", "ResidualNeck", "Centre", "build_neck", "NECKS"]
 
 NECKS = ("mlp", "residual")
 
@@ -90,8 +92,28 @@ class ResidualNeck(nn.Module):
         return x
 
 
+class Centre(nn.Module):
+    """Subtracts a stored mean from features `(..., dim)`; not trained, kept in float32 in files.
+
+    Args:
+        dim: Number of features.
+    """
+
+    running_mean: Tensor
+
+    def __init__(self, dim: int, *, device=None):
+        super().__init__()
+        self.out_features = dim
+        self.register_buffer("running_mean", torch.zeros(dim, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x - self.running_mean
+
+
 def build_neck(name: str, in_features: int, num_classes: int, *, device=None) -> tuple[nn.Module, int]:
     """Build the neck called `name`; its output is as wide as the features, or K - 1 where they are narrower.
+
+    Beside `NECKS` there are `"linear"` (always K - 1 wide) and `"centre"`, which conversion writes.
 
     Returns:
         The module and its output width.
@@ -104,4 +126,8 @@ def build_neck(name: str, in_features: int, num_classes: int, *, device=None) ->
         return mlp_neck(in_features, out_features, device=device), out_features
     if name == "residual":
         return ResidualNeck(in_features, out_features, device=device), out_features
+    if name == "linear":
+        return nn.Linear(in_features, num_classes - 1, device=device), num_classes - 1
+    if name == "centre":
+        return Centre(in_features, device=device), in_features
     raise ValueError(f"Unknown neck {name!r}. Choose one of {', '.join(NECKS)}, or None.")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .classifier import FrameClassifier
-from .variants import SKIP_CONNECTION, _become
+from .heads import SKIP_CONNECTION, become
 
 __all__ = ["add_skip", "pooled_to_width", "skip_connection"]
 
@@ -103,7 +103,7 @@ def add_skip(model: nn.Module, layer: str) -> nn.Module:
             f"{type(classifier).__name__}. Use another architecture, or another method."
         )
     base = model.pretrained_cfg["architecture"]  # type: ignore[index]
-    _become(model, _SkipModel)
+    become(model, _SkipModel)
     model._skip_layer = layer  # type: ignore[assignment]
     # what timm saves beside the weights must build this model, not the base
     update_model_args(model, base=base, layer=layer)

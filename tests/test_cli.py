@@ -5,9 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 from PIL import Image
 
+from etf_zoo import frame_heads
 from etf_zoo.cli import main
+from etf_zoo.hub import save_folder
 
 
 @pytest.fixture
@@ -21,7 +24,13 @@ def test_list(capsys):
     assert main(["list", "resnet18*"]) == 0
     assert "resnet18_etf" in capsys.readouterr().out.split()
     assert main(["list", "--pretrained"]) == 0
-    assert all(".e" in name for name in capsys.readouterr().out.split())
+    sources = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert sources["mobilenetv3_small_100_etf.e27_tiny"] == "embedded"
+    assert sources["resnet18_etf.a1_in1k"] == "converted from hf-hub:timm/resnet18.a1_in1k"
+    assert main(["list", "resnet18*", "--pretrained"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines
+    assert all(line.startswith("resnet18") and "_etf." in line for line in lines)
 
 
 def test_info_of_a_twin_a_tag_and_a_folder(capsys, folder):
@@ -33,8 +42,14 @@ def test_info_of_a_twin_a_tag_and_a_folder(capsys, folder):
     out = capsys.readouterr().out
     assert "apache-2.0" in out
     assert "logit scale" in out
-    assert main(["info", "resnet18_etf"]) == 0
-    assert "none yet" in capsys.readouterr().out
+    assert main(["info", "vit_tiny_r_s16_p8_224_etf"]) == 0
+    assert "converted, such as" in capsys.readouterr().out
+    assert main(["info", "resnet10t_etf.c3_in1k"]) == 0  # without a download
+    out = capsys.readouterr().out
+    assert "converted from hf-hub:timm/resnet10t.c3_in1k (apache-2.0)" in out
+    assert "helmert" in out
+    assert main(["info", "resnet10t_etf.c3_in1k", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["head fc"]["largest cosine"] == pytest.approx(-1 / 999, abs=1e-6)
 
 
 def test_predict_shows_label_names(capsys, folder, image):
@@ -56,6 +71,11 @@ def test_predict_shows_label_names(capsys, folder, image):
         (["info", "resnet18_etv"], "Did you mean resnet18_etf"),
         (["list", "nonsense"], "No model matches"),
         (["card", "{folder}"], "metrics.json is missing"),
+        (["convert", "{folder}", "{folder}/out"], "has a fixed frame already"),
+        (["convert", "resnet10t.c3_in1k", "{folder}/out"], "timm/resnet10t.c3_in1k is not in the cache"),
+        (["convert", "weights.pth", "{folder}/out"], "pickles are not read"),
+        (["convert", "{folder}", "{folder}/out", "--centre", "train"], "mean features of --data"),
+        (["export", "{folder}", "{folder}/out"], "--plain (a checkpoint for stock timm), --onnx, or both"),
     ],
 )
 def test_errors_are_one_line(arguments, message, folder, capsys):
@@ -96,3 +116,29 @@ def test_evaluate_refuses_classes_the_model_does_not_know(capsys, folder, image_
     assert "does not know 1 of the data's 6 classes, such as 'zebra'" in capsys.readouterr().err
     assert main(["evaluate", str(folder), "--data", image_folder, "--split", "train"]) == 1
     assert "Cannot read split 'train'" in capsys.readouterr().err
+
+
+def test_convert_measures_before_and_after(capsys, image_folder, tmp_path):
+    learned = timm.create_model("mobilenetv3_small_050", num_classes=5)
+    cfg = {"input_size": (3, 32, 32), "license": "mit"}
+    source = str(save_folder(learned, tmp_path / "learned", pretrained_cfg=cfg, label_names=list("abcde"), half=False))
+    options = ["--data", image_folder, "--split", "test"]
+    assert main(["convert", source, str(tmp_path / "exact"), *options]) == 0
+    before, after, folder = capsys.readouterr().out.splitlines()
+    assert before.startswith("before  top-1")
+    assert before.removeprefix("before") == after.removeprefix("after ")
+    assert folder == str(tmp_path / "exact")
+    arguments = ["convert", source, str(tmp_path / "nearest"), "--mode", "nearest", "--centre", "test", *options]
+    assert main(arguments) == 0
+    assert capsys.readouterr().out.splitlines()[0] == before
+    card = (tmp_path / "nearest" / "README.md").read_text()
+    assert f"`etf-zoo {' '.join(arguments)}`" in card
+    assert "On 10 images of images (test)" in card
+    assert main(["info", str(tmp_path / "exact")]) == 0
+    assert "mit" in capsys.readouterr().out
+
+
+def test_export(capsys, folder, tmp_path):
+    assert main(["export", str(folder), str(tmp_path / "out"), "--plain", "--half"]) == 0
+    assert "same top-1 predictions, another softmax" in capsys.readouterr().out
+    assert not frame_heads(timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True))

@@ -14,7 +14,8 @@ from torch import nn
 import etf_zoo
 from etf_zoo import FrameClassifier, attach_frame, frame_heads
 from etf_zoo.frames import best_frame, random_frame, simplex_etf
-from etf_zoo.variants import base_name, split_head, without_classifier
+from etf_zoo.heads import base_name, split_head
+from etf_zoo.variants import without_classifier
 
 from .kinds import CLASSES, KINDS, build, images, leaves, shared
 
@@ -191,6 +192,25 @@ def test_reset_gives_a_frame_again_and_leaves_the_original_alone(kind, copied):
         assert before.keys() == after.keys()
         assert all(torch.equal(before[key], after[key]) for key in before)
         assert original(images(kind)).shape == (2, CLASSES)
+
+
+@pytest.mark.parametrize("kind", ["linear", "norm_linear_pair"])
+def test_reset_that_fails_changes_nothing(kind):
+    twin, base = build(kind, frame="simplex"), build(kind, twin=False)
+    for model, change in (
+        (twin, lambda: twin.reset_classifier(700)),
+        (base, lambda: attach_frame(base, 700, frame="simplex")),
+    ):
+        modules, tensors = dict(model.named_modules()), model.state_dict()
+        expected = model(images(kind))
+        with pytest.raises(ValueError, match="needs at least 699 dimensions"):
+            change()
+        assert dict(model.named_modules()) == modules
+        assert model.state_dict().keys() == tensors.keys()
+        assert model.num_classes == CLASSES
+        assert torch.equal(model(images(kind)), expected)
+    assert not frame_heads(base)
+    assert type(base) is type(shared(kind, twin=False))
 
 
 @each_kind_big_slow
@@ -392,7 +412,6 @@ def test_defaults_are_the_bases():
         ({"num_classes": 1}, ValueError, "at least 2 classes"),
         ({"drop_ratio": 0.5}, TypeError, "unexpected keyword argument 'drop_ratio'"),
         ({"frames": "auto"}, TypeError, "unexpected keyword argument 'frames'"),
-        ({"pretrained": True}, RuntimeError, "no pretrained weights for resnet18_etf yet.*attach_frame"),
         ({"pretrained_cfg": "nosuchtag"}, RuntimeError, "nosuchtag"),
     ],
 )

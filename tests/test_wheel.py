@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 LOAD = """
 import sys, timm, etf_zoo
 assert etf_zoo.__file__.startswith(sys.argv[1]), etf_zoo.__file__
-for name in timm.list_pretrained("*_etf*"):
+for name in etf_zoo.pretrained.native_tags():
     print(name, timm.create_model(name, pretrained=True).num_classes)
 """
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
+import os
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -71,7 +72,7 @@ def _seeded(*key: int) -> Iterator[None]:
 def _collate(items: list[tuple[Any, int] | tuple[str, str]]) -> Batch:
     bad = [(str(where), str(why)) for where, why in items if isinstance(where, str)]
     good = [(image, label) for image, label in items if not isinstance(image, str)]
-    images = torch.from_numpy(np.stack([image for image, _ in good])) if good else torch.empty(0, 3, 1, 1)
+    images = torch.stack([torch.as_tensor(image) for image, _ in good]) if good else torch.empty(0, 3, 1, 1)
     return images, torch.tensor([int(label) for _, label in good], dtype=torch.long), bad
 
 
@@ -120,9 +121,10 @@ def row_batches(
     batches = DataLoader(
         _Images(rows, transform, key),
         batch_sampler=[part.tolist() for part in parts],
-        num_workers=min(rows.settings.workers, len(parts)),
+        num_workers=min(rows.settings.workers, len(parts), os.cpu_count() or 1),
         collate_fn=_collate,
         pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # else it draws from the global one, and a resumed run draws once more
     )
     return _readable(batches, rows.corrupt, train)
 
@@ -170,10 +172,10 @@ class _Stream(IterableDataset):
             yield _collate(
                 []
                 if number < skip
-                else [self._one(row, (*self.key, worker, number * self.batch_size + i)) for i, row in enumerate(batch)]
+                else [self._one(row, worker, number * self.batch_size + i) for i, row in enumerate(batch)]
             )
 
-    def _one(self, row: dict[str, Any], key: tuple[int, ...]) -> tuple[Any, int] | tuple[str, str]:
+    def _one(self, row: dict[str, Any], worker: int, number: int) -> tuple[Any, int] | tuple[str, str]:
         data = self.stream.settings
         item, label = row[data.image_column], row[data.label_column]
         raw = b""
@@ -182,12 +184,13 @@ class _Stream(IterableDataset):
             image = decode(raw)
         except Unreadable as error:
             path = item.get("path") if isinstance(item, dict) else None
-            return str(path or f"the one with sha256 {hashlib.sha256(raw).hexdigest()[:12]}"), str(error)
+            named = path or f"sha256 {hashlib.sha256(raw).hexdigest()[:12]}"
+            return f"{named}, number {number} of reader {worker}", str(error)
         names = self.stream.label_names
         label = names.index(label) if isinstance(label, str) and label in names else label
         if not isinstance(label, int) or not 0 <= label < len(names):
             raise ValueError(f"{self.stream.source}: label {label!r} is none of 0 to {len(names) - 1}.")
-        with _seeded(*key):
+        with _seeded(*self.key, worker, number):
             return self.transform(image), label
 
 
@@ -244,8 +247,10 @@ def stream_batches(
             batch_size=None,
             num_workers=min(data.workers, rows.num_shards),
             pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),
         )
 
+    stream.corrupt.found.clear()  # they are counted by their place, which is another in each epoch
     passes = _passes(batches, start, len(stream) // batch_size, stream.source) if train else batches(0, 0)
     return _readable(passes, stream.corrupt, train)
 
@@ -254,11 +259,11 @@ def _passes(batches: Callable[[int, int], DataLoader], start: int, steps: int, s
     step = 0
     for turn in itertools.count():
         before = step
-        for batch in batches(turn, start - step if start > step else 0):
-            if step == steps:
-                return
-            if step >= start:
-                yield batch
+        for batch in batches(turn, max(0, start - step)):
             step += 1
+            if step > start:
+                yield batch
+            if step >= steps:
+                return
         if step == before:
             raise ValueError(f"{source}: a process has less than a batch. Take a smaller batch_size or data.workers.")

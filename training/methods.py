@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from etf_zoo import add_skip, attach_frame, frame_heads
 from etf_zoo.frames import nearest_simplex_etf
-from etf_zoo.variants import HEAD_ARGS, _become
+from etf_zoo.heads import HEAD_ARGS, become
 
 from .probes import class_means
 
@@ -119,7 +119,7 @@ def prepare(model: nn.Module, method: str, layer: str = "") -> nn.Module:
             "(--model_args.neck mlp), take --head learned, or another method (ncm, layer, scl, full)."
         )
     outside = [n for n, m in model.named_modules() if n and not _below(n, tuned) and not _above(n, tuned)]
-    _become(model, _PartlyFrozen)
+    become(model, _PartlyFrozen)
     model._frozen = tuple(outside)  # type: ignore[assignment]
     return model
 

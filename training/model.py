@@ -17,9 +17,9 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
 from etf_zoo import attach_frame, frame_heads
+from etf_zoo.heads import HEAD_ARGS, SKIP_CONNECTION, base_name, split_head
 from etf_zoo.necks import build_neck
 from etf_zoo.pretrained import CONFIG_NAME
-from etf_zoo.variants import HEAD_ARGS, SKIP_CONNECTION, base_name, split_head
 from etf_zoo.whitening import whiten_last_norm
 
 from .config import Optim, Recipe

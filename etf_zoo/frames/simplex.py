@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .polar import polar_factor
 
-__all__ = ["simplex_etf", "nearest_simplex_etf", "helmert_basis", "haar_columns", "ORIENTATIONS"]
+__all__ = ["simplex_etf", "nearest_simplex_etf", "helmert_basis", "helmert_coordinates", "haar_columns", "ORIENTATIONS"]
 
 ORIENTATIONS = ("random", "blocks")
 
@@ -35,6 +35,21 @@ def helmert_basis(num_classes: int) -> Tensor:
     rows = torch.arange(1, k, device="cpu")
     basis[rows, rows - 1] = -torch.sqrt(j / (j + 1))
     return basis
+
+
+def helmert_coordinates(matrix: Tensor) -> Tensor:
+    r"""Coordinates :math:`H^\top A` of a matrix's columns in the Helmert basis, in O(K d) and without the matrix H.
+
+    Args:
+        matrix: A, `(K, ...)`.
+
+    Returns:
+        Float64 `(K-1, ...)` on the device of `matrix`.
+    """
+    a = matrix.detach().double()
+    a = a - a.mean(dim=0)  # H does not see the mean, but the sums below would round it
+    j = torch.arange(1, len(a), dtype=torch.float64, device=a.device).view(-1, *[1] * (a.ndim - 1))
+    return (a.cumsum(dim=0)[:-1] - j * a[1:]) / torch.sqrt(j * (j + 1))
 
 
 def haar_columns(dim: int, columns: int, seed: int) -> Tensor:

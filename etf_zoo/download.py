@@ -1,0 +1,254 @@
+"""Files from the Hugging Face Hub: the client's own cache and progress, a checked sha256, errors that name the fix."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+__all__ = ["LOG_IN", "download", "hub_errors", "retry", "sha256"]
+
+_HTTP_PACKAGES = ("httpx2", "httpx", "requests", "urllib3")  # the client's major versions differ in whose errors come
+_LONGEST_WAIT = 60.0
+LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
+
+T = TypeVar("T")
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def download(
+    repo_id: str,
+    filename: str,
+    *,
+    revision: str | None = None,
+    expected: str | None = None,
+    cache_dir: str | Path | None = None,
+) -> Path:
+    """A file of a model repository, from the Hub's cache on this machine or the Hub.
+
+    What is in the cache under a commit id is taken without a request. A damaged file, on the way or on the disk, is
+    fetched once more; it is never returned.
+
+    Args:
+        repo_id: `"ORG/NAME"`.
+        filename: Path in the repository.
+        revision: Branch, tag or commit id; the main branch by default.
+        expected: sha256 that the file must have. Without one, large files are checked against the Hub's own.
+        cache_dir: Cache folder; huggingface_hub's own (`HF_HUB_CACHE`) by default.
+
+    Raises:
+        RuntimeError: If it cannot be had, or is not what it should be; the message says what to do.
+    """
+
+    def get(force: bool = False) -> Path:
+        with hub_errors(repo_id):
+            return Path(
+                retry(
+                    lambda: hf_hub_download(
+                        repo_id,
+                        filename,
+                        revision=revision,
+                        cache_dir=cache_dir,
+                        force_download=force,
+                        library_name="etf-zoo",
+                    ),
+                    rate_limited=False,
+                )
+            )
+
+    path = get()
+    announced = _announced_sha256(path)
+    wanted = expected or announced
+    if wanted is None:
+        return path
+    actual = sha256(path)
+    if actual not in (wanted, announced) and not constants.HF_HUB_OFFLINE:
+        path = get(force=True)
+        actual = sha256(path)
+    if actual == wanted:
+        return path
+    if actual == announced:  # whole, and wrong: fetching it again would not help
+        raise RuntimeError(
+            f"{filename} of {repo_id} is not the file that was published: its sha256 is {actual[:12]}..., not "
+            f"{wanted[:12]}.... Give the revision that was published, or unset ETF_ZOO_HUB_ORG if it points elsewhere."
+        )
+    path.resolve().unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
+    again = "Unset HF_HUB_OFFLINE and load it" if constants.HF_HUB_OFFLINE else "Try"
+    raise RuntimeError(f"{filename} of {repo_id} arrived damaged, and was removed from the cache. {again} again.")
+
+
+def check_cached(
+    repo_id: str, filename: str, *, revision: str | None = None, cache_dir: str | Path | None = None
+) -> None:
+    """Check what another loader has just read from the Hub's cache against the sha256 the Hub announced it by.
+
+    Raises:
+        RuntimeError: If it is damaged; it is then removed from the cache.
+    """
+    path = try_to_load_from_cache(repo_id, filename, cache_dir=cache_dir, revision=revision)
+    wanted = _announced_sha256(Path(path)) if isinstance(path, str) else None
+    if wanted is None or sha256(Path(path)) == wanted:  # type: ignore[arg-type]
+        return
+    Path(path).resolve().unlink(missing_ok=True)  # type: ignore[arg-type]
+    Path(path).unlink(missing_ok=True)  # type: ignore[arg-type]
+    raise RuntimeError(f"{filename} of {repo_id} arrived damaged, and was removed from the cache. Load it again.")
+
+
+def _announced_sha256(path: Path) -> str | None:
+    """sha256 by which the Hub announced a large file: the cache names its content by that."""
+    name = path.resolve().name
+    return name if re.fullmatch(r"[0-9a-f]{64}", name) else None
+
+
+# ------------------------------------------------------------------------------------------------------------- errors
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+
+
+def _is_transport(error: BaseException) -> bool:
+    return type(error).__module__.partition(".")[0] in _HTTP_PACKAGES and not isinstance(error, HfHubHTTPError)
+
+
+def retry(call: Callable[[], T], tries: int = 3, *, rate_limited: bool = True) -> T:
+    """Call again what failed for reasons that pass, where the client itself does not: 5xx, 429, a broken connection.
+
+    Args:
+        call: What to do.
+        tries: How often at most.
+        rate_limited: Whether to wait and try again after 429, too; the client's downloads do that themselves.
+    """
+    for i in range(tries - 1):
+        try:
+            return call()
+        except Exception as error:
+            wait = _wait(error, 2.0**i, rate_limited)
+            if wait is None:
+                raise
+            time.sleep(wait)
+    return call()
+
+
+def _wait(error: BaseException, default: float, rate_limited: bool) -> float | None:
+    """Seconds after which it makes sense to try again, or None."""
+    if isinstance(error, LocalEntryNotFoundError):  # the client has tried for half a minute already
+        return None
+    for cause in _chain(error):
+        if isinstance(cause, HfHubHTTPError):
+            status = cause.response.status_code
+            if status == 429:
+                asked = _retry_after(cause) or default
+                return asked if rate_limited and asked <= _LONGEST_WAIT else None
+            return default if status >= 500 else None
+        if _is_transport(cause) or _is_cut_short(cause):
+            return default
+    return None
+
+
+def _is_cut_short(error: BaseException) -> bool:
+    return isinstance(error, OSError) and "Consistency check failed" in str(error)  # the client has no class for it
+
+
+def _retry_after(error: HfHubHTTPError) -> float | None:
+    text = error.response.headers.get("Retry-After", "")
+    return float(text) if text.isdigit() else None
+
+
+@contextmanager
+def hub_errors(repo_id: str) -> Iterator[None]:
+    """Turn what the Hub's client raises about a repository into a RuntimeError of one line that names the fix."""
+    try:
+        yield
+    except Exception as error:
+        message = _explain(error, repo_id)
+        if message is None:
+            raise
+        raise RuntimeError(message) from None
+
+
+def _explain(error: BaseException, repo_id: str) -> str | None:
+    for cause in _chain(error):
+        if isinstance(cause, OfflineModeIsEnabled):
+            return (
+                f"{repo_id} is not in the cache and HF_HUB_OFFLINE is set. Load it once with a network, or unset "
+                f"HF_HUB_OFFLINE."
+            )
+        if isinstance(cause, LocalTokenNotFoundError):
+            return f"You are not logged in to the Hub: {LOG_IN}."
+        if isinstance(cause, HfHubHTTPError):
+            return _explain_answer(cause, repo_id)
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return (
+                f"The disk is full: {repo_id} could not be stored ({cause.strerror}). Make room, or set HF_HUB_CACHE "
+                f"to a folder on another disk."
+            )
+        if isinstance(cause, PermissionError):
+            return f"{repo_id} could not be stored: {cause}. Set HF_HUB_CACHE to a folder that you can write to."
+        if _is_cut_short(cause):
+            return f"A file of {repo_id} was cut short on the way. Try again."
+        if _is_transport(cause):
+            return f"Cannot reach {constants.ENDPOINT} for {repo_id}: {cause}. Check the network, or HF_ENDPOINT."
+    return None
+
+
+def _explain_answer(error: HfHubHTTPError, repo_id: str) -> str:
+    status, said = error.response.status_code, _said(error)
+    if isinstance(error, GatedRepoError):
+        return f"{repo_id} is gated: accept its terms at {constants.ENDPOINT}/{repo_id}, then {LOG_IN}."
+    if isinstance(error, RepositoryNotFoundError):
+        return (
+            f"There is no model repository {repo_id} at {constants.ENDPOINT} that you may see. Check the name; if it "
+            f"is private, {LOG_IN}."
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return f"{repo_id} has no such revision: {said}. Its owner may have rewritten it; give one that exists."
+    if isinstance(error, EntryNotFoundError):
+        return f"{repo_id} lacks a file: {error.response.url}. It may not be a repository of this kind of model."
+    if status == 401:
+        return f"The Hub does not accept your token ({said}): {LOG_IN}."
+    if status == 403:
+        return (
+            f"Your token may not do this with {repo_id} ({said}): take one that may, with write access for publishing, "
+            f"from {constants.ENDPOINT}/settings/tokens, and {LOG_IN}."
+        )
+    if status == 429:
+        wait = _retry_after(error)
+        return f"The Hub limits your requests for now: wait {f'{wait:.0f} s' if wait else 'some minutes'}, or {LOG_IN}."
+    if status >= 500:
+        return f"The Hub is in trouble ({status}: {said}). Try again later."
+    return f"The Hub refused a request about {repo_id} ({status}: {said})."
+
+
+def _said(error: HfHubHTTPError) -> str:
+    """The server's own words, in one line."""
+    message: Any = error.server_message or error.response.headers.get("X-Error-Message") or "no reason given"
+    return " ".join(str(message).split()).rstrip(".")
