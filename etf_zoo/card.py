@@ -105,14 +105,23 @@ def _results(metrics: dict[str, Any], name: str) -> str:
     return "\n".join(lines)
 
 
+def _data_name(name: str) -> str:
+    """Hub id of a data set, or the name of a local folder without its path."""
+    return name if _is_hub_id(name) else Path(name).name
+
+
+def _is_hub_id(name: str) -> bool:
+    return name.count("/") == 1 and name[0] not in "./~" and not name.endswith("/")
+
+
 def _evals(metrics: dict[str, Any]) -> list[EvalResult] | None:
     """Entries of the model index; None where nothing was measured."""
     results, dataset = metrics.get("results", {}), metrics.get("dataset", {})
     return [
         EvalResult(
             task_type="image-classification",
-            dataset_type=dataset["name"],
-            dataset_name=dataset["name"],
+            dataset_type=_data_name(dataset["name"]),
+            dataset_name=_data_name(dataset["name"]),
             dataset_split=dataset["split"],
             metric_type="accuracy",
             metric_name=_LABELS[key],
@@ -157,9 +166,10 @@ def _measured(cfg: dict[str, Any], metrics: dict[str, Any]) -> str:
     if not metrics.get("results"):
         return ""
     dataset = metrics["dataset"]
-    text = _DATA.get(Path(dataset["name"]).name, ("", ""))[0]
+    data, size = _data_name(dataset["name"]), cfg["input_size"][-1]
+    text = _DATA.get(Path(data).name, ("", ""))[0]
     return (
-        f"On {dataset['images']} images of {dataset['name']} ({dataset['split']}) at {cfg['input_size'][-1]} px, "
+        f"On {dataset['images']} images of {data} ({dataset['split']}) at {size} px, "
         f"measured from the stored weights by `{metrics['command']}`. {text}".rstrip()
     )
 
@@ -208,7 +218,7 @@ def render_card(folder: str | Path, *, repo_id: str | None = None) -> str:
         **license_data,
         library_name="timm",
         tags=["image-classification", "timm", "etf-zoo", "neural-collapse"] + ["converted"] * converted,
-        datasets=sorted({name for name in sets if name.count("/") == 1 and not name.startswith((".", "/"))}) or None,
+        datasets=sorted({name for name in sets if _is_hub_id(name)}) or None,
         base_model=_base_model(config, metrics),
         pipeline_tag="image-classification",
         model_name=name,

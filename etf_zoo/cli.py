@@ -7,6 +7,7 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def _load(name: str, pretrained: bool = True) -> Any:
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f" Did you mean {', '.join(near)}?" if near else ""
         raise ValueError(f"There is no model or folder {name!r}.{hint} `etf-zoo list` shows the names.")
-    with hub_errors(name.removeprefix("hf-hub:")):
+    with hub_errors(name.removeprefix("hf-hub:")) if name.startswith("hf-hub:") else nullcontext():
         return timm.create_model(name, pretrained=pretrained)
 
 
@@ -222,10 +223,18 @@ def _export(args: argparse.Namespace) -> None:
         print(f"{export_onnx(model, args.out)}: the same logits")
 
 
+def _model_folder(path: str) -> Path:
+    """A model folder, also by the run that exported it."""
+    from .pretrained import CONFIG_NAME
+
+    exported = Path(path) / "model"
+    return exported if (exported / CONFIG_NAME).is_file() and not (Path(path) / CONFIG_NAME).is_file() else Path(path)
+
+
 def _card(args: argparse.Namespace) -> None:
     from .card import write_card
 
-    print(write_card(args.folder))
+    print(write_card(_model_folder(args.folder)))
 
 
 def _publish(args: argparse.Namespace) -> None:
@@ -237,7 +246,7 @@ def _publish(args: argparse.Namespace) -> None:
     if args.all:
         folders = list(zoo_folders())
     else:
-        folders = [Path(args.name) if Path(args.name).is_dir() else cards_folder() / args.name]
+        folders = [_model_folder(args.name) if Path(args.name).is_dir() else cards_folder() / args.name]
     for folder in folders:
         repo_id = f"{args.org}/{folder.resolve().name}" if args.org else args.repo_id
         done = publish(folder, repo_id, private=args.private, create_pr=args.create_pr, dry_run=args.dry_run)
@@ -317,11 +326,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.set_defaults(run=_export)
 
     command = commands.add_parser("card", help="write the card (README.md) of a model folder")
-    command.add_argument("folder")
+    command.add_argument("folder", metavar="RUN", help="model folder, or the output of the run that exported it")
     command.set_defaults(run=_card)
 
     command = commands.add_parser("publish", help="check a model folder and put it on the Hugging Face Hub")
-    command.add_argument("name", nargs="?", help="folder, or name of a model of the zoo")
+    command.add_argument("name", nargs="?", help="folder, output of a run, or name of a model of the zoo")
     command.add_argument("--repo-id", metavar="ORG/NAME", help="where to; where it was published last by default")
     command.add_argument("--all", action="store_true", help="every model of the zoo that has weights")
     command.add_argument("--org", help="publish as ORG/<name of the folder>")

@@ -23,7 +23,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-__all__ = ["LOG_IN", "download", "hub_errors", "retry", "sha256"]
+__all__ = ["LOG_IN", "check_cached", "download", "hub_errors", "retry", "sha256"]
 
 _HTTP_PACKAGES = ("httpx2", "httpx", "requests", "urllib3")  # the client's major versions differ in whose errors come
 _LONGEST_WAIT = 60.0
@@ -48,82 +48,93 @@ def download(
     revision: str | None = None,
     expected: str | None = None,
     cache_dir: str | Path | None = None,
+    again: bool = True,
 ) -> Path:
     """A file of a model repository, from the Hub's cache on this machine or the Hub.
 
-    What is in the cache under a commit id is taken without a request. A damaged file, on the way or on the disk, is
-    fetched once more; it is never returned.
+    What is in the cache under a commit id is taken without a request. A file that was damaged, on the way or on the
+    disk, is never returned.
 
     Args:
         repo_id: `"ORG/NAME"`.
         filename: Path in the repository.
         revision: Branch, tag or commit id; the main branch by default.
-        expected: sha256 that the file must have. Without one, large files are checked against the Hub's own.
+        expected: sha256 that the file must have. Without one, it is checked against the hash that the Hub announced.
         cache_dir: Cache folder; huggingface_hub's own (`HF_HUB_CACHE`) by default.
+        again: Whether to fetch a damaged file once more, instead of only removing it from the cache.
 
     Raises:
         RuntimeError: If it cannot be had, or is not what it should be; the message says what to do.
     """
-
-    def get(force: bool = False) -> Path:
-        with hub_errors(repo_id):
-            return Path(
-                retry(
-                    lambda: hf_hub_download(
-                        repo_id,
-                        filename,
-                        revision=revision,
-                        cache_dir=cache_dir,
-                        force_download=force,
-                        library_name="etf-zoo",
-                    ),
-                    rate_limited=False,
-                )
-            )
-
-    path = get()
-    announced = _announced_sha256(path)
-    wanted = expected or announced
-    if wanted is None:
+    path = _fetch(repo_id, filename, revision, cache_dir)
+    state = _state(path, expected)
+    if state == "damaged" and again and not constants.HF_HUB_OFFLINE:
+        path = _fetch(repo_id, filename, revision, cache_dir, force=True)
+        state = _state(path, expected)
+    if state == "right":
         return path
-    actual = sha256(path)
-    if actual not in (wanted, announced) and not constants.HF_HUB_OFFLINE:
-        path = get(force=True)
-        actual = sha256(path)
-    if actual == wanted:
-        return path
-    if actual == announced:  # whole, and wrong: fetching it again would not help
+    if state == "other":  # fetching it again would not help
         raise RuntimeError(
-            f"{filename} of {repo_id} is not the file that was published: its sha256 is {actual[:12]}..., not "
-            f"{wanted[:12]}.... Give the revision that was published, or unset ETF_ZOO_HUB_ORG if it points elsewhere."
+            f"{filename} of {repo_id} is not the file that was published: its sha256 is not {str(expected)[:12]}.... "
+            f"Give the revision that was published, or unset ETF_ZOO_HUB_ORG if it points elsewhere."
         )
-    path.resolve().unlink(missing_ok=True)
-    path.unlink(missing_ok=True)
-    again = "Unset HF_HUB_OFFLINE and load it" if constants.HF_HUB_OFFLINE else "Try"
-    raise RuntimeError(f"{filename} of {repo_id} arrived damaged, and was removed from the cache. {again} again.")
+    _remove(path)
+    fix = "Unset HF_HUB_OFFLINE and load it" if constants.HF_HUB_OFFLINE else "Try"
+    raise RuntimeError(f"{filename} of {repo_id} arrived damaged, and was removed from the cache. {fix} again.")
+
+
+def _fetch(repo_id: str, filename: str, revision: str | None, cache_dir: Any, force: bool = False) -> Path:
+    def get() -> str:
+        return hf_hub_download(
+            repo_id,
+            filename,
+            revision=revision,
+            cache_dir=cache_dir,
+            force_download=force,
+            library_name="etf-zoo",
+        )
+
+    with hub_errors(repo_id):
+        return Path(retry(get, rate_limited=False))
+
+
+def _state(path: Path, expected: str | None) -> str:
+    """`"right"`, `"damaged"`, or `"other"`: whole, as the Hub announced it, and not the expected file."""
+    if expected and sha256(path) == expected:
+        return "right"
+    announced = path.resolve().name  # the cache names content by the hash that the Hub announced for it
+    if re.fullmatch(r"[0-9a-f]{64}", announced):
+        whole = sha256(path) == announced
+    elif re.fullmatch(r"[0-9a-f]{40}", announced):
+        content = path.read_bytes()
+        blob = b"blob %d\0" % len(content) + content  # what git hashes; some mirrors hash the content as it is
+        whole = announced in (hashlib.sha1(blob).hexdigest(), hashlib.sha1(content).hexdigest())
+    else:  # a cache without links has no such names
+        whole = not expected
+    if not whole:
+        return "damaged"
+    return "other" if expected else "right"
 
 
 def check_cached(
     repo_id: str, filename: str, *, revision: str | None = None, cache_dir: str | Path | None = None
 ) -> None:
-    """Check what another loader has just read from the Hub's cache against the sha256 the Hub announced it by.
+    """Check what another loader has just read from the Hub's cache against the hash that the Hub announced it by.
 
     Raises:
         RuntimeError: If it is damaged; it is then removed from the cache.
     """
-    path = try_to_load_from_cache(repo_id, filename, cache_dir=cache_dir, revision=revision)
-    wanted = _announced_sha256(Path(path)) if isinstance(path, str) else None
-    if wanted is None or sha256(Path(path)) == wanted:  # type: ignore[arg-type]
+    cached = try_to_load_from_cache(repo_id, filename, cache_dir=cache_dir, revision=revision)
+    path = Path(cached) if isinstance(cached, str) else None
+    if path is None or _state(path, None) == "right":
         return
-    Path(path).resolve().unlink(missing_ok=True)  # type: ignore[arg-type]
-    Path(path).unlink(missing_ok=True)  # type: ignore[arg-type]
+    _remove(path)
     raise RuntimeError(f"{filename} of {repo_id} arrived damaged, and was removed from the cache. Load it again.")
 
 
-def _announced_sha256(path: Path) -> str | None:
-    """sha256 by which the Hub announced a large file: the cache names its content by that."""
-    name = path.resolve().name
-    return name if re.fullmatch(r"[0-9a-f]{64}", name) else None
+def _remove(path: Path) -> None:
+    path.resolve().unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------------------------------------------------------- errors

@@ -67,15 +67,16 @@ def native_tags(folder: Path | None = None) -> dict[str, tuple[PretrainedCfg, di
             the package's own by default.
 
     Returns:
-        Only models whose weights file is there, or can be downloaded.
+        Only models whose weights file is there, or can be downloaded; the former first, as the first tag of an
+        architecture is its default.
     """
     tags = {}
-    for config_file in sorted((folder or cards_folder()).glob(f"*_etf.*/{CONFIG_NAME}")):
+    files = (folder or cards_folder()).glob(f"*_etf.*/{CONFIG_NAME}")
+    for config_file in sorted(files, key=lambda path: (not path.with_name(WEIGHTS_NAME).is_file(), path)):
         weights = config_file.with_name(WEIGHTS_NAME)
-        place = hub_location(config_file.parent)
         if weights.is_file():
             source = {"file": str(weights)}
-        elif place:
+        elif place := hub_location(config_file.parent):
             source = {"hf_hub_id": "@".join(filter(None, place))}
         else:
             continue
@@ -165,7 +166,8 @@ def _read_published(folder: Path, cache_dir: Any) -> dict[str, Tensor]:
 def _read_repository(model_id: str, cache_dir: Any) -> dict[str, Tensor]:
     """Weights of a Hub repository, of the same commit as its `config.json` and checked against the sha256 in that."""
     repo_id, revision = hf_split(model_id)
-    config_file = download(repo_id, CONFIG_NAME, revision=revision, cache_dir=cache_dir)
+    # timm has built the model from this config.json already: one that was damaged must not be mended behind its back
+    config_file = download(repo_id, CONFIG_NAME, revision=revision, cache_dir=cache_dir, again=False)
     expected = json.loads(config_file.read_text(encoding="utf-8")).get("weights_sha256")
     commit = config_file.parent.name
     return _load(download(repo_id, WEIGHTS_NAME, revision=commit, expected=expected, cache_dir=cache_dir))

@@ -71,6 +71,15 @@ def test_figures_stand_in_the_model_index_and_without_control_it_says_so(measure
     assert "No control was trained beside it" in render_card(measured)
 
 
+def test_path_of_the_data_stays_at_home(measured):
+    for name, shown in [("/home/me/data/birds", "birds"), ("./birds", "birds"), ("org/birds", "org/birds")]:
+        change(measured, "metrics.json", dataset={**METRICS["dataset"], "name": name})
+        card = ModelCard(render_card(measured))
+        assert card.data.eval_results[0].dataset_name == shown
+        assert f"On 10 images of {shown} (test)" in card.text
+        assert card.data.datasets == (["org/birds"] if name == "org/birds" else None)
+
+
 def test_usage_follows_where_the_model_lies(measured):
     assert 'create_model("local-dir:FOLDER"' in render_card(measured)
     assert 'create_model("hf-hub:org/x"' in render_card(measured, repo_id="org/x")

@@ -180,6 +180,20 @@ def test_record_of_a_folder(folder, monkeypatch):
     assert hub_location(folder) == ("mine/model", None)
 
 
+def test_embedded_tags_come_before_those_to_be_downloaded(folder, tmp_path):
+    """The first is the default tag of an architecture."""
+    zoo = tmp_path / "zoo"
+    for tag in ("a", "b", "c"):
+        shutil.copytree(folder, zoo / f"mobilenetv3_small_050_etf.{tag}")
+    for tag in ("a", "c"):
+        (zoo / f"mobilenetv3_small_050_etf.{tag}" / "model.safetensors").unlink()
+    (zoo / "mobilenetv3_small_050_etf.a" / "hub.json").write_text('{"repo_id": "org/x", "revision": "abc"}')
+    (zoo / "mobilenetv3_small_050_etf.b" / "hub.json").write_text("not looked at")
+    tags = native_tags(zoo)
+    assert list(tags) == ["mobilenetv3_small_050_etf.b", "mobilenetv3_small_050_etf.a"]
+    assert tags["mobilenetv3_small_050_etf.a"][0].hf_hub_id == "org/x@abc"
+
+
 SCRIPT = """
 import sys, timm, torch, etf_zoo
 from huggingface_hub import constants
@@ -246,6 +260,34 @@ def test_file_damaged_in_the_cache(published, folder, monkeypatch):
     weights.write_bytes(content[:-100])
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(RuntimeError, match=r"removed from the cache. Unset HF_HUB_OFFLINE and load it again"):
+        load()
+
+
+def test_damaged_config_is_neither_used_nor_mended_in_secret(published):
+    load()
+    config = next(Path(constants.HF_HUB_CACHE).rglob("config.json")).resolve()
+    config.write_text(config.read_text().replace('"crop_pct": 0.875', '"crop_pct": 0.870'))
+    with pytest.raises(RuntimeError, match=r"config\.json of org/tiny arrived damaged, and was removed"):
+        load()
+    assert load().pretrained_cfg["crop_pct"] == 0.875
+
+
+def test_cache_without_links(published, folder, monkeypatch):
+    """As on systems that know none: no announced hash to be read off, the config's still counts."""
+    original = download_module.hf_hub_download
+
+    def copied(*args, **kwargs):
+        path = Path(original(*args, **kwargs))
+        content = path.read_bytes()
+        path.unlink()
+        path.write_bytes(content)
+        return str(path)
+
+    monkeypatch.setattr(download_module, "hf_hub_download", copied)
+    assert torch.equal(logits(load()), logits(load(f"local-dir:{folder}")))
+    published.fault("/store/", corrupt=True)
+    shutil.rmtree(constants.HF_HUB_CACHE)
+    with pytest.raises(RuntimeError, match="arrived damaged"):
         load()
 
 

@@ -7,7 +7,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, constants
 
 from etf_zoo import card as card_module
 from etf_zoo import pretrained as pretrained_module
@@ -360,6 +360,20 @@ def test_command_line(hub, folder, capsys):
         assert "with --repo-id ORG/NAME, or the zoo with --all --org ORG" in capsys.readouterr().err
     assert main(["publish", "nonsense", "--repo-id", REPO]) == 1
     assert "missing" in capsys.readouterr().err
+
+
+def test_run_that_exported(folder, capsys, tmp_path):
+    (folder / "README.md").unlink()
+    assert main(["card", str(folder.parent)]) == 0  # the folder lies in RUN/model
+    assert (folder / "README.md").is_file()
+    assert main(["publish", str(folder.parent), "--repo-id", REPO, "--dry-run"]) == 0
+    assert "ready" in capsys.readouterr().out
+
+
+def test_offline(hub, folder, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(RuntimeError, match="HF_HUB_OFFLINE is set"):
+        publish(folder, REPO)
 
 
 def test_command_line_says_what_is_wrong_with_the_hub(hub, capsys):
