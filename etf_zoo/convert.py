@@ -101,9 +101,10 @@ def _exact(leaf: nn.Linear | nn.Conv2d) -> dict[str, Tensor]:
     bias = leaf.weight.new_zeros(k) if leaf.bias is None else leaf.bias
     factor = math.sqrt((k - 1) / k)
     implicit = k > HELMERT_MATRIX_CLASSES
+    frame = torch.empty(k, 0) if implicit else build_frame(HELMERT, k, k - 1)
     return {
-        "weight": torch.empty(k, 0) if implicit else build_frame(HELMERT, k, k - 1),
-        "logit_scale": torch.tensor(1.0),
+        "weight": frame.to(leaf.weight.device),
+        "logit_scale": torch.ones((), device=leaf.weight.device),
         "neck.weight": factor * helmert_coordinates(leaf.weight.flatten(1)),
         "neck.bias": factor * helmert_coordinates(bias),
     }

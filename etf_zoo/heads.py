@@ -412,9 +412,8 @@ def become_twin(model: nn.Module, args: Mapping[str, Any], names: tuple[str, ...
     become(model, _FrameModel)
     model._frame_args, model._classifier_names = dict(args), names  # type: ignore[assignment]
     # what timm saves beside the weights must build the twin, not the base
-    update_model_args(
-        model, **{**args, "frame": CUSTOM if isinstance(args.get("frame"), Tensor) else args.get("frame")}
-    )
+    saved = {"frame": CUSTOM} if isinstance(args.get("frame"), Tensor) else {}
+    update_model_args(model, **{**args, **saved})
     twin = base_name(model.pretrained_cfg.get("architecture") or "") + SUFFIX  # type: ignore[union-attr]
     if timm.is_model(twin):
         model.pretrained_cfg["architecture"] = twin  # type: ignore[index]

@@ -70,5 +70,5 @@ def test_width_is_the_features_or_what_a_simplex_needs(name, in_features, num_cl
 
 
 def test_errors():
-    with pytest.raises(ValueError, match=r"Unknown neck 'linear'. Choose one of mlp, residual, or None"):
-        build_neck("linear", 8, 5)
+    with pytest.raises(ValueError, match=r"Unknown neck 'conv'. Choose one of mlp, residual, or None"):
+        build_neck("conv", 8, 5)

@@ -32,27 +32,26 @@ def test_all_twins_on_the_meta_device():
     assert not {name: what for name, what in problems.items() if what}
 
 
-def conversion_problem(name, num_classes):
+def conversion_problem(name):
     """What is wrong with a conversion of timm's own model, None if nothing is."""
     try:
         with torch.device("meta"), torch.no_grad():
-            model = convert_classifier(timm.create_model(name, num_classes=num_classes).eval())
+            model = convert_classifier(timm.create_model(name, num_classes=CLASSES).eval())
             head = next(iter(frame_heads(model).values()))
             shape = (2, head.in_features, 1, 1) if head.channels_first else (2, head.in_features)
             out = head(torch.empty(shape))
-            model.reset_classifier(CLASSES)
+            model.reset_classifier(CLASSES + 1)
     except Exception as error:
         return repr(error)
-    if out.flatten(1).shape != (2, num_classes):
+    if out.flatten(1).shape != (2, CLASSES):
         return f"output of shape {tuple(out.shape)}"
-    necks = [head for head in frame_heads(model).values() if head.neck is not None or head.num_classes != CLASSES]
+    necks = [head for head in frame_heads(model).values() if head.neck is not None or head.num_classes == CLASSES]
     return f"after a reset {necks}" if necks or not frame_heads(model) else None
 
 
 @pytest.mark.slow
-def test_all_classifying_tags_convert_on_the_meta_device():
+def test_all_classifying_architectures_convert_on_the_meta_device():
     cfgs = [get_pretrained_cfg(name) for name in timm.list_pretrained(exclude_filters="*_etf*")]
-    kinds = {(cfg.architecture, cfg.num_classes) for cfg in cfgs if classifies(cfg)}
-    problems = {kind: conversion_problem(*kind) for kind in sorted(kinds)}
+    problems = {name: conversion_problem(name) for name in sorted({c.architecture for c in cfgs if classifies(c)})}
     assert len(problems) > 700
-    assert not {kind: what for kind, what in problems.items() if what}
+    assert not {name: what for name, what in problems.items() if what}

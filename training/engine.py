@@ -8,30 +8,26 @@ import math
 import os
 import subprocess
 import time
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from accelerate.utils import broadcast_object_list, set_seed
-from timm.scheduler.cosine_lr import CosineLRScheduler
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from etf_zoo import frame_heads
 from etf_zoo.evaluation import measure
-from etf_zoo.moving import copy_moving_frames
 
 from . import checkpoint
 from .config import Recipe, changes, final_size, save_recipe, seconds, size_at
-from .data import AnySplit, batch_generator, eval_batches, load_hierarchy, load_split, mix, train_batches
+from .data import AnySplit, eval_batches, load_hierarchy, load_split, train_batches
 from .launching import Repeatable, gather_in, in_step, is_sharded, make_accelerator, sync_buffers
 from .log import Log, forget_after, progress
 from .longtail import long_tail_indices
 from .model import make_model, make_optimizer
-from .objective import Objective
+from .stepper import Stepper, channels_last
 
 __all__ = ["Run", "make_model", "make_optimizer"]
 
@@ -76,35 +72,24 @@ class Run:
         set_seed(recipe.seed, device_specific=True)  # what is drawn in training, such as dropout, differs by process
         whole = is_sharded(self.accelerator) and self.accelerator.is_main_process
         self.whole_model = copy.deepcopy(model) if whole else None  # takes the weights of all processes in the end
-        self.channels_last = recipe.channels_last and not is_sharded(self.accelerator)  # contiguous weights only there
-        if self.channels_last:
+        self.gathered: int | None = None  # step of the weights it has
+        if channels_last(recipe, self.accelerator):
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         # DDP would send these buffers to every process at every step; they never change
         model._ddp_params_and_buffers_to_ignore = [f"{name}.weight" for name in frame_heads(model)]  # type: ignore
-        optimizer = make_optimizer(recipe.optim, model)
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
-        self.ema = self._make_ema()
+        self.model, optimizer = self.accelerator.prepare(model, make_optimizer(recipe.optim, model))
+        self.stepper = Stepper(
+            recipe,
+            self.accelerator,
+            self.model,
+            optimizer,
+            steps_per_epoch=self.steps_per_epoch,
+            class_counts=self.train_split.class_counts(),
+        )
         if is_sharded(self.accelerator):
             gather_in(self.model)
-        plain = self.trained_model()
-        self.objective = Objective(recipe.loss, plain, self.train_split.class_counts(), recipe.label_smoothing)
-        if recipe.augment.mixes and not self.objective.takes_shares:
-            raise ValueError(
-                "augment.mixup and augment.cutmix give an image several classes, which only loss.name cross_entropy "
-                "without a moving frame can use: set them to 0."
-            )
-        if recipe.compile:  # what comes behind the features is cheap, and the objective looks into it
-            plain.forward_features = torch.compile(plain.forward_features)
-        self.schedule = CosineLRScheduler(
-            self.optimizer,
-            t_initial=recipe.epochs * self.steps_per_epoch,
-            lr_min=recipe.optim.min_lr,
-            warmup_t=round(recipe.optim.warmup_epochs * self.steps_per_epoch),
-            warmup_prefix=False,
-            t_in_epochs=False,
-        )
         self.step = 0  # optimiser steps done
-        self.sums = self._zeros()  # loss, right, images of the present epoch, of this process
+        self.sums = self.stepper.zeros()  # loss, right, images of the present epoch, of this process
         self.saved = (0, time.monotonic())  # step and time of the last checkpoint
         self.spent = 0.0  # seconds trained by earlier sessions of this run
         self.ended: float | None = None  # when this session's training ended
@@ -124,20 +109,6 @@ class Run:
                 f"batch_size {recipe.batch_size} does not divide by {processes} processes"
                 f"{f' times accumulate {recipe.accumulate}' if recipe.accumulate > 1 else ''}."
             )
-
-    def _make_ema(self) -> ModelEmaV3 | None:
-        settings = self.recipe.ema
-        if not settings.decay:
-            return None
-        if is_sharded(self.accelerator):
-            raise ValueError("An average of the weights is not available under FSDP: set --ema.decay 0.")
-        ema = ModelEmaV3(self.trained_model(), decay=settings.decay, use_warmup=settings.warmup)
-        self.accelerator.register_for_checkpointing(ema)
-        return ema
-
-    def _zeros(self) -> Tensor:
-        device = self.accelerator.device
-        return torch.zeros(3, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
 
     # ------------------------------------------------------------------------------------------------ checkpoints
 
@@ -210,6 +181,7 @@ class Run:
         recipe, total = self.recipe, self.recipe.epochs * self.steps_per_epoch
         if self.step >= total:  # was finished when this session began
             self.ended = self.began
+            self.plain_model()
             return True
         with progress(total, self.step, recipe.batch_size, self.accelerator.is_main_process) as bar:
             self.model.train()
@@ -217,6 +189,7 @@ class Run:
                 stop = self._epoch(bar)
                 if stop and self.step < total:
                     break
+        self.log.close()
         if self.step < total and not self.enough():
             self.accelerator.print(
                 f"Time budget of {recipe.time_budget} is used up at step {self.step} of {total}; saved. "
@@ -224,7 +197,7 @@ class Run:
             )
             return False
         self.ended = time.monotonic()
-        self.log.close()
+        self.plain_model()  # gathered while all processes are here
         return True
 
     def enough(self) -> bool:
@@ -242,7 +215,8 @@ class Run:
         began, images_before, seen = time.monotonic(), self.sums[2].item(), self.sums.tolist()
         looked = began
         for images, labels in self._batches(epoch, first):
-            self.sums += self._step(images, labels)
+            self.sums += self.stepper.step(self.step, images, labels)
+            self.step += 1
             bar.update(recipe.batch_size)
             inside = self.step % self.steps_per_epoch > 0  # the last step is saved after its evaluation
             look = self.step % recipe.log_every == 0
@@ -261,7 +235,7 @@ class Run:
         record = {
             "epoch": epoch + 1,
             "size": size_at(recipe, epoch),
-            "lr": self._lr(),
+            "lr": self.stepper.lr(),
             "train_loss": sums[0] / sums[2],
             "train_top1": 100 * sums[1] / sums[2],
             "images_per_second": new_images / (time.monotonic() - began),
@@ -290,7 +264,7 @@ class Run:
         figures = {"loss": loss / images, "top1": 100 * right / images}
         bar.set_postfix(loss=f"{figures['loss']:.3f}", top1=f"{figures['top1']:.1f} %", refresh=False)
         rate = images * self.accelerator.num_processes / seconds
-        self.log.step({**figures, "lr": self._lr(), "images_per_second": rate}, self.step)
+        self.log.step({**figures, "lr": self.stepper.lr(), "images_per_second": rate}, self.step)
 
     def _check_finite(self, loss: float) -> None:
         if not math.isfinite(loss):
@@ -328,50 +302,6 @@ class Run:
             device=a.device,
         )
 
-    def _step(self, images: Tensor, labels: Tensor) -> Tensor:
-        """One optimiser step; sums of loss and right predictions, and the number of images."""
-        self.schedule.step_update(self.step)
-        if self.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
-        if self.recipe.augment.mixes:
-            images, labels = self._mixed(images, labels)
-        sums = self._zeros()
-        pieces = list(zip(images.chunk(self.recipe.accumulate), labels.chunk(self.recipe.accumulate), strict=True))
-        for i, piece in enumerate(pieces):
-            waits = i + 1 < len(pieces)  # gradients are summed over processes with the last piece
-            with self.accelerator.no_sync(self.model) if waits else nullcontext():
-                with self.accelerator.autocast():
-                    logits, loss = self.objective(self.model, *piece)
-                self.accelerator.backward(loss / len(pieces))
-            classes = piece[1] if piece[1].ndim == 1 else piece[1].argmax(dim=1)  # of a mixed image, the larger part's
-            right, count = (logits.detach().argmax(dim=1) == classes).sum(), len(classes)
-            sums += torch.stack([loss.detach() * count, right, right.new_tensor(count)]).to(sums.dtype)
-        if self.recipe.optim.clip_grad:
-            self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.optim.clip_grad)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.objective.after_step()
-        self.step += 1
-        if self.ema is not None:
-            self.ema.update(self.trained_model(), step=self.step)
-            copy_moving_frames(self.ema, self.trained_model())
-        return sums
-
-    def _mixed(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        a = self.accelerator
-        return mix(
-            images,
-            labels,
-            len(self.train_split.label_names),
-            self.recipe.augment,
-            batch_generator(self.recipe.seed, *divmod(self.step, self.steps_per_epoch), stream=4),
-            rank=a.process_index,
-            world=a.num_processes,
-        )
-
-    def _lr(self) -> float:
-        return max(group["lr"] for group in self.optimizer.param_groups)
-
     def _over_processes(self, tensor: Tensor) -> Tensor:
         return cast(Tensor, self.accelerator.reduce(tensor, reduction="sum"))
 
@@ -391,7 +321,7 @@ class Run:
         )
         if is_sharded(a):
             batches = partial(in_step, batches, (0, 3, size, size), a)
-        model = self.trained_model() if self.ema is None else self.ema.module
+        model = self.trained_model() if self.stepper.ema is None else self.stepper.ema.module
         if a.num_processes > 1:  # batch norm's statistics are each process's own: the main one's are what is saved
             sync_buffers(model)
         return measure(model, Repeatable(batches), processes=a, autocast=a.autocast).figures
@@ -411,17 +341,18 @@ class Run:
     def plain_model(self) -> nn.Module:
         """The model to export, in one piece: with the averaged weights where there is an average.
 
-        Under FSDP every process has to call it, and the main one gets the weights.
+        Under FSDP the main process alone gets one. Every process has to call it then, except after `fit` to the end.
         """
-        if self.ema is not None:
-            return self.ema.module
+        if self.stepper.ema is not None:
+            return self.stepper.ema.module
         if not is_sharded(self.accelerator):
             return self.trained_model()
-        weights = self.accelerator.get_state_dict(self.model)
-        if self.whole_model is None:
-            return self.trained_model()
-        self.whole_model.load_state_dict(weights)
-        return self.whole_model
+        if self.gathered != self.step:
+            weights = self.accelerator.get_state_dict(self.model)
+            if self.whole_model is not None:
+                self.whole_model.load_state_dict(weights)
+            self.gathered = self.step
+        return self.trained_model() if self.whole_model is None else self.whole_model
 
     def seconds(self) -> float:
         """Wall-clock seconds that training took so far, over all sessions; what comes after the end is not counted."""

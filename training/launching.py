@@ -101,6 +101,11 @@ def run_script(main: Callable[[], None]) -> None:
     """Run a script. An error that this project raises on purpose ends it with one line, any other with a traceback."""
     try:
         main()
+    except torch.OutOfMemoryError:
+        raise SystemExit(
+            "error: The GPU's memory is full. --accumulate 2 (or 4, 8) takes each batch in so many pieces; "
+            "training/launch/fsdp.yaml shares the weights among GPUs. Go on with --resume."
+        ) from None
     except (ValueError, OSError, FloatingPointError, ImportError) as error:
         raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
         if not raised_in.is_relative_to(Path(__file__).resolve().parent.parent):

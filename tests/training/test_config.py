@@ -118,3 +118,11 @@ def test_changes_by_dotted_name(tmp_path):
         "epochs": "epochs 30 -> 31",
     }
     assert changes(tmp_path / "missing.yaml", other) == {}
+
+
+def test_help_describes_every_field(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        parse(Recipe, ["--help"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert "--optim.lr LR Peak learning rate." in out
+    assert "How many checkpoints are kept." in out

@@ -173,7 +173,7 @@ def test_average_of_the_weights(tmp_path):
     """timm's average, step by step, but with the frame of the model itself; it is what is evaluated."""
     averaged = run(tmp_path, "run", epochs=1, ema=Ema(0.5, warmup=False), model_args={"moving": True})
     expected = None
-    step = averaged._step
+    step = averaged.stepper.step
 
     def watched(*batch):
         nonlocal expected
@@ -182,7 +182,7 @@ def test_average_of_the_weights(tmp_path):
         expected = now if expected is None else expected.lerp(now, 0.5)  # the first step is copied
         return sums
 
-    averaged._step = watched
+    averaged.stepper.step = watched
     averaged.fit()
     model, own = averaged.plain_model(), averaged.trained_model()
     torch.testing.assert_close(model.conv_stem.weight, expected, atol=1e-6, rtol=1e-5)
@@ -191,7 +191,7 @@ def test_average_of_the_weights(tmp_path):
     torch.testing.assert_close(gram, (10 * torch.eye(10) - 1).double() / 9, atol=1e-5, rtol=0)
     assert not torch.equal(model.conv_stem.weight, own.conv_stem.weight)
     loss = averaged.evaluate()["loss"]
-    averaged.ema = None
+    averaged.stepper.ema = None
     assert averaged.evaluate()["loss"] != loss
 
 
@@ -207,7 +207,7 @@ def test_learning_rate_by_layer():
 def test_schedule_ends_at_the_smallest_rate(tmp_path):
     recipe = {"optim": Optim(lr=0.1, min_lr=0.01, warmup_epochs=0.5), "epochs": 1, "batch_size": 16}
     ended = run(tmp_path, "run", **recipe)
-    rates = [(ended.schedule.step_update(step), ended._lr())[1] for step in range(17)]
+    rates = [(ended.stepper.schedule.step_update(step), ended.stepper.lr())[1] for step in range(17)]
     assert rates[:8] == pytest.approx([0.1 * step / 8 for step in range(8)])
     assert rates[8:] == sorted(rates[8:], reverse=True)
     assert rates[16] == pytest.approx(0.01)

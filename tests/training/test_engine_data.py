@@ -52,10 +52,10 @@ def test_mixed_labels_reach_the_loss(tmp_path):
     trained = run(tmp_path, "run", augment=Augment(mixup=1e6), label_smoothing=0.0)
     images, labels = next(iter(trained._batches(0, 0)))
     seen = []
-    objective = trained.objective
-    trained.objective = lambda forward, x, y: seen.append((x, y)) or objective(forward, x, y)
-    trained.objective.after_step = objective.after_step
-    sums = trained._step(images, labels)
+    stepper, objective = trained.stepper, trained.stepper.objective
+    stepper.objective = lambda forward, x, y: seen.append((x, y)) or objective(forward, x, y)
+    stepper.objective.after_step = objective.after_step
+    sums = stepper.step(0, images, labels)
     x, y = seen[0]
     torch.testing.assert_close(x, (images + images.roll(1, 0)) / 2, atol=0.02, rtol=0)
     same = labels == labels.roll(1)

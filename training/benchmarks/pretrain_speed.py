@@ -28,7 +28,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script from a clone
 
@@ -50,11 +50,11 @@ OPTIM = Optim(name="sgd", lr=0.1, weight_decay=4e-5, warmup_epochs=0)
 
 def write_folder(split: Split, folder: Path) -> None:
     """The images as JPEG files, `CLASS/NUMBER.jpg`, what timm's image folder reads."""
-    for i, (pixels, label) in enumerate(zip(split.images, split.labels, strict=True)):
+    for i, label in enumerate(split.labels):
         file = folder / f"{label:04d}" / f"{i}.jpg"
         file.parent.mkdir(parents=True, exist_ok=True)
         buffer = io.BytesIO()
-        Image.fromarray(np.asarray(pixels)).save(buffer, "JPEG", quality=90)
+        Image.fromarray(np.asarray(split.picture(i))).save(buffer, "JPEG", quality=90)
         file.write_bytes(buffer.getvalue())
 
 
@@ -130,8 +130,8 @@ class Ours:
     def steps(self) -> Iterator[int]:
         self.run.model.train()
         self.epoch += 1
-        for images, labels in self.run._batches(self.epoch, 0):
-            self.run._step(images, labels)
+        for number, (images, labels) in enumerate(self.run._batches(self.epoch, 0)):
+            self.run.stepper.step(number, images, labels)
             yield len(labels)
 
 
@@ -143,6 +143,8 @@ def rate(side: Peer | Ours, steps: int, warm: int) -> float:
     began, images = time.perf_counter(), 0
     for count in itertools.islice(turns, steps):
         images += count
+    if torch.cuda.is_available():  # the engine does not wait for each step
+        torch.cuda.synchronize()
     seconds = time.perf_counter() - began
     turns.close()  # type: ignore[attr-defined]
     return images / seconds
@@ -189,7 +191,7 @@ def main() -> None:
     args = parser.parse_args()
     if (args.steps + args.warm) * args.batch > args.images:
         parser.error(f"{args.steps + args.warm} steps of {args.batch} images do not fit into {args.images} images")
-    whole = load_split(Data(args.data, size=64), "train")
+    whole = cast(Split, load_split(Data(args.data, size=64), "train"))  # resident, being small
     split = whole.subset(np.random.default_rng(0).permutation(len(whole))[: args.images])
     args.num_classes = len(split.label_names)
     results = []

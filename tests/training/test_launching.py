@@ -1,0 +1,52 @@
+"""What depends on the launch: how a script ends, and batches in step."""
+
+import random
+import re
+
+import pytest
+import torch
+
+from training.config import Recipe
+from training.launching import Repeatable, in_step, run_script
+
+
+def test_own_errors_end_a_script_with_one_line():
+    with pytest.raises(SystemExit, match=re.escape("error: epochs must be positive, got 0.")):
+        run_script(lambda: Recipe(epochs=0))
+
+
+def test_a_defect_keeps_its_traceback():
+    with pytest.raises(ValueError, match="Sample larger"):
+        run_script(lambda: random.sample([1], 2))
+    with pytest.raises(KeyError):
+        run_script(lambda: {}["x"])
+
+
+def test_a_full_gpu_gets_advice():
+    def full():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(SystemExit, match="--accumulate 2"):
+        run_script(full)
+
+
+class Processes:
+    """This process and another that has more batches."""
+
+    num_processes, device = 2, torch.device("cpu")
+
+    def __init__(self, others):
+        self.others = others
+
+    def reduce(self, tensor, reduction):
+        self.others -= 1
+        return tensor + float(self.others >= 0)
+
+
+def test_batches_in_step():
+    own = [(torch.ones(2, 3, 4, 4), torch.tensor([1, 2]))]
+    batches = list(in_step(lambda: own, (0, 3, 4, 4), Processes(3)))
+    assert [len(labels) for _, labels in batches] == [2, 0, 0]
+    assert batches[2][0].shape == (0, 3, 4, 4)
+    again = Repeatable(lambda: own)
+    assert len(list(again)) == len(list(again)) == 1
