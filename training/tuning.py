@@ -18,7 +18,7 @@ from etf_zoo import attach_frame
 from .config import HEADS, Recipe, final_size
 from .engine import Run
 from .export import export_run
-from .launching import make_accelerator
+from .launching import is_sharded, make_accelerator
 from .log import METRICS
 from .methods import METHODS, prepare, tuned_share, warm_head
 from .model import find_model, make_model
@@ -130,6 +130,8 @@ class Tuning(Run):
     def __init__(self, recipe: Finetune, train: Images, held: Images | None, test: Images, model: nn.Module):
         super().__init__(recipe, train=train, val=held or test, model=model)
         self.patience = recipe.patience
+        if self.patience and is_sharded(self.accelerator):
+            raise ValueError("Early stopping is not available under FSDP: set --patience 0.")
         file = self.folder / METRICS
         lines = file.read_text().splitlines() if recipe.resume and file.is_file() else []
         records = [json.loads(line) for line in lines]

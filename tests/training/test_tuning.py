@@ -146,7 +146,7 @@ def test_long_tail(tmp_path, digits):
     tuned = fine_tune(settings, *digits)
     counts = np.bincount(tuned.run.train_split.labels)
     assert counts[0] >= 9 * counts[9]
-    weights = tuned.run.objective.class_weights
+    weights = tuned.run.stepper.objective.class_weights
     torch.testing.assert_close(weights * torch.from_numpy(counts), torch.full((10,), float(counts.sum()) / 10))
 
 
