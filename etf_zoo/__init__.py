@@ -5,10 +5,11 @@ from .classifier import FrameClassifier
 from .convert import convert_classifier
 from .heads import attach_frame, frame_heads
 from .pretrained import native_tags, read_weights
+from .skip import add_skip
 from .variants import register_variants
 
 __version__ = "0.1.0"
-__all__ = ["FrameClassifier", "attach_frame", "convert_classifier", "frame_heads", "frames", "register"]
+__all__ = ["FrameClassifier", "add_skip", "attach_frame", "convert_classifier", "frame_heads", "frames", "register"]
 
 
 def register() -> list[str]:

@@ -79,9 +79,9 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _head_text(config: dict[str, Any]) -> str:
-    if not config["architecture"].endswith("_etf"):
-        return "a learned linear classifier: the control for the fixed frame of the same recipe, data order and seed"
     args = config.get("model_args", {})
+    if not args.get("base", config["architecture"]).endswith("_etf"):  # base: of a model with a skip connection
+        return "a learned linear classifier: the control for the fixed frame of the same recipe, data order and seed"
     frame, orientation = args.get("frame", "auto"), args.get("orientation", "random")
     text = f"a fixed frame, never trained: {_FRAMES.get(frame, frame)}, orientation `{orientation}`"
     if args.get("neck") == "linear":

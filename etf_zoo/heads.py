@@ -18,9 +18,11 @@ from .moving import MovingFrameClassifier
 
 __all__ = [
     "HEAD_ARGS",
+    "SKIP_CONNECTION",
     "as_names",
     "attach_frame",
     "base_name",
+    "become",
     "become_twin",
     "frame_heads",
     "is_conversion",
@@ -32,6 +34,7 @@ __all__ = [
 ]
 
 SUFFIX = "_etf"
+SKIP_CONNECTION = "skip_connection"  # a model around another one, see skip.py: no architecture of its own
 # Keyword arguments a twin takes beside its base's: name there -> name in FrameClassifier.
 HEAD_ARGS = {
     "frame": "frame",
@@ -116,7 +119,8 @@ def _instance(mixin: type, base: type) -> nn.Module:
     return cls.__new__(cls)  # type: ignore[call-overload]
 
 
-def _become(module: nn.Module, mixin: type) -> None:
+def become(module: nn.Module, mixin: type) -> None:
+    """Mix a class into a module's own, in place, in a way that pickle and deepcopy can follow."""
     if not isinstance(module, mixin):
         module.__class__ = _subclass(mixin, type(module))
 
@@ -249,7 +253,7 @@ def replace_leaves(
         while parent_name:
             parent = model.get_submodule(parent_name)
             if hasattr(parent, "fuse"):
-                _become(parent, _KeptHead)
+                become(parent, _KeptHead)
             parent_name = parent_name.rpartition(".")[0]
         replaced += 1
     if not replaced:
@@ -405,7 +409,7 @@ def become_twin(model: nn.Module, args: Mapping[str, Any], names: tuple[str, ...
     Returns:
         The same model.
     """
-    _become(model, _FrameModel)
+    become(model, _FrameModel)
     model._frame_args, model._classifier_names = dict(args), names  # type: ignore[assignment]
     # what timm saves beside the weights must build the twin, not the base
     saved = {"frame": CUSTOM} if isinstance(args.get("frame"), Tensor) else {}

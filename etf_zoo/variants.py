@@ -25,6 +25,7 @@ from .convert import convert_classifier
 from .download import check_cached, hub_errors
 from .heads import (
     HEAD_ARGS,
+    SKIP_CONNECTION,
     SUFFIX,
     as_names,
     attach_frame,
@@ -51,7 +52,7 @@ ReadWeights = Callable[[Mapping[str, Any], Any], dict[str, Tensor]]
 def without_classifier() -> dict[str, str]:
     """timm architectures that get no twin: name -> why."""
     missing = {}
-    for name in timm.list_models(exclude_filters=f"*{SUFFIX}"):
+    for name in timm.list_models(exclude_filters=[f"*{SUFFIX}", SKIP_CONNECTION]):
         cfg = get_pretrained_cfg(name)
         if name in _NO_CLASSIFIER or cfg is None or not cfg.classifier:
             missing[name] = "an encoder for multimodal models, without a classifier or a place for one"
@@ -276,7 +277,7 @@ def register_variants(
     skipped = without_classifier()
     saved_args = {full: args for full, (_, args) in native.items()}
     registered = []
-    for base in timm.list_models(exclude_filters=f"*{SUFFIX}"):
+    for base in timm.list_models(exclude_filters=[f"*{SUFFIX}", SKIP_CONNECTION]):
         name = base + SUFFIX
         if base in skipped or timm.is_model(name):
             continue

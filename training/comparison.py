@@ -30,6 +30,7 @@ from training.config import Data, Recipe, final_size, parse
 from training.data import AnySplit, eval_batches, find_source, load_hierarchy, load_split
 from training.engine import CHECKPOINTS, Run, make_model
 from training.launching import run_script
+from training.longtail import long_tail_indices
 
 
 @dataclass
@@ -117,6 +118,8 @@ def run_cell(settings: Comparison, cell: Cell) -> dict[str, Any]:
     """Train one cell and measure it."""
     recipe = recipe_of(settings, cell)
     train, val = (load_split(recipe.data, split) for split in (recipe.data.train_split, recipe.data.val_split))
+    if recipe.data.long_tail:
+        train = train.subset(long_tail_indices(train.labels, recipe.data.long_tail, recipe.seed))
     tree = _tree(recipe.data, val)
     model = make_model(recipe, len(train.label_names), tree)
     if settings.stem == "3x3":

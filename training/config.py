@@ -7,7 +7,7 @@ import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import yaml
 
@@ -207,6 +207,7 @@ class Loss:
         name: `cross_entropy`, `dot_regression`, `hierarchy_cosine`, `separating_cone` or `squared`; all but the first
             need a fixed frame. Where a loss has a logit scale of its own it is the head's, unless given.
         args: Arguments of the loss, see `etf_zoo.losses`.
+        class_weights: Weigh each class in the cross-entropy by the inverse of its number of training images.
         class_scaling: Dot regression's prototype lengths from the class counts of the training images.
         variance_covariance: Weight of the variance-covariance penalty on the backbone's features; 0 for none.
         penalty_args: Arguments of that penalty.
@@ -214,6 +215,7 @@ class Loss:
 
     name: str = "cross_entropy"
     args: dict[str, Any] = field(default_factory=dict)
+    class_weights: bool = False
     class_scaling: bool = False
     variance_covariance: float = 0.0
     penalty_args: dict[str, Any] = field(default_factory=dict)
@@ -259,6 +261,8 @@ class Recipe:
         notes: Free text for the card.
     """
 
+    heads: ClassVar[tuple[str, ...]] = HEADS
+
     output: str = "runs/run"
     model: str = "resnet18_etf"
     head: str = "frame"
@@ -297,8 +301,8 @@ class Recipe:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
         if self.save_steps < 0 or self.save_minutes < 0:
             raise ValueError("save_steps and save_minutes cannot be negative; 0 is for none.")
-        if self.head not in HEADS:
-            raise ValueError(f"head is one of {', '.join(HEADS)}, got {self.head!r}.")
+        if self.head not in self.heads:
+            raise ValueError(f"head is one of {', '.join(self.heads)}, got {self.head!r}.")
         if not self.sizes or any(len(pair) != 2 for pair in self.sizes) or self.sizes[0][0] != 0:
             raise ValueError(f"sizes is a list of [first epoch, pixels] that begins at epoch 0, got {self.sizes}.")
         self.precision = "fp32" if self.precision == "no" else self.precision  # what recipes said before

@@ -39,7 +39,7 @@ class Run:
 
     Args:
         recipe: What to do.
-        train: Training images; loaded by the recipe if not given.
+        train: Training images, all of which are used; loaded, and thinned to a long tail, by the recipe if not given.
         val: Images to report on; likewise.
         model: The model, on the CPU; made by the recipe if not given.
     """
@@ -58,7 +58,7 @@ class Run:
         with self.accelerator.main_process_first():  # one process decodes, the others find the array
             self.train_split = train or load_split(recipe.data, recipe.data.train_split)
             self.val_split = val or load_split(recipe.data, recipe.data.val_split)
-        if recipe.data.long_tail:
+        if recipe.data.long_tail and train is None:
             kept = long_tail_indices(self.train_split.labels, recipe.data.long_tail, recipe.seed)
             self.train_split = self.train_split.subset(kept)
         self.train_images = min(len(self.train_split), recipe.data.limit or len(self.train_split))
@@ -185,12 +185,12 @@ class Run:
             return True
         with progress(total, self.step, recipe.batch_size, self.accelerator.is_main_process) as bar:
             self.model.train()
-            while self.step < total:
+            while self.step < total and not self.enough():
                 stop = self._epoch(bar)
                 if stop and self.step < total:
                     break
         self.log.close()
-        if self.step < total:
+        if self.step < total and not self.enough():
             self.accelerator.print(
                 f"Time budget of {recipe.time_budget} is used up at step {self.step} of {total}; saved. "
                 f"Go on with the same command and --resume."
@@ -199,6 +199,10 @@ class Run:
         self.ended = time.monotonic()
         self.plain_model()  # gathered while all processes are here
         return True
+
+    def enough(self) -> bool:
+        """Whether to end after an epoch, before the last; for subclasses."""
+        return False
 
     def _epoch(self, bar: tqdm) -> bool:
         """Train to the end of the epoch, evaluate, log; or to the end of the time.
@@ -321,6 +325,14 @@ class Run:
         if a.num_processes > 1:  # batch norm's statistics are each process's own: the main one's are what is saved
             sync_buffers(model)
         return measure(model, Repeatable(batches), processes=a, autocast=a.autocast).figures
+
+    def figures_on(self, split: AnySplit) -> dict[str, float]:
+        """Figures on any images."""
+        watched, self.val_split = self.val_split, split
+        try:
+            return Run.evaluate(self)
+        finally:
+            self.val_split = watched
 
     def trained_model(self) -> Any:
         """The model in training, without the wrappers of accelerate."""

@@ -62,8 +62,9 @@ def export_run(
     if run.accelerator.is_main_process:
         save_folder(model, folder, pretrained_cfg=cfg, label_names=run.train_split.label_names)
         save_recipe(run.record(), folder / "recipe.yaml")
-        shutil.copy(run.folder / "metrics.jsonl", folder / "metrics.jsonl")
-        plot_curve(folder / "metrics.jsonl", folder / "curve.png")
+        if run.step:  # a classifier fitted to frozen features has no curve
+            shutil.copy(run.folder / "metrics.jsonl", folder / "metrics.jsonl")
+            plot_curve(folder / "metrics.jsonl", folder / "curve.png")
     run.accelerator.wait_for_everyone()
 
     evaluation = Evaluation(model=str(folder), data=recipe.data)

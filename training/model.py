@@ -1,23 +1,98 @@
-"""The recipe's model and optimiser."""
+"""The recipe's model and optimiser, and where its `model` is: a name, an id, or a folder."""
 
 from __future__ import annotations
 
+import difflib
+import json
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 from accelerate.utils import set_seed
+from timm.models import get_pretrained_cfg, load_model_config_from_hf
+from timm.models._hub import load_model_config_from_path
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
 from etf_zoo import attach_frame, frame_heads
+from etf_zoo.heads import HEAD_ARGS, SKIP_CONNECTION, base_name, split_head
 from etf_zoo.necks import build_neck
-from etf_zoo.variants import HEAD_ARGS, base_name, split_head
+from etf_zoo.pretrained import CONFIG_NAME
 from etf_zoo.whitening import whiten_last_norm
 
 from .config import Optim, Recipe
 
-__all__ = ["make_model", "make_optimizer"]
+__all__ = ["Source", "find_model", "make_model", "make_optimizer"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that timm can create.
+
+    Attributes:
+        name: For `timm.create_model`.
+        architecture: timm's name of the architecture, without a tag.
+        input_size: Side in pixels that its weights were trained for, or its architecture is meant for.
+        weights_digest: Of a folder's weights file, so that features of other weights under its name are not mixed up.
+    """
+
+    name: str
+    architecture: str
+    input_size: int
+    weights_digest: str = ""
+
+    @property
+    def is_twin(self) -> bool:
+        """Whether its classifier is a fixed frame already."""
+        return self.architecture.endswith("_etf")
+
+
+def find_model(model: str, pretrained: bool = True) -> Source:
+    """Look a model up without building it.
+
+    Args:
+        model: timm name with or without a tag, `hf-hub:` id, model folder, or the folder of a finished run.
+        pretrained: Whether its weights are wanted; a twin's default tag may have another size than its base.
+
+    Raises:
+        ValueError: If there is no such model.
+    """
+    folder = Path(model.removeprefix("local-dir:"))
+    if folder.is_dir():
+        found = next((path for path in (folder, folder / "model") if (path / CONFIG_NAME).is_file()), None)
+        if found is None:
+            raise ValueError(f"{folder} holds no model: neither it nor its folder model/ has a {CONFIG_NAME}.")
+        cfg, architecture, _ = load_model_config_from_path(found)
+        _check_base(model, architecture)
+        digest = json.loads((found / CONFIG_NAME).read_text(encoding="utf-8")).get("weights_sha256", "")
+        return Source(f"local-dir:{found}", architecture, cfg["input_size"][-1], digest)
+    if model.startswith("hf-hub:"):
+        cfg, architecture, _ = load_model_config_from_hf(model.removeprefix("hf-hub:"))
+        _check_base(model, architecture)
+        return Source(model, architecture, cfg["input_size"][-1])
+    architecture, _, tag = model.partition(".")
+    if not timm.is_model(architecture):
+        near = difflib.get_close_matches(architecture, timm.list_models(), n=3)
+        hint = f" Did you mean {', '.join(near)}?" if near else ""
+        raise ValueError(f"There is no model or folder {model!r}.{hint}")
+    name = model
+    if pretrained and not tag and architecture.endswith("_etf"):  # with weights, the first tag that has some
+        name = next(iter(timm.list_pretrained(f"{architecture}.*")), model)
+    try:
+        cfg: Any = get_pretrained_cfg(name)
+    except RuntimeError:
+        known = ", ".join(timm.list_pretrained(f"{architecture}.*")) or "no tag"
+        raise ValueError(f"{architecture} has no tag {tag!r}; there is {known}.") from None
+    return Source(model, architecture, cfg.input_size[-1])
+
+
+def _check_base(model: str, architecture: str) -> None:
+    if architecture == SKIP_CONNECTION:
+        raise ValueError(
+            f"{model} has a skip connection from an earlier tuning: start from the model that it came from."
+        )
 
 
 def make_model(recipe: Recipe, num_classes: int, hierarchy: Tensor | None = None) -> nn.Module:
@@ -29,20 +104,20 @@ def make_model(recipe: Recipe, num_classes: int, hierarchy: Tensor | None = None
         hierarchy: Distances between the classes `(K, K)`, for `frame: hierarchy`.
     """
     set_seed(recipe.seed)
-    is_twin = recipe.model.split(".")[0].endswith("_etf")
+    source = find_model(recipe.model, recipe.pretrained)
     args: dict[str, Any] = {"pretrained": recipe.pretrained, "num_classes": num_classes, **recipe.model_args}
     if args.get("frame") == "hierarchy":
         args["hierarchy"] = hierarchy
     if recipe.head == "random":
         args = {**{k: v for k, v in args.items() if k not in ("orientation", "hierarchy", "gamma")}, "frame": "random"}
     if recipe.head != "learned":
-        if is_twin:
-            return timm.create_model(recipe.model, **args)
+        if source.is_twin:
+            return timm.create_model(source.name, **args)
         head_args = {key: args.pop(key) for key in HEAD_ARGS if key in args}
-        return attach_frame(timm.create_model(recipe.model, **args), **head_args)
+        return attach_frame(timm.create_model(source.name, **args), **head_args)
     neck, whitening = args.get("neck"), args.pop("whitening", False)
     args = {key: value for key, value in args.items() if key not in HEAD_ARGS}
-    plain = _plain_model(recipe, args, is_twin)
+    plain = _plain_model(source, args)
     if whitening:
         whiten_last_norm(plain, **(whitening if isinstance(whitening, dict) else {}))
     if neck:
@@ -50,18 +125,19 @@ def make_model(recipe: Recipe, num_classes: int, hierarchy: Tensor | None = None
     return plain
 
 
-def _plain_model(recipe: Recipe, args: dict[str, Any], is_twin: bool) -> nn.Module:
+def _plain_model(source: Source, args: dict[str, Any]) -> nn.Module:
     """The backbone with timm's own learned classifier."""
-    if not is_twin:
-        return timm.create_model(recipe.model, **args)
-    plain: Any = timm.create_model(base_name(recipe.model), **{**args, "pretrained": False})
-    if recipe.pretrained:
-        twin: Any = timm.create_model(recipe.model, **args)
+    if not source.is_twin:
+        return timm.create_model(source.name, **args)
+    base = base_name(source.architecture)
+    plain: Any = timm.create_model(base, **{**args, "pretrained": False})
+    if args["pretrained"]:
+        twin: Any = timm.create_model(source.name, **args)
         names = list(frame_heads(twin))
         missing, unexpected = plain.load_state_dict(split_head(twin.state_dict(), names)[0], strict=False)
         if unexpected or any(not key.startswith(tuple(f"{name}." for name in names)) for key in missing):
-            raise RuntimeError(f"{recipe.model} and {base_name(recipe.model)} differ in more than the head: {missing}.")
-        plain.pretrained_cfg = {**twin.pretrained_cfg, "architecture": base_name(recipe.model)}
+            raise RuntimeError(f"{source.architecture} and {base} differ in more than the head: {missing}.")
+        plain.pretrained_cfg = {**twin.pretrained_cfg, "architecture": base}
     return plain
 
 

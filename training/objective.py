@@ -46,6 +46,9 @@ class Objective:
         self.head = heads[0] if len(heads) == 1 else None
         self.classifier: Any = self.head or model.get_classifier()  # type: ignore[operator]
         self.label_smoothing = label_smoothing
+        self.class_weights = (
+            _class_weights(class_counts, next(model.parameters()).device) if settings.class_weights else None
+        )
         self.loss = self._build(settings, class_counts)
         self.penalty = losses.VarianceCovarianceLoss(**settings.penalty_args) if settings.variance_covariance else None
         self.penalty_weight = settings.variance_covariance
@@ -60,6 +63,8 @@ class Objective:
             if settings.args or settings.class_scaling:
                 raise ValueError("loss.name cross_entropy takes neither loss.args nor loss.class_scaling.")
             return None
+        if settings.class_weights:
+            raise ValueError(f"loss.class_weights is for cross_entropy, not {settings.name}.")
         if settings.name not in LOSSES:
             raise ValueError(f"Unknown loss {settings.name!r}. Choose one of cross_entropy, {', '.join(LOSSES)}.")
         if self.head is None:
@@ -86,7 +91,7 @@ class Objective:
         with _seen(self.classifier) as seen:
             logits = forward(images).float()
         if self.loss is None:
-            loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+            loss = F.cross_entropy(logits, labels, self.class_weights, label_smoothing=self.label_smoothing)
         else:
             loss = self.loss(seen["embeddings"], labels, self.head.weight)  # type: ignore[union-attr]
         if self.penalty is not None:
@@ -101,6 +106,12 @@ class Objective:
             embeddings, labels = zip(*self._observed, strict=True)  # of all pieces of the batch
             self.moving.observe(torch.cat(embeddings), torch.cat(labels))
             self._observed.clear()
+
+
+def _class_weights(counts: list[int], device: torch.device) -> Tensor:
+    """Inverse frequencies, `(K,)`, whose mean over the training images is 1; 0 for a class without images."""
+    count = torch.tensor(counts, dtype=torch.float32, device=device)
+    return torch.where(count > 0, count.sum() / ((count > 0).sum() * count.clamp_min(1)), 0)
 
 
 @contextmanager

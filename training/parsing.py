@@ -20,13 +20,16 @@ T = TypeVar("T")
 def parse(kind: type[T], args: list[str] | None = None) -> T:
     """Read a recipe from `--config FILE` and overrides such as `--optim.lr 1e-3`; a mistake ends the program.
 
-    A name may be spelled with dashes or underscores. A flag may stand alone: `--resume` is `--resume true`.
+    A name may be spelled with dashes or underscores. A flag may stand alone: `--resume` is `--resume true`. Short for
+    `--data.source NAME` is `--data NAME`.
 
     Raises:
         SystemExit: On an unknown field, with the nearest name, or a value that does not fit, after one line about it.
     """
     fields = _fields(kind)
     args = [_spelled(arg) for arg in (sys.argv[1:] if args is None else args)]
+    if "data.source" in fields:
+        args = [re.sub(r"^--data(=|$)", r"--data.source\1", arg) for arg in args]
     for i in reversed(range(len(args))):
         is_flag = args[i].startswith("--") and fields.get(args[i][2:]) is bool
         if is_flag and (i + 1 == len(args) or args[i + 1].startswith("--")):
@@ -63,8 +66,9 @@ def _spelled(arg: str) -> str:
 def _fields(kind: type, prefix: str = "") -> dict[str, Any]:
     """Dotted names of all fields of nested dataclasses, and their types."""
     found: dict[str, Any] = {}
-    for name, hint in get_type_hints(kind).items():
-        found[prefix + name] = hint
+    hints = get_type_hints(kind)
+    for name in (field.name for field in dataclasses.fields(kind)):
+        hint = found[prefix + name] = hints[name]
         if dataclasses.is_dataclass(hint):
             found |= _fields(cast(type, hint), f"{prefix}{name}.")
     return found

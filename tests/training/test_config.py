@@ -9,6 +9,7 @@ from training.comparison import Comparison
 from training.config import Ema, Optim, Recipe, changes, final_size, parse, save_recipe, seconds, size_at
 from training.evaluate import Evaluation
 from training.finetune import Finetune
+from training.transfer_table import Table, cells
 
 RECIPES = sorted((Path(__file__).parents[2] / "training" / "recipes").glob("*.yaml"))
 
@@ -18,6 +19,8 @@ def test_every_recipe_reads(path):
     text = path.read_text()
     if "variants:" in text:
         assert parse(Comparison, ["--config", str(path)]).base.data.source
+    elif "\nweights:" in text:
+        assert cells(parse(Table, ["--config", str(path)]))
     else:
         assert parse(Finetune if "compare:" in text else Recipe, ["--config", str(path)]).data.source
 

@@ -1,0 +1,253 @@
+"""Fine-tuning: early stopping, warm heads, few shots, probes that become models, and what is refused."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from etf_zoo import frame_heads
+from etf_zoo.cli import main as cli
+from training import finetune
+from training.config import Augment, Data, Optim
+from training.data import Split, normalise
+from training.tuning import Finetune, Tuning, fine_tune, load_data
+
+RECIPE = Finetune(
+    model="test_resnet_etf",
+    pretrained=False,
+    data=Data("digits", val_split="test", size=16),
+    augment=Augment(crop_scale=[1.0, 1.0], crop_ratio=[1.0, 1.0], flip=False),
+    optim=Optim(lr=5e-3),
+    epochs=2,
+    batch_size=64,
+    sizes=[[0, 16]],
+    tensorboard=False,
+)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    train, test = load_data(RECIPE)
+    return train.subset(np.arange(400)), test
+
+
+def recipe(tmp_path, **changes):
+    return dataclasses.replace(RECIPE, output=str(tmp_path / "run"), **changes)
+
+
+def logged(tmp_path):
+    return [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_training_watches_held_out_images_and_not_the_test(tmp_path, digits, monkeypatch):
+    looked = []
+    plain = Tuning.evaluate
+    monkeypatch.setattr(Tuning, "evaluate", lambda run: looked.append(len(run.val_split)) or plain(run))
+    tuned = fine_tune(recipe(tmp_path), *digits)
+    assert len(tuned.run.train_split) + len(tuned.run.val_split) == 400
+    assert looked == [len(tuned.run.val_split)] * 2
+    assert {len(tuned.run.val_split)} != {len(digits[1])}
+    assert tuned.figures()["images"] == 450
+    assert tuned.run.recipe.batch_size == 64
+
+
+def test_early_stopping_goes_back_to_the_best(tmp_path, digits, monkeypatch):
+    scores = iter([30.0, 50.0, 40.0, 50.0, 99.0])
+    weights = []
+
+    def evaluate(run):
+        weights.append({k: v.clone() for k, v in run.plain_model().state_dict().items()})
+        return {"top1": next(scores), "loss": 1.0}
+
+    monkeypatch.setattr("training.engine.Run.evaluate", evaluate)
+    tuned = fine_tune(recipe(tmp_path, epochs=5, patience=2), *digits)
+    assert len(logged(tmp_path)) == 4  # two epochs without a better one
+    final = tuned.run.plain_model().state_dict()
+    assert all(torch.equal(final[k], v) for k, v in weights[1].items())
+    assert not torch.equal(final["conv1.0.weight"], weights[3]["conv1.0.weight"])
+
+
+def test_early_stopping_resumed(tmp_path, digits):
+    whole = fine_tune(recipe(tmp_path / "a", epochs=4, patience=1), *digits)
+    assert fine_tune(recipe(tmp_path / "b", epochs=4, patience=1, time_budget="0s"), *digits) is None
+    resumed = fine_tune(recipe(tmp_path / "b", epochs=4, patience=1, resume=True), *digits)
+    assert resumed.run.scores == whole.run.scores
+    for key, value in whole.run.plain_model().state_dict().items():
+        assert torch.equal(value, resumed.run.plain_model().state_dict()[key]), key
+    again = fine_tune(recipe(tmp_path / "a", epochs=4, patience=1, resume=True), *digits)  # finished: nothing to do
+    assert again.run.step == whole.run.step
+
+
+def test_warm_head_starts_above_chance(tmp_path, digits, capsys):
+    tuned = fine_tune(recipe(tmp_path, head="warm", epochs=1, optim=Optim(lr=1e-9)), *digits)
+    accuracy, where = tuned.start
+    assert where == "held-out images"
+    assert accuracy > 30  # chance is 10, and the backbone is random
+    assert f"Before any training: {accuracy:.2f} % of the held-out images" in capsys.readouterr().out
+    assert frame_heads(tuned.run.plain_model())["fc"].frame == "custom"
+
+
+@pytest.mark.parametrize(("method", "head"), [("scl", ""), ("layer", ""), ("head", "learned")])
+def test_methods_become_model_folders(tmp_path, digits, method, head, capsys):
+    settings = recipe(tmp_path, method=method, head=head or RECIPE.head, epochs=1, layer="layer3" * (method != "head"))
+    tuned = fine_tune(settings, *digits)
+    assert 0 < tuned.tuned < 0.2 * tuned.total
+    assert f"Tuning {tuned.tuned:,} of {tuned.total:,} parameters" in capsys.readouterr().out
+    folder = tmp_path / "run" / "model"
+    stored, own = tuned.export(folder)["top1"], tuned.figures()["top1"]
+    assert abs(stored - own) < 2  # measured from float16
+    loaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    x = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(x), tuned.run.plain_model().eval()(x), atol=0.05, rtol=0.05)
+    frame = "a fixed frame, never trained" in (folder / "README.md").read_text()
+    assert frame == (method != "head")
+    if method == "scl":
+        with pytest.raises(ValueError, match="skip connection from an earlier tuning"):
+            dataclasses.replace(settings, model=str(folder))
+
+
+@pytest.mark.parametrize("method", ["linear_probe", "ncm"])
+def test_probes_become_model_folders(tmp_path, digits, method):
+    tuned = fine_tune(recipe(tmp_path, method=method), *digits)
+    assert tuned.exportable
+    assert tuned.top1 > 40  # random features know digits already
+    folder = tmp_path / "run" / "model"
+    tuned.export(folder)
+    loaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    assert bool(frame_heads(loaded)) == (method == "ncm")
+    images = digits[1].take(np.arange(450), torch.device("cpu"))[0]
+    with torch.no_grad():
+        predicted = loaded(normalise(images.float())).argmax(1).numpy()
+    assert abs(100 * (predicted == digits[1].labels).mean() - tuned.top1) < 2  # stored in float16
+    assert "on frozen features" in (folder / "README.md").read_text()
+
+
+def test_nearest_neighbours_have_no_folder(tmp_path, digits):
+    tuned = fine_tune(recipe(tmp_path, method="knn"), *digits)
+    assert not tuned.exportable
+    assert (tuned.tuned, tuned.top1 > 40) == (0, True)
+
+
+def test_few_shots(tmp_path, digits):
+    tuned = fine_tune(recipe(tmp_path, method="ncm", shots=3), *digits)
+    assert len(tuned.run.train_split) == 30
+    with pytest.raises(ValueError, match="Ask for at most"):
+        fine_tune(recipe(tmp_path, shots=100), *digits)
+
+
+def test_long_tail(tmp_path, digits):
+    settings = recipe(tmp_path, data=dataclasses.replace(RECIPE.data, long_tail=0.1), epochs=1, batch_size=16)
+    settings.loss.class_weights = True
+    tuned = fine_tune(settings, *digits)
+    counts = np.bincount(tuned.run.train_split.labels)
+    assert counts[0] >= 9 * counts[9]
+    weights = tuned.run.stepper.objective.class_weights
+    torch.testing.assert_close(weights * torch.from_numpy(counts), torch.full((10,), float(counts.sum()) / 10))
+
+
+# ---------------------------------------------------------------------------------------------------- folders of images
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """`train/CLASS/*.png`, `val/CLASS/*.png`: two classes of colours."""
+    monkeypatch.setenv("ETF_ZOO_CACHE", str(tmp_path / "cache"))
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 12), ("val", 4)):
+        for name, colour in (("red", (200, 40, 40)), ("blue", (40, 40, 200))):
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = np.clip(np.array(colour) + rng.integers(-30, 30, (20, 24, 3)), 0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "data" / split / name / f"{i}.png")
+    return tmp_path / "data"
+
+
+def run_script(monkeypatch, *arguments):
+    monkeypatch.setattr("sys.argv", ["finetune.py", *map(str, arguments)])
+    finetune.main()
+
+
+@pytest.mark.filterwarnings("ignore:.*'val' takes its place")
+def test_a_folder_and_one_command(folder, tmp_path, monkeypatch, capsys):
+    run_script(monkeypatch, "--data", folder, "--output", tmp_path / "run", "--epochs", "4", "--batch_size", "8")
+    out = capsys.readouterr().out
+    assert "fixed frame, pretrained" in out
+    model = tmp_path / "run" / "model"
+    config = json.loads((model / "config.json").read_text())
+    assert config["label_names"] == ["blue", "red"]
+    assert config["pretrained_cfg"]["input_size"] == [3, 96, 96]  # that of the embedded weights
+    metrics = json.loads((model / "metrics.json").read_text())
+    assert metrics["dataset"]["images"] == 8
+    assert cli(["predict", str(model), str(folder / "val" / "red" / "0.png"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["predictions"][0]["label"] == "red"
+    # and on from there, by the folder of the run, to other classes
+    arguments = ["--model", tmp_path / "run", "--data", folder, "--output", tmp_path / "again", "--method", "ncm"]
+    run_script(monkeypatch, *arguments)
+    assert "ncm, pretrained" in capsys.readouterr().out
+
+
+def refused(folder, tmp_path, monkeypatch, *more):
+    common = ["--data", folder, "--output", tmp_path / "run", "--epochs", "1", "--sizes", "[[0, 32]]"]
+    run_script(monkeypatch, *common, *more)
+
+
+@pytest.mark.filterwarnings("ignore:.*'val' takes its place")
+def test_bad_folders(folder, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="fewer than 20 images"):
+        refused(folder, tmp_path, monkeypatch, "--shots", "20")
+    for path in (folder / "train" / "red").iterdir():
+        path.write_bytes(b"no image")
+    with pytest.raises(ValueError, match="cannot be read"):
+        refused(folder, tmp_path, monkeypatch)
+    for path in (folder / "train" / "red").iterdir():
+        path.unlink()
+    with pytest.raises(ValueError, match="the training split has no class red"):
+        refused(folder, tmp_path, monkeypatch)
+
+
+def test_classes_that_are_missing(tmp_path, digits, monkeypatch):
+    train, test = digits
+    one = Split(train.images, np.zeros_like(train.labels), train.label_names, "made up")
+    monkeypatch.setattr("training.tuning.load_images", lambda data, split: one if split == "train" else test)
+    with pytest.raises(ValueError, match="all of one class"):
+        load_data(RECIPE)
+    rows = np.flatnonzero(train.labels != 7)
+    monkeypatch.setattr(
+        "training.tuning.load_images", lambda data, split: train.subset(rows) if split == "train" else test
+    )
+    with pytest.raises(ValueError, match="without a training image, such as '7'"):
+        load_data(RECIPE)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "svm"}, "method is one of full, head"),
+        ({"head": "hot"}, "head is one of frame, random, learned, warm"),
+        ({"model": "resnt18"}, "There is no model or folder 'resnt18'. Did you mean"),
+        ({"patience": 3, "holdout": 0.0}, "needs held-out images"),
+        ({"compare": True, "method": "ncm"}, "compare is for training"),
+    ],
+)
+def test_wrong_settings(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(RECIPE, **changes)
+
+
+def test_a_head_that_does_not_fit(tmp_path, digits):
+    with pytest.raises(ValueError, match="needs at least 9 dimensions, got 4"):
+        fine_tune(
+            recipe(tmp_path, model="resnet10t_etf", model_args={"channels": [4, 4, 4, 4], "frame": "simplex"}), *digits
+        )
+
+
+def test_defaults_follow_the_model():
+    assert Finetune().head == "frame"
+    assert Finetune().sizes == [[0, 96]]
+    plain = Finetune(model="resnet18")
+    assert (plain.head, plain.sizes, plain.data.size) == ("learned", [[0, 224]], 224)

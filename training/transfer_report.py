@@ -1,0 +1,192 @@
+"""Table, CSV and plots of finished transfer cells, see `training/transfer_table.py`."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from scipy import stats
+
+from .plots import COLOURS, GRID, INK
+
+__all__ = ["paired_difference", "rank_correlations", "rows", "write_report"]
+
+Record = dict[str, Any]
+NC1 = "nc1_pinv"
+MARKERS = "osD^vPX*<>"
+NOTE = """Top-1 on the test images, mean over seeds; difference to the control seed by seed, with its 95 % interval (t).
+A seed chooses the training images and is that of the fine-tuning; each row of weights is *one* pretraining run, so an
+interval says nothing of how another pretraining run would do. NC1 is tr(Σ_W pinv(Σ_B))/K (0: collapsed): at the source
+on its validation images, at the target on the training images with the features that classify, frozen or tuned."""
+
+
+def paired_difference(own: dict[int, float], control: dict[int, float]) -> tuple[float, float, int]:
+    """Mean difference over common seeds, half the width of its 95 % t interval (nan for one seed), and their number."""
+    seeds = sorted(own.keys() & control.keys())
+    if not seeds:
+        return math.nan, math.nan, 0
+    differences = np.array([own[s] - control[s] for s in seeds])
+    n = len(seeds)
+    half = stats.t.ppf(0.975, n - 1) * differences.std(ddof=1) / math.sqrt(n) if n > 1 else math.nan
+    return float(differences.mean()), float(half), n
+
+
+def rows(records: Sequence[Record], control: str, order: Sequence[str]) -> list[Record]:
+    """One row for each data set, method and weights."""
+    source = {r["weights"]: r.get(NC1, math.nan) for r in records if not r["method"]}
+    groups: dict[tuple[str, str, str], dict[int, Record]] = {}
+    for r in records:
+        if r["method"]:
+            groups.setdefault((r["data"], r["method"], r["weights"]), {})[r["seed"]] = r
+    places = {kind: list(dict.fromkeys(key[i] for key in groups)) for i, kind in enumerate(("data", "method"))}
+    found = []
+    for data, method, weights in sorted(
+        groups, key=lambda k: (places["data"].index(k[0]), places["method"].index(k[1]), list(order).index(k[2]))
+    ):
+        mine = groups[data, method, weights]
+        top1 = {seed: r["top1"] for seed, r in mine.items()}
+        row = {
+            "data": data,
+            "method": method,
+            "weights": weights,
+            "n": len(top1),
+            "top1": float(np.mean(list(top1.values()))),
+            "top1_std": float(np.std(list(top1.values()), ddof=1)) if len(top1) > 1 else math.nan,
+        }
+        other = groups.get((data, method, control), {}) if weights != control else {}
+        names = ("minus_control", "half_interval", "pairs")
+        row |= dict(zip(names, paired_difference(top1, {s: r["top1"] for s, r in other.items()}), strict=True))
+        row["tuned_percent"] = float(np.mean([100 * r["tuned"] / r["total"] for r in mine.values()]))
+        row["nc1_source"] = source.get(weights, math.nan)
+        row["nc1_target"] = float(np.mean([r.get(NC1, math.nan) for r in mine.values()]))
+        found.append(row)
+    return found
+
+
+def rank_correlations(table: Sequence[Record]) -> list[Record]:
+    """Spearman's rank correlation of NC1 with accuracy over the weights, for each data set and method."""
+    found = []
+    for data, method in dict.fromkeys((r["data"], r["method"]) for r in table):
+        some = [r for r in table if (r["data"], r["method"]) == (data, method)]
+        entry: Record = {"data": data, "method": method}
+        for side in ("source", "target"):
+            pairs = [(r[f"nc1_{side}"], r["top1"]) for r in some if math.isfinite(r[f"nc1_{side}"])]
+            varied = len(pairs) > 2 and all(len(set(column)) > 1 for column in zip(*pairs, strict=True))
+            entry[side] = _spearman(pairs) if varied else math.nan
+            entry["n"] = len(pairs)
+        found.append(entry)
+    return found
+
+
+def _spearman(pairs: list[tuple[float, float]]) -> float:
+    found: Any = stats.spearmanr([x for x, _ in pairs], [y for _, y in pairs])
+    return float(found.statistic)
+
+
+def write_report(records: Sequence[Record], folder: Path, *, control: str, order: Sequence[str], left: int = 0) -> None:
+    """Write `table.md`, `table.csv`, `accuracy.png` and `nc1.png`.
+
+    Args:
+        records: Finished cells.
+        folder: Where to.
+        control: Name of the weights that others are compared with.
+        order: Names of the weights in the order to show.
+        left: Cells that have not been run.
+    """
+    table = rows(records, control, order)
+    if not table:
+        return
+    with open(folder / "table.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, list(table[0]))
+        writer.writeheader()
+        writer.writerows({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()} for row in table)
+    lines = ["# Transfer", "", NOTE, ""]
+    if left:
+        lines += [f"{left} cells of the recipe were not run.", ""]
+    head = ["data", "method", "weights", "n", "top-1 (%)", f"minus {control or 'control'}"]
+    head += ["tuned (%)", "NC1 source", "NC1 target"]
+    lines.append(f"| {' | '.join(head)} |")
+    lines += ["|---|---|---|---|---|---|---|---|---|"]
+    for r in table:
+        difference = "" if not r["pairs"] else f"{r['minus_control']:+.2f}"
+        if math.isfinite(r["half_interval"]):
+            difference += f" ± {r['half_interval']:.2f}"
+        cells = [r["data"], r["method"], r["weights"], str(r["n"]), f"{r['top1']:.2f}", difference]
+        cells += [_short(r["tuned_percent"]), _short(r["nc1_source"]), _short(r["nc1_target"])]
+        lines.append(f"| {' | '.join(cells)} |")
+    correlations = [r for r in rank_correlations(table) if math.isfinite(r["source"]) or math.isfinite(r["target"])]
+    if correlations:
+        lines += [
+            "",
+            "Spearman's rank correlation of NC1 with accuracy over n weights (negative: more collapse, better):",
+            "",
+        ]
+        lines += ["| data | method | n | NC1 source | NC1 target |", "|---|---|---|---|---|"]
+        for r in correlations:
+            lines.append(f"| {r['data']} | {r['method']} | {r['n']} | {_short(r['source'])} | {_short(r['target'])} |")
+    (folder / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    plot_accuracy(table, folder / "accuracy.png", order)
+    plot_nc1(table, folder / "nc1.png", order)
+
+
+def _short(value: float) -> str:
+    return f"{value:.3g}" if math.isfinite(value) else ""
+
+
+def _panels(count: int, height: float):
+    columns = min(3, count)
+    figure = Figure(figsize=(4.4 * columns + 1, height * -(-count // columns)), layout="constrained")
+    axes = figure.subplots(-(-count // columns), columns, squeeze=False).ravel()
+    for ax in axes[count:]:
+        ax.set_visible(False)
+    for ax in axes[:count]:
+        ax.grid(axis="y", color=GRID, linewidth=0.8)
+        ax.set_axisbelow(True)
+        ax.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _colour(weights: str, order: Sequence[str]) -> str:
+    return COLOURS[list(order).index(weights) % len(COLOURS)]
+
+
+def plot_accuracy(table: Sequence[Record], path: Path, order: Sequence[str]) -> None:
+    """Accuracy by data set, a panel for each method; bars are one standard deviation over seeds."""
+    methods, data = (list(dict.fromkeys(r[key] for r in table)) for key in ("method", "data"))
+    figure, axes = _panels(len(methods), 3.0)
+    for ax, method in zip(axes, methods, strict=False):
+        for i, weights in enumerate(order):
+            mine = [r for r in table if (r["method"], r["weights"]) == (method, weights)]
+            at = [data.index(r["data"]) + 0.12 * (i - (len(order) - 1) / 2) for r in mine]
+            errors = [0 if math.isnan(r["top1_std"]) else r["top1_std"] for r in mine]
+            ax.errorbar(
+                at, [r["top1"] for r in mine], errors, fmt="o", color=_colour(weights, order), label=weights, capsize=2
+            )
+        ax.set_xticks(range(len(data)), data)
+        ax.set_title(method, loc="left", fontsize=10, color=INK)
+        ax.set_ylabel("top-1 (%)")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(order), frameon=False)
+    figure.savefig(path, dpi=130)
+
+
+def plot_nc1(table: Sequence[Record], path: Path, order: Sequence[str]) -> None:
+    """NC1 at the target against accuracy, a panel for each method; colour: weights, marker: data set."""
+    methods, data = (list(dict.fromkeys(r[key] for r in table)) for key in ("method", "data"))
+    figure, axes = _panels(len(methods), 3.2)
+    for ax, method in zip(axes, methods, strict=False):
+        for r in table:
+            if r["method"] == method:
+                marker = MARKERS[data.index(r["data"]) % len(MARKERS)]
+                label = f"{r['weights']}, {r['data']}"
+                ax.plot(r["nc1_target"], r["top1"], marker, color=_colour(r["weights"], order), label=label)
+        ax.set_xscale("log")
+        ax.set_title(method, loc="left", fontsize=10, color=INK)
+        ax.set(xlabel="NC1 at the target", ylabel="top-1 (%)")
+    handles = {label: h for ax in axes for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside right upper", frameon=False, fontsize=8)
+    figure.savefig(path, dpi=130)
