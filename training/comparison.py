@@ -21,7 +21,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 import numpy as np
 import torch
 import yaml
-from sklearn.linear_model import LogisticRegression
 from torch import nn
 
 from etf_zoo.evaluation import measure
@@ -31,6 +30,7 @@ from training.data import AnySplit, eval_batches, find_source, load_hierarchy, l
 from training.engine import CHECKPOINTS, Run, make_model
 from training.launching import run_script
 from training.longtail import long_tail_indices
+from training.probes import backbone_features, fit_probe
 
 
 @dataclass
@@ -45,7 +45,7 @@ class Comparison:
         variants: Name -> what it changes in the recipe.
         passes: What to run, in order: `labels` (a label column), `seed`, and `only` (variants; all by default).
         probe_labels: After training on other labels than these, a linear probe of the frozen features for these.
-        probe_strength: Inverse strength of the probe's L2 penalty, on standardised features.
+        probe_strength: scikit-learn's C of that probe, on standardised features.
         table_only: Write the table from what is there, run nothing.
     """
 
@@ -146,26 +146,19 @@ def _tree(data: Data, split: AnySplit) -> torch.Tensor | None:
         return None
 
 
-@torch.inference_mode()
-def _features(run: Run, split: AnySplit, rows: np.ndarray) -> np.ndarray:
-    """Features of the backbone, before any neck."""
-    model: Any = run.plain_model().eval()
-    part = split.subset(rows)
-    batches = eval_batches(part, size=final_size(run.recipe), batch_size=256, device=run.accelerator.device)
-    return torch.cat(
-        [model.forward_head(model.forward_features(x), pre_logits=True).float().cpu() for x, _ in batches]
-    ).numpy()
-
-
 def probe(run: Run, data: Data, settings: Comparison) -> float:
     """Top-1 (%) of a logistic regression on the frozen features of the images that the run was trained on."""
-    train, val = load_split(data, data.train_split), load_split(data, data.val_split)
-    rows = np.random.default_rng([run.recipe.seed, 0]).permutation(len(train))[: data.limit or None]
-    x, y = _features(run, train, rows), train.labels[rows]
-    mean, std = x.mean(axis=0), x.std(axis=0) + 1e-6
-    fitted = LogisticRegression(C=settings.probe_strength, max_iter=300, tol=1e-3).fit((x - mean) / std, y)
-    test = _features(run, val, np.arange(len(val)))
-    return 100 * float(fitted.score((test - mean) / std, val.labels))
+    train: Any = load_split(data, data.train_split)
+    val: Any = load_split(data, data.val_split)
+    train = train.subset(np.random.default_rng([run.recipe.seed, 0]).permutation(len(train))[: data.limit or None])
+    x, test = (
+        backbone_features(run.plain_model(), split, size=final_size(run.recipe), device=run.accelerator.device)
+        for split in (train, val)
+    )
+    fitted = fit_probe(
+        "linear_probe", x, torch.as_tensor(train.labels), train.label_names, strength=settings.probe_strength
+    )
+    return 100 * float((fitted.predict(test.numpy()) == val.labels).mean())
 
 
 def write_table(settings: Comparison) -> None:

@@ -220,6 +220,7 @@ def test_comparison_of_heads(tmp_path, monkeypatch):
         "base": base,
         "variants": {"learned": {"head": "learned"}, "ETF + DR": {"loss": {"name": "dot_regression"}}, "left": {}},
         "passes": [{"labels": "label", "seed": 3, "only": ["learned", "ETF + DR"]}],
+        "probe_labels": "the digits again",
     }
     file.write_text(json.dumps(settings))  # JSON is YAML
     monkeypatch.setattr("sys.argv", ["comparison.py", "--config", str(file)])
@@ -228,6 +229,7 @@ def test_comparison_of_heads(tmp_path, monkeypatch):
     assert sorted(cells) == ["ETF_and_DR-label-3.json", "learned-label-3.json"]
     assert cells["ETF_and_DR-label-3.json"]["training"]["recipe"]["loss"]["name"] == "dot_regression"
     assert cells["learned-label-3.json"]["training"]["recipe"]["seed"] == 3
+    assert all(10 < cell["results"]["probe_top1"] <= 100 for cell in cells.values())
     table = (tmp_path / "results" / "table.md").read_text()
     assert f"| ETF + DR | 1 | {cells['ETF_and_DR-label-3.json']['results']['top1']:.2f} |" in table
     assert "Not run: left." in table
