@@ -138,10 +138,10 @@ def _short(value: float) -> str:
     return f"{value:.3g}" if math.isfinite(value) else ""
 
 
-def _panels(count: int, height: float):
+def _panels(count: int, height: float, shared: bool = False):
     columns = min(3, count)
     figure = Figure(figsize=(4.4 * columns + 1, height * -(-count // columns)), layout="constrained")
-    axes = figure.subplots(-(-count // columns), columns, squeeze=False).ravel()
+    axes = figure.subplots(-(-count // columns), columns, squeeze=False, sharex=shared, sharey=shared).ravel()
     for ax in axes[count:]:
         ax.set_visible(False)
     for ax in axes[:count]:
@@ -158,7 +158,7 @@ def _colour(weights: str, order: Sequence[str]) -> str:
 def plot_accuracy(table: Sequence[Record], path: Path, order: Sequence[str]) -> None:
     """Accuracy by data set, a panel for each method; bars are one standard deviation over seeds."""
     methods, data = (list(dict.fromkeys(r[key] for r in table)) for key in ("method", "data"))
-    figure, axes = _panels(len(methods), 3.0)
+    figure, axes = _panels(len(methods), 3.0, shared=True)
     for ax, method in zip(axes, methods, strict=False):
         for i, weights in enumerate(order):
             mine = [r for r in table if (r["method"], r["weights"]) == (method, weights)]
