@@ -158,7 +158,7 @@ def _read_published(folder: Path, cache_dir: Any) -> dict[str, Tensor]:
             f"embedded weights, or set ETF_ZOO_HUB_ORG to an organisation that has {folder.name}."
         )
     repo_id, revision = place
-    expected = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")).get("weights_sha256")
+    expected = _recorded_sha256(folder / CONFIG_NAME)
     path = download(repo_id, WEIGHTS_NAME, revision=revision, expected=expected, cache_dir=cache_dir)
     return _load(path)
 
@@ -168,7 +168,7 @@ def _read_repository(model_id: str, cache_dir: Any) -> dict[str, Tensor]:
     repo_id, revision = hf_split(model_id)
     # timm has built the model from this config.json already: one that was damaged must not be mended behind its back
     config_file = download(repo_id, CONFIG_NAME, revision=revision, cache_dir=cache_dir, again=False)
-    expected = json.loads(config_file.read_text(encoding="utf-8")).get("weights_sha256")
+    expected = _recorded_sha256(config_file)
     commit = config_file.parent.name
     return _load(download(repo_id, WEIGHTS_NAME, revision=commit, expected=expected, cache_dir=cache_dir))
 
@@ -185,13 +185,17 @@ def read_file(path: Path) -> dict[str, Tensor]:
         raise RuntimeError(f"{path} is not a .safetensors file; nothing else is read, for safety.")
     config_file = path.with_name(CONFIG_NAME)
     if config_file.is_file():
-        wanted = json.loads(config_file.read_text(encoding="utf-8")).get("weights_sha256")
+        wanted = _recorded_sha256(config_file)
         if wanted and sha256(path) != wanted:
             raise RuntimeError(
                 f"{path} is truncated or altered: its sha256 is not the one in {config_file.name}. "
                 f"Reinstall the package, or download or export the model again."
             )
     return _load(path)
+
+
+def _recorded_sha256(config_file: Path) -> str | None:
+    return json.loads(config_file.read_text(encoding="utf-8")).get("weights_sha256")
 
 
 def _load(path: Path) -> dict[str, Tensor]:

@@ -40,3 +40,11 @@ def hub(tmp_path, monkeypatch):
     with LoopbackHub() as server:
         server.use(monkeypatch, tmp_path / "home")
         yield server
+
+
+@pytest.fixture
+def no_waiting(monkeypatch):
+    """No wait between tries takes any time; a list of the seconds asked for."""
+    waits = []
+    monkeypatch.setattr("time.sleep", waits.append)
+    return waits

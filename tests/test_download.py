@@ -26,13 +26,7 @@ REPO = "org/tiny"
 NATIVE = "mobilenetv3_small_100_etf.e27_tiny"
 MODEL = f"hf-hub:{REPO}"
 
-
-@pytest.fixture(autouse=True)
-def no_waiting(monkeypatch):
-    """Waits between tries, seconds asked for."""
-    waits = []
-    monkeypatch.setattr("time.sleep", waits.append)
-    return waits
+pytestmark = pytest.mark.usefixtures("no_waiting")
 
 
 @pytest.fixture

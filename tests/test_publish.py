@@ -24,13 +24,7 @@ from .test_card import METRICS
 REPO = "org/tiny"
 SENT = {"model.safetensors", "config.json", "metrics.json", "README.md"}
 
-
-@pytest.fixture(autouse=True)
-def no_waiting(monkeypatch):
-    """Waits between tries, seconds asked for."""
-    waits = []
-    monkeypatch.setattr("time.sleep", waits.append)
-    return waits
+pytestmark = pytest.mark.usefixtures("no_waiting")
 
 
 @pytest.fixture

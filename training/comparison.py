@@ -20,7 +20,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 
 import numpy as np
 import torch
-import yaml
 from torch import nn
 
 from etf_zoo.evaluation import measure
@@ -30,6 +29,7 @@ from training.data import AnySplit, eval_batches, find_source, load_hierarchy, l
 from training.engine import CHECKPOINTS, Run, make_model
 from training.launching import run_script
 from training.longtail import long_tail_indices
+from training.parsing import parse_entries
 from training.probes import backbone_features, fit_probe
 
 
@@ -99,10 +99,7 @@ def recipe_of(settings: Comparison, cell: Cell) -> Recipe:
     entries["seed"], entries["data"]["label_column"] = cell.seed, cell.labels
     entries["output"] = str(Path(settings.base.output) / cell.name)
     entries["resume"] = checkpoint.exists(Path(entries["output"]) / CHECKPOINTS)
-    file = Path(settings.base.output) / f"{cell.name}.yaml"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(yaml.safe_dump(entries, sort_keys=False))
-    return parse(Recipe, ["--config", str(file)])
+    return parse_entries(Recipe, entries)
 
 
 def small_stem(model: nn.Module) -> None:

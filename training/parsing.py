@@ -6,13 +6,14 @@ import dataclasses
 import difflib
 import re
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, cast, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser, auto_cli
 
-__all__ = ["parse"]
+__all__ = ["parse", "parse_entries"]
 
 T = TypeVar("T")
 
@@ -50,6 +51,14 @@ class _Parser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         _stop(re.sub(r'Parser key "(.*?)":\s*', r"\1: ", re.sub(r"<class '(\w+)'>", r"\1", message)))
+
+
+def parse_entries(kind: type[T], entries: dict[str, Any]) -> T:
+    """A recipe from a dictionary, read and checked as a file with the same content would be."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "recipe.yaml"
+        file.write_text(yaml.safe_dump(entries))
+        return parse(kind, ["--config", str(file)])
 
 
 def _stop(message: str) -> NoReturn:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from .config import Data
 from .decode import Corrupt, Unreadable, decode
-from .sources import Rows
+from .sources import Chosen, Rows
 
 __all__ = ["Split", "cache", "read_prepared", "write_prepared"]
 
@@ -30,7 +30,7 @@ META = "meta.json"  # written last: a folder that has it is complete
 
 
 @dataclass
-class Split:
+class Split(Chosen):
     """Images `(N, H, W, 3)` uint8, labels `(N,)` int64, the names of the classes, and where they came from.
 
     Attributes:
@@ -52,25 +52,13 @@ class Split:
     index: np.ndarray | None = None
     _on_device: dict[torch.device, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def subset(self, indices: np.ndarray) -> Split:
-        """The images with these numbers, or where a mask is true, in this order; nothing is copied."""
-        at = np.arange(len(self))[indices]
-        return replace(self, labels=self.labels[at], index=at if self.index is None else self.index[at])
-
-    def class_counts(self) -> list[int]:
-        """Images of each class."""
-        return np.bincount(self.labels, minlength=len(self.label_names)).tolist()
-
     def readable(self) -> np.ndarray:
         """Numbers of the images that evaluation gives, in its order: all of them."""
         return np.arange(len(self))
 
     def picture(self, row: int) -> np.ndarray:
         """An image as `(H, W, 3)` uint8."""
-        return self.images[row if self.index is None else self.index[row]]
+        return self.images[self._at(row)]
 
     def take(self, rows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
         """Images `(B, 3, H, W)` uint8 and labels `(B,)` of some rows, on a device."""

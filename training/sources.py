@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -16,11 +16,37 @@ from .config import Data
 from .decode import Corrupt, Unreadable, decode, encoded
 from .readers import HELD_OUT, DatasetsReader, find_reader
 
-__all__ = ["Rows", "Stream", "choose_split", "open_rows", "open_stream"]
+__all__ = ["Chosen", "Rows", "Stream", "choose_split", "open_rows", "open_stream"]
+
+C = TypeVar("C", bound="Chosen")
+
+
+class Chosen:
+    """What splits at hand have in common, however they hold their images: rows chosen by `index`, labels, names."""
+
+    labels: np.ndarray
+    label_names: list[str]
+    index: np.ndarray | None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def subset(self: C, indices: np.ndarray) -> C:
+        """The images with these numbers, or where a mask is true, in this order; nothing is copied."""
+        at = np.arange(len(self))[indices]
+        index = at if self.index is None else self.index[at]
+        return replace(self, labels=self.labels[at], index=index)  # type: ignore[type-var]
+
+    def class_counts(self) -> list[int]:
+        """Images of each class."""
+        return np.bincount(self.labels, minlength=len(self.label_names)).tolist()
+
+    def _at(self, row: int) -> int:
+        return int(row if self.index is None else self.index[row])
 
 
 @dataclass
-class Rows:
+class Rows(Chosen):
     """A split whose images are still encoded.
 
     Attributes:
@@ -43,9 +69,6 @@ class Rows:
     corrupt: Corrupt
     index: np.ndarray | None = None
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
     def encoded(self, row: int) -> bytes:
         """Bytes of an image file."""
         return encoded(self.images[self._at(row)])
@@ -54,18 +77,6 @@ class Rows:
         """How a message names a row."""
         item = self.images[self._at(row)]
         return str(item) if isinstance(item, Path) else f"row {self._at(row)} of {self.name}"
-
-    def _at(self, row: int) -> int:
-        return int(row if self.index is None else self.index[row])
-
-    def subset(self, indices: np.ndarray) -> Rows:
-        """The rows with these numbers, in this order; nothing is copied."""
-        at = np.arange(len(self))[indices]
-        return replace(self, labels=self.labels[at], index=at if self.index is None else self.index[at])
-
-    def class_counts(self) -> list[int]:
-        """Rows of each class."""
-        return np.bincount(self.labels, minlength=len(self.label_names)).tolist()
 
     def readable(self) -> np.ndarray:
         """Numbers of the rows that a finished evaluation gave, in its order."""

@@ -15,7 +15,6 @@ import multiprocessing
 import os
 import shutil
 import sys
-import tempfile
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,13 +24,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 
 import safetensors.torch
 import torch
-import yaml
 from accelerate import PartialState
 
 from etf_zoo.metrics import NeuralCollapse
 from training.config import final_size, parse
 from training.launching import make_accelerator, run_script
 from training.model import find_model, make_model
+from training.parsing import parse_entries
 from training.probes import PROBES, backbone_features, fit_probe
 from training.subsets import Images, check_classes, few_shot_indices, holdout_indices, load_images
 from training.transfer_report import write_report
@@ -138,10 +137,7 @@ def cells(table: Table) -> list[Cell]:
 def _settings(table: Table, start: dict[str, Any], data: dict[str, Any], changes: dict[str, Any]) -> Finetune:
     entries = {"holdout": 0, **table.base, **start, **changes}
     entries["data"] = {**table.base.get("data", {}), **data}
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "recipe.yaml"
-        file.write_text(yaml.safe_dump(entries))
-        settings = parse(Finetune, ["--config", str(file)])
+    settings = parse_entries(Finetune, entries)
     if not settings.holdout:  # the test images are looked at once, at the end
         settings = dataclasses.replace(settings, eval_every=settings.epochs)
     return settings

@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 from accelerate import PartialState
 
 from etf_zoo.card import METRICS_NAME, write_card
+from etf_zoo.heads import base_name
 from etf_zoo.pretrained import WEIGHTS_NAME
-from etf_zoo.variants import base_name
 from training import checkpoint
 from training.config import Recipe, parse
 from training.engine import CHECKPOINTS, Run
