@@ -22,12 +22,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from etf_zoo.evaluation import measure
 from training import checkpoint
 from training.config import Data, Recipe, final_size, parse
-from training.data import AnySplit, eval_batches, find_source, load_hierarchy, load_split
+from training.data import AnySplit, find_source, load_hierarchy, load_split
 from training.engine import CHECKPOINTS, Run, make_model
 from training.launching import run_script
+from training.log import METRICS
 from training.longtail import long_tail_indices
 from training.parsing import parse_entries
 from training.probes import backbone_features, fit_probe
@@ -121,16 +121,20 @@ def run_cell(settings: Comparison, cell: Cell) -> dict[str, Any]:
     model = make_model(recipe, len(train.label_names), tree)
     if settings.stem == "3x3":
         small_stem(model)
-    run = Run(recipe, train, val, model)
+    run = Run(recipe, train, val, model, distances=tree)
     run.fit()
-    batches = eval_batches(val, size=final_size(recipe), batch_size=256, device=run.accelerator.device)
-    figures = measure(run.plain_model(), batches, distances=tree, processes=run.accelerator).figures
-    del figures["images_per_second"]
+    figures = last_figures(run)
     if settings.probe_labels and settings.probe_labels != cell.labels:
         figures["probe_top1"] = probe(
             run, dataclasses.replace(recipe.data, label_column=settings.probe_labels), settings
         )
     return {**dataclasses.asdict(cell), "results": figures, "training": run.summary()}
+
+
+def last_figures(run: Run) -> dict[str, float]:
+    """What the run's evaluation after its last epoch gave, from its log."""
+    figures = json.loads((run.folder / METRICS).read_text().splitlines()[-1])
+    return {name.removeprefix("val_"): value for name, value in figures.items() if name.startswith("val_")}
 
 
 def _tree(data: Data, split: AnySplit) -> torch.Tensor | None:

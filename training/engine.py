@@ -42,6 +42,7 @@ class Run:
         train: Training images, all of which are used; loaded, and thinned to a long tail, by the recipe if not given.
         val: Images to report on; likewise.
         model: The model, on the CPU; made by the recipe if not given.
+        distances: LCA heights of the classes `(K, K)`, where mistakes are to be weighed by them.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Run:
         train: AnySplit | None = None,
         val: AnySplit | None = None,
         model: nn.Module | None = None,
+        distances: Tensor | None = None,
     ):
         self.began = time.monotonic()
         self.recipe = recipe
@@ -88,6 +90,7 @@ class Run:
         )
         if is_sharded(self.accelerator):
             gather_in(self.model)
+        self.distances = distances
         self.step = 0  # optimiser steps done
         self.sums = self.stepper.zeros()  # loss, right, images of the present epoch, of this process
         self.saved = (0, time.monotonic())  # step and time of the last checkpoint
@@ -324,7 +327,8 @@ class Run:
         model = self.trained_model() if self.stepper.ema is None else self.stepper.ema.module
         if a.num_processes > 1:  # batch norm's statistics are each process's own: the main one's are what is saved
             sync_buffers(model)
-        return measure(model, Repeatable(batches), processes=a, autocast=a.autocast).figures
+        found = measure(model, Repeatable(batches), distances=self.distances, processes=a, autocast=a.autocast)
+        return found.figures
 
     def figures_on(self, split: AnySplit) -> dict[str, float]:
         """Figures on any images."""
