@@ -78,10 +78,11 @@ def _read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def _head_text(config: dict[str, Any]) -> str:
+def _head_text(config: dict[str, Any], name: str) -> str:
     args = config.get("model_args", {})
     if not args.get("base", config["architecture"]).endswith("_etf"):  # base: of a model with a skip connection
-        return "a learned linear classifier: the control for the fixed frame of the same recipe, data order and seed"
+        control = ": the control for the fixed frame of the same recipe, data order and seed"
+        return "a learned linear classifier" + (control if "_control." in name else "")
     frame, orientation = args.get("frame", "auto"), args.get("orientation", "random")
     text = f"a fixed frame, never trained: {_FRAMES.get(frame, frame)}, orientation `{orientation}`"
     if args.get("neck") == "linear":
@@ -208,7 +209,8 @@ def render_card(folder: str | Path, *, repo_id: str | None = None) -> str:
     native = ours and config["architecture"].endswith("_etf")
     embedded = (folder / WEIGHTS_NAME).is_file()
     name = folder.resolve().name if ours else f"{config['architecture']}.{tag}" if tag else config["architecture"]
-    load_name = name if native else f"hf-hub:{repo_id}" if repo_id else "local-dir:FOLDER"
+    here = f"local-dir:model_cards/{name}" if ours else "local-dir:FOLDER"
+    load_name = name if native else f"hf-hub:{repo_id}" if repo_id else here
 
     recipe = metrics.get("training", {}).get("recipe", {})
     data_name = metrics.get("training", {}).get("data_source", "")
@@ -228,7 +230,8 @@ def render_card(folder: str | Path, *, repo_id: str | None = None) -> str:
         card_data,
         template_path=str(Path(__file__).with_name("card_template.md")),
         name=name,
-        what=f"{config['architecture']} with {config['num_classes']} classes. Its classifier is {_head_text(config)}.",
+        what=f"{config['architecture']} with {config['num_classes']} classes. "
+        f"Its classifier is {_head_text(config, name)}.",
         load_name=load_name,
         hub_name=f"hf-hub:{repo_id}" if native and repo_id else None,
         embedded=native and embedded,

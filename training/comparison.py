@@ -29,7 +29,7 @@ from training.engine import CHECKPOINTS, Run, make_model
 from training.launching import run_script
 from training.log import METRICS
 from training.longtail import long_tail_indices
-from training.parsing import parse_entries
+from training.parsing import merged, parse_entries
 from training.probes import backbone_features, fit_probe
 
 
@@ -82,15 +82,6 @@ def cells(settings: Comparison) -> list[Cell]:
         names = [name for name in settings.variants if name in entry.get("only", settings.variants)]
         found += [Cell(name, entry["labels"], entry["seed"]) for name in names]
     return found
-
-
-def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """A nested dictionary with some of its entries changed."""
-    out = dict(base)
-    for key, value in changes.items():
-        both = isinstance(value, dict) and isinstance(base.get(key), dict)
-        out[key] = merged(base[key], value) if both else value
-    return out
 
 
 def recipe_of(settings: Comparison, cell: Cell) -> Recipe:

@@ -13,7 +13,7 @@ from typing import Any, NoReturn, TypeVar, cast, get_type_hints
 import yaml
 from jsonargparse import ArgumentParser, auto_cli
 
-__all__ = ["parse", "parse_entries"]
+__all__ = ["merged", "parse", "parse_entries"]
 
 T = TypeVar("T")
 
@@ -44,6 +44,15 @@ def parse(kind: type[T], args: list[str] | None = None) -> T:
         return cast(T, auto_cli(kind, args=args, as_positional=False, parser_class=_Parser))
     except ValueError as error:  # from a recipe's own checks
         _stop(str(error))
+
+
+def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """A nested dictionary with some of its entries changed."""
+    out = dict(base)
+    for key, value in changes.items():
+        both = isinstance(value, dict) and isinstance(base.get(key), dict)
+        out[key] = merged(base[key], value) if both else value
+    return out
 
 
 class _Parser(ArgumentParser):

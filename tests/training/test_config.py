@@ -10,6 +10,7 @@ from training.config import Ema, Optim, Recipe, changes, final_size, parse, save
 from training.evaluate import Evaluation
 from training.finetune import Finetune
 from training.transfer_table import Table, cells
+from training.zoo import Zoo, entry_of
 
 RECIPES = sorted((Path(__file__).parents[2] / "training" / "recipes").glob("*.yaml"))
 
@@ -21,6 +22,9 @@ def test_every_recipe_reads(path):
         assert parse(Comparison, ["--config", str(path)]).base.data.source
     elif "\nweights:" in text:
         assert cells(parse(Table, ["--config", str(path)]))
+    elif "\nmodels:" in text:
+        zoo = parse(Zoo, ["--config", str(path)])
+        assert all(entry_of(zoo, name).recipe.tag for name in zoo.models)
     else:
         assert parse(Finetune if "compare:" in text else Recipe, ["--config", str(path)]).data.source
 
