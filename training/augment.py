@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import math
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import photometric
 from .config import Augment
 
-__all__ = ["MEAN", "STD", "augment", "erase", "mix", "normalise"]
+__all__ = ["IMAGENET", "Colours", "augment", "colours_of", "erase", "mix", "normalise"]
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # timm's ImageNet defaults, written into the model's cfg
+
+class Colours(NamedTuple):
+    """Mean and standard deviation of the three colours, in 0..1, that a model has its pixels centred and scaled by."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+IMAGENET = Colours((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # timm's default
 # timm's RandAugment with increasing severity: these bend the sampling grid, the rest is in photometric.py
 AFFINE_OPS = ("Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel")
 OPS = AFFINE_OPS + tuple(photometric.OPS)
@@ -60,10 +69,15 @@ class Draws:
         return drawn[self.rank :: self.world]
 
 
-def normalise(images: Tensor) -> Tensor:
-    """Pixels from 0..255 to timm's ImageNet mean and standard deviation."""
-    mean = torch.tensor(MEAN, device=images.device).view(1, 3, 1, 1) * 255
-    std = torch.tensor(STD, device=images.device).view(1, 3, 1, 1) * 255
+def colours_of(model: nn.Module) -> Colours:
+    """What a model's `pretrained_cfg` says of its input's colours; ImageNet's where it has none."""
+    cfg: Any = getattr(model, "pretrained_cfg", None) or {}
+    return Colours(*(tuple(cfg.get(name) or default) for name, default in IMAGENET._asdict().items()))
+
+
+def normalise(images: Tensor, colours: Colours = IMAGENET) -> Tensor:
+    """Pixels from 0..255, `(B, 3, H, W)`, centred and scaled."""
+    mean, std = (torch.tensor(values, device=images.device).view(1, 3, 1, 1) * 255 for values in colours)
     return (images - mean) / std
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from etf_zoo.frames import Hierarchy
 
 from . import loader
-from .augment import MEAN, STD, augment, erase, mix, normalise
+from .augment import IMAGENET, Colours, augment, erase, mix, normalise
 from .config import Augment, Data
 from .readers import find_source
 from .resident import Split, cache, read_prepared
@@ -22,8 +22,6 @@ from .sources import Rows, Stream, choose_split, open_rows, open_stream
 
 __all__ = [
     "AnySplit",
-    "MEAN",
-    "STD",
     "Rows",
     "Split",
     "Stream",
@@ -128,6 +126,7 @@ def train_batches(
     rank: int = 0,
     world: int = 1,
     limit: int = 0,
+    colours: Colours = IMAGENET,
     device: torch.device | str = "cpu",
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Augmented, normalised batches of one epoch, from step `start` on; `mix` is left to the caller.
@@ -148,6 +147,7 @@ def train_batches(
         rank: Of this process.
         world: Number of processes.
         limit: Use only so many images of a fixed shuffle; 0 for all.
+        colours: What to normalise by.
         device: Where the batch goes.
 
     Yields:
@@ -185,7 +185,7 @@ def train_batches(
             images = augment(images, settings, size, generator, rank=rank, world=world)
         else:
             images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-        images = normalise(images)
+        images = normalise(images, colours)
         if settings.erase:
             images = erase(images, settings.erase, generator, rank=rank, world=world)
         yield images, labels
@@ -198,6 +198,7 @@ def eval_batches(
     batch_size: int,
     rank: int = 0,
     world: int = 1,
+    colours: Colours = IMAGENET,
     device: torch.device | str = "cpu",
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """All images once over all processes, those of an array in order: no sample dropped or doubled."""
@@ -215,4 +216,4 @@ def eval_batches(
         images = images.to(device, non_blocking=True).float()
         if images.shape[-1] != size:
             images = F.interpolate(images, size=(size, size), mode="bilinear", antialias=True).clamp_(0, 255)
-        yield normalise(images), labels.to(device, non_blocking=True)
+        yield normalise(images, colours), labels.to(device, non_blocking=True)

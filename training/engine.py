@@ -21,6 +21,7 @@ from etf_zoo import frame_heads
 from etf_zoo.evaluation import measure
 
 from . import checkpoint
+from .augment import colours_of
 from .config import Recipe, changes, final_size, save_recipe, seconds, size_at
 from .data import AnySplit, eval_batches, load_hierarchy, load_split, train_batches
 from .launching import Repeatable, gather_in, in_step, is_sharded, make_accelerator, sync_buffers
@@ -71,6 +72,7 @@ class Run:
             names = self.train_split.label_names
             tree = load_hierarchy(recipe.data, names) if recipe.model_args.get("frame") == "hierarchy" else None
             model = make_model(recipe, len(names), tree)
+        self.colours = colours_of(model)
         set_seed(recipe.seed, device_specific=True)  # what is drawn in training, such as dropout, differs by process
         whole = is_sharded(self.accelerator) and self.accelerator.is_main_process
         self.whole_model = copy.deepcopy(model) if whole else None  # takes the weights of all processes in the end
@@ -302,6 +304,7 @@ class Run:
             rank=a.process_index,
             world=a.num_processes,
             limit=self.recipe.data.limit,
+            colours=self.colours,
             device=a.device,
         )
 
@@ -320,6 +323,7 @@ class Run:
             batch_size=self.recipe.batch_size,
             rank=a.process_index,
             world=a.num_processes,
+            colours=self.colours,
             device=a.device,
         )
         if is_sharded(a):

@@ -18,6 +18,7 @@ from tqdm import tqdm
 import etf_zoo  # noqa: F401  registers the twins
 from etf_zoo.evaluation import format_table, measure
 from etf_zoo.frames import Hierarchy
+from training.augment import colours_of
 from training.config import Data, parse
 from training.data import eval_batches, find_source, load_split
 from training.launching import make_accelerator, run_script
@@ -71,6 +72,7 @@ def evaluate_model(settings: Evaluation) -> dict[str, Any]:
         batch_size=settings.batch_size,
         rank=accelerator.process_index,
         world=accelerator.num_processes,
+        colours=colours_of(model),
         device=accelerator.device,
     )
     shown = tqdm(batches, disable=not accelerator.is_main_process, unit="batch", mininterval=2)

@@ -15,7 +15,7 @@ from etf_zoo.card import METRICS_NAME, write_card
 from etf_zoo.hub import save_folder
 
 from .config import final_size, save_recipe
-from .data import MEAN, STD, Split
+from .data import Split
 from .engine import Run
 from .evaluate import Evaluation, command_line, evaluate_model
 
@@ -50,8 +50,8 @@ def export_run(
         "input_size": (3, size, size),
         "test_input_size": None,
         "pool_size": None,
-        "mean": MEAN,
-        "std": STD,
+        "mean": run.colours.mean,
+        "std": run.colours.std,
         "crop_pct": 1.0 if isinstance(run.val_split, Split) else recipe.data.crop_pct,
         "test_crop_pct": None,
         "interpolation": "bilinear",

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
+from .augment import Colours
 from .config import final_size
-from .data import MEAN, STD, eval_batches
+from .data import eval_batches
 from .engine import Run
 from .subsets import Images
 
@@ -25,7 +26,10 @@ def _predictions(run: Run, test: Images) -> tuple[np.ndarray, np.ndarray, np.nda
     """Class probabilities `(N, K)`, labels `(N,)`, and cosines between centred class means of the features `(K, K)`."""
     model: Any = run.plain_model().eval()
     probabilities, features, labels = [], [], []
-    for images, own in eval_batches(test, size=final_size(run.recipe), batch_size=256, device=run.accelerator.device):
+    batches = eval_batches(
+        test, size=final_size(run.recipe), batch_size=256, colours=run.colours, device=run.accelerator.device
+    )
+    for images, own in batches:
         hidden = model.forward_features(images)
         features.append(model.forward_head(hidden, pre_logits=True).flatten(1).cpu())
         probabilities.append(model.forward_head(hidden).softmax(dim=1).cpu())
@@ -38,8 +42,9 @@ def _predictions(run: Run, test: Images) -> tuple[np.ndarray, np.ndarray, np.nda
 
 def _pixels(test: Images, rows: list[int], size: int) -> np.ndarray:
     """Some images as the model sees them, `(n, size, size, 3)` in 0..1."""
-    images = torch.cat([x for x, _ in eval_batches(test.subset(np.array(rows)), size=size, batch_size=len(rows))])
-    return (images.permute(0, 2, 3, 1).numpy() * np.array(STD) + np.array(MEAN)).clip(0, 1)
+    plain = Colours((0.0,) * 3, (1.0,) * 3)
+    batches = eval_batches(test.subset(np.array(rows)), size=size, batch_size=len(rows), colours=plain)
+    return torch.cat([images for images, _ in batches]).permute(0, 2, 3, 1).numpy().clip(0, 1)
 
 
 def plot(runs: dict[str, Run], test: Images, path: Path, *, curve: str = "Test") -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from .augment import colours_of
 from .data import eval_batches
 from .subsets import Images
 
@@ -62,7 +63,7 @@ def backbone_features(
         ValueError: If an image cannot be read.
     """
     model = model.to(device).eval()
-    batches = eval_batches(split, size=size, batch_size=batch_size, device=device)
+    batches = eval_batches(split, size=size, batch_size=batch_size, colours=colours_of(model), device=device)
     found = []
     for images, _ in tqdm(batches, total=-(-len(split) // batch_size), desc="features", mininterval=5, disable=None):
         hidden = model.forward_features(images)  # type: ignore[operator]

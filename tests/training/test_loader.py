@@ -8,7 +8,7 @@ import torch
 
 from tests.made_data import numbers, write_folder, write_parquet
 from training import loader
-from training.augment import MEAN, STD
+from training.augment import IMAGENET
 from training.config import Augment, Data
 from training.data import eval_batches, load_split, train_batches
 
@@ -25,7 +25,7 @@ def own_cache(tmp_path, monkeypatch):
 
 def which(batches):
     """Numbers of the pictures, batch by batch."""
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (MEAN, STD))
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in IMAGENET)
     return [numbers((x * std + mean) * 255) for x, _ in batches]
 
 

@@ -11,7 +11,9 @@ from PIL import Image
 
 from etf_zoo import frame_heads
 from etf_zoo.cli import main as cli
+from etf_zoo.hub import save_folder
 from training import finetune
+from training.augment import colours_of
 from training.config import Augment, Data, Optim
 from training.data import Split, normalise
 from training.tuning import Finetune, Tuning, fine_tune, load_data
@@ -122,9 +124,24 @@ def test_probes_become_model_folders(tmp_path, digits, method):
     assert bool(frame_heads(loaded)) == (method == "ncm")
     images = digits[1].take(np.arange(450), torch.device("cpu"))[0]
     with torch.no_grad():
-        predicted = loaded(normalise(images.float())).argmax(1).numpy()
+        predicted = loaded(normalise(images.float(), colours_of(loaded))).argmax(1).numpy()
     assert abs(100 * (predicted == digits[1].labels).mean() - tuned.top1) < 2  # stored in float16
     assert "on frozen features" in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("method", ["linear_probe", "full"])
+def test_weights_keep_their_own_colours(tmp_path, digits, method, monkeypatch):
+    """Weights that were trained on pixels in -1..1 are tuned, measured and stored for these."""
+    half = (0.5, 0.5, 0.5)
+    start = timm.create_model("test_resnet", num_classes=10, pretrained_cfg_overlay={"mean": half, "std": half})
+    save_folder(start, tmp_path / "start")
+    used = set()
+    monkeypatch.setattr("training.data.normalise", lambda x, colours: used.add(colours) or normalise(x, colours))
+    settings = recipe(tmp_path, model=str(tmp_path / "start"), pretrained=True, method=method, head="learned", epochs=1)
+    fine_tune(settings, *digits).export(tmp_path / "model")
+    assert used == {(half, half)}
+    cfg = timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True).pretrained_cfg
+    assert (tuple(cfg["mean"]), tuple(cfg["std"])) == (half, half)
 
 
 def test_nearest_neighbours_have_no_folder(tmp_path, digits):

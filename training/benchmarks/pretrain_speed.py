@@ -41,8 +41,9 @@ from timm.optim import create_optimizer_v2
 from timm.utils import AverageMeter
 from torch import nn
 
+from training.augment import IMAGENET
 from training.config import Data, Optim, Recipe
-from training.data import MEAN, STD, Split, load_split
+from training.data import Split, load_split
 from training.engine import Run
 
 OPTIM = Optim(name="sgd", lr=0.1, weight_decay=4e-5, warmup_epochs=0)
@@ -83,8 +84,8 @@ class Peer:
             hflip=0.5,
             color_jitter=0.0,
             interpolation="bilinear",
-            mean=MEAN,
-            std=STD,
+            mean=IMAGENET.mean,
+            std=IMAGENET.std,
             num_workers=args.workers,
             device=self.device,
             persistent_workers=False,
