@@ -106,8 +106,10 @@ def run_cell(settings: Comparison, cell: Cell) -> dict[str, Any]:
     """Train one cell and measure it."""
     recipe = recipe_of(settings, cell)
     train, val = (load_split(recipe.data, split) for split in (recipe.data.train_split, recipe.data.val_split))
+    rows = np.arange(len(train))
     if recipe.data.long_tail:
-        train = train.subset(long_tail_indices(train.labels, recipe.data.long_tail, recipe.seed))
+        rows = long_tail_indices(train.labels, recipe.data.long_tail, recipe.seed)
+        train = train.subset(rows)
     tree = _tree(recipe.data, val)
     model = make_model(recipe, len(train.label_names), tree)
     if settings.stem == "3x3":
@@ -116,9 +118,8 @@ def run_cell(settings: Comparison, cell: Cell) -> dict[str, Any]:
     run.fit()
     figures = last_figures(run)
     if settings.probe_labels and settings.probe_labels != cell.labels:
-        figures["probe_top1"] = probe(
-            run, dataclasses.replace(recipe.data, label_column=settings.probe_labels), settings
-        )
+        data = dataclasses.replace(recipe.data, label_column=settings.probe_labels)
+        figures["probe_top1"] = probe(run, data, rows, settings.probe_strength)
     return {**dataclasses.asdict(cell), "results": figures, "training": run.summary()}
 
 
@@ -138,23 +139,29 @@ def _tree(data: Data, split: AnySplit) -> torch.Tensor | None:
         return None
 
 
-def probe(run: Run, data: Data, settings: Comparison) -> float:
-    """Top-1 (%) of a logistic regression on the frozen features of the images that the run was trained on."""
+def probe(run: Run, data: Data, rows: np.ndarray, strength: float) -> float:
+    """Top-1 (%) of a logistic regression on the frozen features of the images that the run was trained on.
+
+    Args:
+        run: The finished run.
+        data: Its data, with the label column to fit.
+        rows: Of the training split, those left by a long tail.
+        strength: scikit-learn's C.
+    """
     train: Any = load_split(data, data.train_split)
     val: Any = load_split(data, data.val_split)
-    train = train.subset(np.random.default_rng([run.recipe.seed, 0]).permutation(len(train))[: data.limit or None])
+    order = np.random.default_rng([run.recipe.seed, 0]).permutation(len(rows))  # `data.limit` takes the first of it
+    train = train.subset(rows[order[: data.limit or None]])
     x, test = (
         backbone_features(run.plain_model(), split, size=final_size(run.recipe), device=run.accelerator.device)
         for split in (train, val)
     )
-    fitted = fit_probe(
-        "linear_probe", x, torch.as_tensor(train.labels), train.label_names, strength=settings.probe_strength
-    )
+    fitted = fit_probe("linear_probe", x, torch.as_tensor(train.labels), train.label_names, strength=strength)
     return 100 * float((fitted.predict(test.numpy()) == val.labels).mean())
 
 
 def write_table(settings: Comparison) -> None:
-    """`table.md`: for each variant mean and all seeds' figures, from the files of the finished cells."""
+    """`table.md`: for each variant the mean and, in brackets, each seed's figure, from the files of finished cells."""
     done = [json.loads(file.read_text()) for file in sorted(Path(settings.results).glob("cells/*.json"))]
     columns = {
         "top-1": "top1",
@@ -173,11 +180,16 @@ def write_table(settings: Comparison) -> None:
         for name in settings.variants:
             mine = [cell["results"] for cell in some if cell["variant"] == name]
             if mine:
-                values = [" / ".join(f"{r[key]:.2f}" for r in mine if key in r) for key in shown.values()]
+                values = [_mean([r[key] for r in mine if key in r]) for key in shown.values()]
                 lines.append(f"| {name} | {len(mine)} | {' | '.join(values)} |")
         left = [name for name in settings.variants if name not in {cell["variant"] for cell in some}]
         lines += ["", f"Not run: {', '.join(left)}." if left else "", ""]
     (Path(settings.results) / "table.md").write_text("\n".join(lines))
+
+
+def _mean(values: list[float]) -> str:
+    each = ", ".join(f"{value:.2f}" for value in values)
+    return f"{np.mean(values):.2f} ({each})" if len(values) > 1 else each
 
 
 def main() -> None:
