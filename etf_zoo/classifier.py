@@ -39,7 +39,7 @@ def check_frame(
     num_classes: int,
     dim: int,
     *,
-    orientation: str = "random",
+    orientation: str = "auto",
     hierarchy: Tensor | None = None,
 ) -> None:
     """Raise the errors of `build_frame`, at no cost.
@@ -76,7 +76,7 @@ def check_frame(
         if frame == "simplex":
             check_simplex_fits(num_classes, dim)
         check_orientation(orientation, num_classes, dim)
-    elif frame in ("random", "code", "hierarchy") and orientation != "random":
+    elif frame in ("random", "code", "hierarchy") and orientation not in ("auto", "random"):
         raise ValueError(
             f"orientation={orientation!r} is for frame='auto' or 'simplex'; frame={frame!r} has no such form."
         )
@@ -87,7 +87,7 @@ def build_frame(
     num_classes: int,
     dim: int,
     *,
-    orientation: str = "random",
+    orientation: str = "auto",
     seed: int = 0,
     hierarchy: Tensor | None = None,
     gamma: float = 2.0,
@@ -99,7 +99,7 @@ def build_frame(
             rows.
         num_classes: K.
         dim: Width of the features that meet the frame.
-        orientation: See `simplex_etf`; only for `"auto"` and `"simplex"`.
+        orientation: See `simplex_etf`; only for the frames `"auto"` and `"simplex"`.
         seed: Seed of the frame.
         hierarchy: Distances between classes `(K, K)`; for `"hierarchy"` and only for it, see `hierarchy_frame`.
         gamma: Of `hierarchy_frame`.
@@ -244,7 +244,7 @@ class FrameClassifier(nn.Module):
             then unit: centres nonnegative features, as 2203.09081's code does) or `"none"`.
         logit_scale: A number; `"auto"` solves for the scale at which a feature on its prototype has probability
             0.999 (1 with `feature_norm="none"`); `"learnable"` starts there and is trained.
-        orientation: `"random"` or `"blocks"`, see `simplex_etf`.
+        orientation: `"auto"`, `"random"` or `"blocks"`, see `simplex_etf`.
         seed: Seed of the frame.
         channels_first: Whether features are `(B, in_features, ...)`.
         hierarchy: Distances between classes `(K, K)`, for `frame="hierarchy"`: `Hierarchy.distances`.
@@ -267,7 +267,7 @@ class FrameClassifier(nn.Module):
         neck: str | nn.Module | None = None,
         feature_norm: str = "l2",
         logit_scale: float | str = "auto",
-        orientation: str = "random",
+        orientation: str = "auto",
         seed: int = 0,
         channels_first: bool = False,
         hierarchy: Tensor | None = None,

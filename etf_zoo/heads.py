@@ -289,7 +289,7 @@ def attach_frame(
     neck: str | nn.Module | None = None,
     feature_norm: str = "l2",
     logit_scale: float | str = "auto",
-    orientation: str = "random",
+    orientation: str = "auto",
     frame_seed: int = 0,
     hierarchy: Tensor | None = None,
     gamma: float = 2.0,

@@ -92,7 +92,7 @@ def _check_backbone(model: nn.Module, backbone: Mapping[str, Tensor], names: Ite
 
 def _check_stored_head(name: str, own: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
     """Raise ValueError if a call asks for another head than the one that the weights bring."""
-    defaults = {"frame": "auto", "orientation": "random", "frame_seed": 0, "logit_scale": "auto"}
+    defaults = {"frame": "auto", "orientation": "auto", "frame_seed": 0, "logit_scale": "auto"}
     asked = [k for k in defaults if k in own and not _same(own[k], saved.get(k, defaults[k]))]
     if own.get("logit_scale") == "learnable":  # trains the stored scale on
         asked = [k for k in asked if k != "logit_scale"]

@@ -268,16 +268,18 @@ def test_given_frame_is_copied():
 
 @pytest.mark.parametrize("name", ["auto", "simplex", "random", "code"])
 def test_build_frame_by_name(name):
-    frame = build_frame(name, 6, 8, seed=4)
-    assert torch.equal(frame, build_frame(name, 6, 8, seed=4))
-    assert not torch.equal(frame, build_frame(name, 6, 8, seed=5))
+    frame = build_frame(name, 6, 8, orientation="random", seed=4)
+    assert torch.equal(frame, build_frame(name, 6, 8, orientation="random", seed=4))
+    assert not torch.equal(frame, build_frame(name, 6, 8, orientation="random", seed=5))
     torch.testing.assert_close(frame.norm(dim=1), torch.ones(6))
     check_frame(name, 6, 8)
 
 
 def test_seed_and_orientation_reach_the_frame():
-    assert torch.equal(FrameClassifier(8, 5, seed=3).weight, simplex_etf(5, 8, seed=3))
-    assert torch.equal(FrameClassifier(8, 5, orientation="blocks").weight, simplex_etf(5, 8, orientation="blocks"))
+    turned, blocks = simplex_etf(5, 8, orientation="random", seed=3), simplex_etf(5, 8, orientation="blocks")
+    assert torch.equal(FrameClassifier(8, 5, orientation="random", seed=3).weight, turned)
+    assert torch.equal(FrameClassifier(8, 5, orientation="blocks").weight, blocks)
+    assert torch.equal(FrameClassifier(8, 5).weight, blocks)
 
 
 def test_state_dict_keys():
@@ -289,7 +291,8 @@ def test_state_dict_keys():
 
 
 def test_checkpoint_brings_its_frame():
-    source, target = FrameClassifier(8, 5, seed=1, logit_scale=9.0), FrameClassifier(8, 5, seed=2)
+    source = FrameClassifier(8, 5, orientation="random", seed=1, logit_scale=9.0)
+    target = FrameClassifier(8, 5, orientation="random", seed=2)
     target.load_state_dict(source.state_dict())
     assert torch.equal(target.weight, source.weight)
     assert target.logit_scale == 9

@@ -379,8 +379,8 @@ def test_head_arguments_reach_the_head():
     assert torch.equal(twin.fc.weight, simplex_etf(5, 512, orientation="blocks"))
     assert twin.fc.norm is not None
     assert twin.fc.logit_scale == 3
-    seeded = timm.create_model("resnet18_etf", num_classes=5, frame_seed=3)
-    assert torch.equal(seeded.fc.weight, simplex_etf(5, 512, seed=3))
+    seeded = timm.create_model("resnet18_etf", num_classes=5, orientation="random", frame_seed=3)
+    assert torch.equal(seeded.fc.weight, simplex_etf(5, 512, orientation="random", seed=3))
     necked = timm.create_model("resnet18_etf", num_classes=5, neck="mlp")
     assert necked.fc.neck is not None
     assert timm.create_model("resnet18_etf", num_classes=5, neck="none").fc.neck is None

@@ -112,7 +112,7 @@ def quick_code(num_classes: int, dim: int, *, seed: int = 0) -> Tensor:
     return best
 
 
-def best_frame(num_classes: int, dim: int, *, orientation: str = "random", seed: int = 0) -> Tensor:
+def best_frame(num_classes: int, dim: int, *, orientation: str = "auto", seed: int = 0) -> Tensor:
     """Best frame that can be had at once for `num_classes` directions in `dim` dimensions; `frame="auto"`.
 
     K <= dim + 1: the simplex ETF. dim + 1 < K <= 2 dim: orthogonal simplices (largest cosine 0, optimal).

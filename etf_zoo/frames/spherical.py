@@ -53,7 +53,7 @@ def spherical_code(
     """
     check_sizes(num_classes, dim)
     if num_classes <= 2 * dim:
-        return best_frame(num_classes, dim, seed=seed)
+        return best_frame(num_classes, dim, orientation="random", seed=seed)
     if dim == 1:
         raise ValueError(f"One dimension has two directions, not {num_classes}; give dim at least 2.")
     small = num_classes * (num_classes - 1) // 2 <= _RESTART_PAIRS

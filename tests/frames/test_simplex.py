@@ -58,22 +58,29 @@ def test_helmert_basis(k):
 
 def test_one_seed_one_frame_whatever_the_global_state():
     torch.manual_seed(1)
-    first = simplex_etf(10, 16, seed=3)
+    first = simplex_etf(10, 16, orientation="random", seed=3)
     state = torch.get_rng_state()
     torch.manual_seed(2)
     with torch.device("meta"):  # a default device moves nothing either
-        second = simplex_etf(10, 16, seed=3)
+        second = simplex_etf(10, 16, orientation="random", seed=3)
     assert torch.equal(first, second)
-    assert not torch.equal(first, simplex_etf(10, 16, seed=4))
+    assert not torch.equal(first, simplex_etf(10, 16, orientation="random", seed=4))
     torch.manual_seed(1)
     assert torch.equal(torch.get_rng_state(), state)  # the global generator is not consumed
+
+
+def test_blocks_are_the_default_where_they_fit():
+    assert torch.equal(simplex_etf(10, 10), simplex_etf(10, 10, orientation="blocks"))
+    assert torch.equal(simplex_etf(10, 9), simplex_etf(10, 9, orientation="random"))
 
 
 def test_random_orientation_is_haar():
     """A Haar random unit vector's coordinate along any fixed direction has the law of one coordinate on the sphere."""
     dim, draws = 3, 2000
     ones = torch.ones(dim, dtype=torch.float64) / math.sqrt(dim)
-    cosines = torch.stack([simplex_etf(4, dim, seed=seed).double() @ ones for seed in range(draws)])
+    cosines = torch.stack(
+        [simplex_etf(4, dim, orientation="random", seed=seed).double() @ ones for seed in range(draws)]
+    )
     assert cosines.mean(0).abs().max() < 5 / math.sqrt(3 * draws)  # five standard errors; uniform QR gives -0.87
     for k in range(4):  # Archimedes: in three dimensions that coordinate is uniform on [-1, 1]
         assert kstest(cosines[:, k].numpy(), "uniform", args=(-1, 2)).pvalue > 1e-4
@@ -106,7 +113,10 @@ def test_blocks_own_their_coordinates_and_suit_nonnegative_features(num_classes,
         ({"num_classes": 1, "dim": 8}, "at least 2 classes"),
         ({"num_classes": 2, "dim": 0}, "at least 1 dimension"),
         ({"num_classes": 10, "dim": 9, "orientation": "blocks"}, "needs dim >= num_classes"),
-        ({"num_classes": 10, "dim": 9, "orientation": "up"}, "Unknown orientation 'up'. Choose one of random, blocks"),
+        (
+            {"num_classes": 10, "dim": 9, "orientation": "up"},
+            "Unknown orientation 'up'. Choose one of auto, random, blocks",
+        ),
     ],
 )
 def test_errors(kwargs, message):
@@ -164,13 +174,13 @@ def test_nearest_against_gradient_descent_over_rotations(shape):
 def test_no_random_frame_is_nearer():
     a = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
     best = residual(a, nearest_simplex_etf(a))
-    others = [residual(a, simplex_etf(5, 6, seed=seed)) for seed in range(500)]
+    others = [residual(a, simplex_etf(5, 6, orientation="random", seed=seed)) for seed in range(500)]
     assert best < min(others)
 
 
 @pytest.mark.parametrize(("k", "dim"), [(2, 1), (3, 2), (10, 9), (10, 30), (100, 512)])
 def test_an_etf_is_its_own_nearest_whatever_mean_and_scale(k, dim):
-    etf = simplex_etf(k, dim, seed=5)
+    etf = simplex_etf(k, dim, orientation="random", seed=5)
     shift = torch.randn(dim, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(nearest_simplex_etf(etf), etf, atol=1e-6, rtol=0)
     torch.testing.assert_close(nearest_simplex_etf(3.7 * etf + shift), etf, atol=1e-5, rtol=0)
@@ -201,7 +211,7 @@ def test_full_rank_matrix_is_not(k):
 
 def test_previous_solution_decides_where_the_matrix_does_not():
     """In the directions a rank deficient matrix says nothing about, the proximal term keeps the earlier frame."""
-    earlier = simplex_etf(10, 20, seed=3)
+    earlier = simplex_etf(10, 20, orientation="random", seed=3)
     torch.testing.assert_close(nearest_simplex_etf(torch.zeros(10, 20), previous=earlier), earlier, atol=1e-6, rtol=0)
     generator = torch.Generator().manual_seed(0)
     flat = torch.randn(10, 3, generator=generator) @ torch.randn(3, 20, generator=generator)
@@ -215,7 +225,7 @@ def test_previous_solution_decides_where_the_matrix_does_not():
 
 def test_proximal_term_interpolates():
     a = torch.randn(6, 9, generator=torch.Generator().manual_seed(1))
-    earlier = simplex_etf(6, 9, seed=8)
+    earlier = simplex_etf(6, 9, orientation="random", seed=8)
     free = nearest_simplex_etf(a)
     torch.testing.assert_close(nearest_simplex_etf(a, previous=earlier, delta=0.0), free)
     torch.testing.assert_close(nearest_simplex_etf(a, previous=earlier, delta=1e6), earlier, atol=1e-5, rtol=0)

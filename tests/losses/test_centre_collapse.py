@@ -9,7 +9,7 @@ from etf_zoo.frames import simplex_etf
 from etf_zoo.losses import CentreCollapseLoss
 from etf_zoo.losses.centre_collapse import class_centres
 
-FRAME = simplex_etf(5, 6, seed=2).double()
+FRAME = simplex_etf(5, 6, orientation="random", seed=2).double()
 
 
 def batch(seed=0):

@@ -16,7 +16,7 @@ LOSSES = {
     "squared": SquaredLoss(),
     "squared, centred": SquaredLoss(centred=True),
 }
-FRAME = simplex_etf(5, 7, seed=1)
+FRAME = simplex_etf(5, 7, orientation="random", seed=1)
 LABELS = torch.tensor([0, 3, 3, 1, 4, 2])
 
 

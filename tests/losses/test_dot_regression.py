@@ -10,7 +10,7 @@ from etf_zoo.frames import simplex_etf
 from etf_zoo.losses import DotRegressionLoss
 from etf_zoo.losses.dot_regression import class_lengths
 
-FRAME = simplex_etf(4, 6, seed=2).double()
+FRAME = simplex_etf(4, 6, orientation="random", seed=2).double()
 LABELS = torch.tensor([0, 0, 1, 3, 2])
 
 

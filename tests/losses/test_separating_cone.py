@@ -11,7 +11,7 @@ from etf_zoo.frames import simplex_etf
 from etf_zoo.losses import SeparatingConeLoss
 from etf_zoo.losses.separating_cone import cone_cosine
 
-FRAME = simplex_etf(5, 8, seed=3).double()
+FRAME = simplex_etf(5, 8, orientation="random", seed=3).double()
 
 
 def features(rows, seed=1):

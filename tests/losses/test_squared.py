@@ -8,7 +8,7 @@ import torch
 from etf_zoo.frames import random_frame, simplex_etf
 from etf_zoo.losses import SquaredLoss
 
-FRAME = simplex_etf(4, 6, seed=2).double()
+FRAME = simplex_etf(4, 6, orientation="random", seed=2).double()
 LABELS = torch.tensor([0, 0, 1, 3, 2])
 
 
