@@ -84,7 +84,9 @@ def _head_text(config: dict[str, Any], name: str) -> str:
         control = ": the control for the fixed frame of the same recipe, data order and seed"
         return "a learned linear classifier" + (control if "_control." in name else "")
     frame, orientation = args.get("frame", "auto"), args.get("orientation", "auto")
-    text = f"a fixed frame, never trained: {_FRAMES.get(frame, frame)}, orientation `{orientation}`"
+    text = f"a fixed frame, never trained: {_FRAMES.get(frame, frame)}"
+    if orientation != "auto" and frame not in ("custom", "helmert"):
+        text += f", orientation `{orientation}`"
     if args.get("neck") == "linear":
         return text + ", behind a linear neck; the two together are a learned classifier by another name"
     if args.get("neck") == "centre":

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .frames import best_frame, hierarchy_frame, quick_code, random_frame, simplex_etf
-from .frames.simplex import check_orientation, check_simplex_fits, check_sizes, helmert_basis
+from .frames.orientation import resolve_orientation, turn_to_blocks
+from .frames.simplex import check_simplex_fits, check_sizes, helmert_basis
 from .necks import LastDimBatchNorm, build_neck
 
 __all__ = [
@@ -72,14 +73,10 @@ def check_frame(
             raise ValueError(f"frame={HELMERT!r} is {num_classes - 1} wide, the features are {dim}: use neck='linear'.")
     elif frame not in (*FRAMES, CUSTOM):
         raise ValueError(f"Unknown frame {frame!r}. Choose one of {', '.join(FRAMES)}, or pass a tensor (K, dim).")
-    elif frame in ("auto", "simplex"):
+    elif frame != CUSTOM:
         if frame == "simplex":
             check_simplex_fits(num_classes, dim)
-        check_orientation(orientation, num_classes, dim)
-    elif frame in ("random", "code", "hierarchy") and orientation not in ("auto", "random"):
-        raise ValueError(
-            f"orientation={orientation!r} is for frame='auto' or 'simplex'; frame={frame!r} has no such form."
-        )
+        resolve_orientation(orientation, num_classes, dim)
 
 
 def build_frame(
@@ -99,7 +96,7 @@ def build_frame(
             rows.
         num_classes: K.
         dim: Width of the features that meet the frame.
-        orientation: See `simplex_etf`; only for the frames `"auto"` and `"simplex"`.
+        orientation: See `simplex_etf`; the other frames are turned alike, see `turn_to_blocks`.
         seed: Seed of the frame.
         hierarchy: Distances between classes `(K, K)`; for `"hierarchy"` and only for it, see `hierarchy_frame`.
         gamma: Of `hierarchy_frame`.
@@ -124,11 +121,11 @@ def build_frame(
         return best_frame(num_classes, dim, orientation=orientation, seed=seed)
     if frame == "simplex":
         return simplex_etf(num_classes, dim, orientation=orientation, seed=seed)
-    if frame == "random":
-        return random_frame(num_classes, dim, seed=seed)
     if hierarchy is not None:
-        return hierarchy_frame(hierarchy, dim, gamma=gamma, seed=seed)
-    return quick_code(num_classes, dim, seed=seed)
+        found = hierarchy_frame(hierarchy, dim, gamma=gamma, seed=seed)
+    else:
+        found = (random_frame if frame == "random" else quick_code)(num_classes, dim, seed=seed)
+    return turn_to_blocks(found) if resolve_orientation(orientation, num_classes, dim) == "blocks" else found
 
 
 def _check_unit_rows(frame: Tensor, tolerance: float = 5e-3) -> None:  # bfloat16 rounds by up to 4e-3

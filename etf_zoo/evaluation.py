@@ -202,7 +202,7 @@ class _Tally:
             self._start(logits.shape[1], features.shape[1])
         self.collapse.update(features, labels)  # checks the labels too
         if self.after_neck is not None:
-            self.after_neck.update(self.head.embed(features), labels)  # type: ignore[union-attr]
+            self.after_neck.update(self.head.embed(features.float()), labels)  # type: ignore[union-attr]
         if self.severity is not None:
             self.severity.update(logits, labels)
         labels, logits = labels.to(self.device, torch.int64), logits.to(self.device)

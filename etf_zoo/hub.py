@@ -37,7 +37,7 @@ def storage_state_dict(model: nn.Module, *, half: bool = True) -> dict[str, Tens
     stored = {}
     for key, value in model.state_dict().items():
         value = value.detach().cpu().contiguous()
-        statistic = key in exact or key.endswith(("running_mean", "running_var"))
+        statistic = key in exact or ".running_" in f".{key}"
         if half and value.dtype == torch.float32 and not statistic and value.abs().max().item() < _HALF_MAX:
             value = value.half()
         stored[key] = value.clone()

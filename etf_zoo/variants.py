@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from .classifier import CUSTOM
 from .convert import convert_classifier
 from .download import check_cached, hub_errors
+from .frames.orientation import resolve_orientation
 from .heads import (
     HEAD_ARGS,
     SKIP_CONNECTION,
@@ -90,10 +91,13 @@ def _check_backbone(model: nn.Module, backbone: Mapping[str, Tensor], names: Ite
         )
 
 
-def _check_stored_head(name: str, own: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
-    """Raise ValueError if a call asks for another head than the one that the weights bring."""
+def _check_stored_head(name: str, own: Mapping[str, Any], saved: Mapping[str, Any], rows: int, width: int) -> None:
+    """Raise ValueError if a call asks for another head than the one that the weights bring, `(rows, width)`."""
     defaults = {"frame": "auto", "orientation": "auto", "frame_seed": 0, "logit_scale": "auto"}
     asked = [k for k in defaults if k in own and not _same(own[k], saved.get(k, defaults[k]))]
+    if "orientation" in asked:
+        theirs, ours = (resolve_orientation(a.get("orientation", "auto"), rows, width) for a in (saved, own))
+        asked = [k for k in asked if k != "orientation" or theirs != ours]
     if own.get("logit_scale") == "learnable":  # trains the stored scale on
         asked = [k for k in asked if k != "logit_scale"]
     if asked:
@@ -151,7 +155,8 @@ def _create_twin(
     num_classes = kwargs["num_classes"]
     same_classes = num_classes == cfg.num_classes
     if state_dict is not None and same_classes and num_classes > 0:
-        _check_stored_head(name, own_args, saved_args)
+        shape = next((state_dict[f"{n}.weight"].shape for n in names if f"{n}.weight" in state_dict), (0, 0))
+        _check_stored_head(name, own_args, saved_args, *shape)
 
     base = base_name(name)
     base_cfg = cfg.to_dict(remove_source=True)

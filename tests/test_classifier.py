@@ -239,7 +239,7 @@ def test_meta_device_computes_nothing(monkeypatch):
         ({"orientation": "left"}, "Unknown orientation 'left'"),
         ({"orientation": "blocks", "num_classes": 9}, "needs dim >= num_classes"),
         ({"orientation": "blocks", "num_classes": 40}, "needs dim >= num_classes"),
-        ({"orientation": "blocks", "frame": "random"}, "is for frame='auto' or 'simplex'; frame='random'"),
+        ({"orientation": "blocks", "frame": "random", "num_classes": 9}, "needs dim >= num_classes"),
         ({"num_classes": 1}, "at least 2 classes, got num_classes=1"),
     ],
 )

@@ -13,7 +13,7 @@ from torch import nn
 
 import etf_zoo
 from etf_zoo import FrameClassifier, attach_frame, frame_heads
-from etf_zoo.frames import best_frame, random_frame, simplex_etf
+from etf_zoo.frames import best_frame, random_frame, simplex_etf, turn_to_blocks
 from etf_zoo.heads import base_name, split_head
 from etf_zoo.variants import without_classifier
 
@@ -180,7 +180,8 @@ def test_reset_gives_a_frame_again_and_leaves_the_original_alone(kind, copied):
     base.reset_classifier(4)
     assert heads.keys() == leaves(base).keys()
     for head in heads.values():
-        assert torch.equal(head.weight, random_frame(4, head.in_features))  # its own arguments, not the defaults
+        turned = turn_to_blocks(random_frame(4, head.in_features))
+        assert torch.equal(head.weight, turned)  # its own arguments, not the defaults
         assert head.logit_scale == 5
         assert not head.training
     assert model.num_classes == 4
@@ -501,10 +502,10 @@ def test_saved_twin_loads_with_its_own_frame(tmp_path):
     loaded = timm.create_model(save(original, tmp_path), pretrained=True).eval()
     assert_same(loaded(x), original(x))
     loaded.reset_classifier(4)
-    assert torch.equal(loaded.fc.weight, random_frame(4, 512, seed=3))
+    assert torch.equal(loaded.fc.weight, turn_to_blocks(random_frame(4, 512, seed=3)))
     other = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=4).eval()
     assert_same(other.forward_features(x), original.forward_features(x))
-    assert torch.equal(other.fc.weight, random_frame(4, 512, seed=3))
+    assert torch.equal(other.fc.weight, turn_to_blocks(random_frame(4, 512, seed=3)))
 
 
 def test_saved_frame_given_as_a_tensor(tmp_path):
@@ -526,8 +527,14 @@ def test_blocks_of_saved_weights_need_not_fit_more_classes(tmp_path):
     assert torch.equal(timm.create_model(source, pretrained=True, num_classes=600).fc.weight, best_frame(600, 512))
 
 
+def test_the_orientation_that_weights_have_may_be_asked_for(tmp_path):
+    for stored, same in (({}, "blocks"), ({"orientation": "blocks"}, "auto")):
+        source = save(small_resnet(**stored), tmp_path / same)
+        assert torch.equal(timm.create_model(source, pretrained=True, orientation=same).fc.weight, simplex_etf(5, 512))
+
+
 @pytest.mark.parametrize(
-    "kwargs", [{"frame": "simplex"}, {"orientation": "blocks"}, {"frame_seed": 1}, {"logit_scale": 9}]
+    "kwargs", [{"frame": "simplex"}, {"orientation": "random"}, {"frame_seed": 1}, {"logit_scale": 9}]
 )
 def test_weights_bring_their_frame_and_scale(tmp_path, kwargs):
     source = save(small_resnet(), tmp_path)

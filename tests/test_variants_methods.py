@@ -7,7 +7,7 @@ import timm
 import torch
 
 import etf_zoo
-from etf_zoo.frames import best_frame, hierarchy_frame
+from etf_zoo.frames import best_frame, hierarchy_frame, turn_to_blocks
 from etf_zoo.hub import save_folder
 from etf_zoo.moving import MovingFrameClassifier
 from etf_zoo.whitening import Whitening
@@ -76,7 +76,7 @@ def test_reset_to_other_classes_and_back(args):
 def test_hierarchy_frame():
     net = small(frame="hierarchy", hierarchy=DISTANCES, gamma=1.0, frame_seed=3)
     head = net.get_classifier()
-    assert torch.equal(head.weight, hierarchy_frame(DISTANCES, head.dim, gamma=1.0, seed=3))
+    assert torch.equal(head.weight, turn_to_blocks(hierarchy_frame(DISTANCES, head.dim, gamma=1.0, seed=3)))
     assert head.frame == "hierarchy"
 
 
@@ -101,7 +101,7 @@ def test_whitening_stands_in_the_last_norm():
         ({"frame": "hierarchy"}, "go together: D = etf_zoo.frames.Hierarchy"),
         ({"hierarchy": DISTANCES}, "go together"),
         ({"frame": "hierarchy", "hierarchy": DISTANCES[:4, :4]}, r"shape \(4, 4\) for 5 classes"),
-        ({"frame": "hierarchy", "hierarchy": DISTANCES, "orientation": "blocks"}, "has no such form"),
+        ({"frame": "hierarchy", "hierarchy": DISTANCES, "orientation": "up"}, "Unknown orientation 'up'"),
         ({"frame": "hierarchy", "hierarchy": DISTANCES, "gamma": 0.0}, "gamma must be positive"),
         ({"moving": {"momentum": 2}}, "momentum is the share"),
         ({"moving": True, "num_classes": 1000}, "at least 999 dimensions"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -75,9 +76,20 @@ def colours_of(model: nn.Module) -> Colours:
     return Colours(*(tuple(cfg.get(name) or default) for name, default in IMAGENET._asdict().items()))
 
 
+@functools.cache
+def _constants(colours: Colours, device: torch.device) -> tuple[Tensor, Tensor]:
+    mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) * 255 for values in colours)
+    return mean, std
+
+
+def _beside(drawn: Tensor, images: Tensor) -> Tensor:
+    """Numbers drawn on the CPU, on the images' device, without waiting for what that does."""
+    return drawn.to(images.device, non_blocking=True)
+
+
 def normalise(images: Tensor, colours: Colours = IMAGENET) -> Tensor:
     """Pixels from 0..255, `(B, 3, H, W)`, centred and scaled."""
-    mean, std = (torch.tensor(values, device=images.device).view(1, 3, 1, 1) * 255 for values in colours)
+    mean, std = _constants(colours, images.device)
     return (images - mean) / std
 
 
@@ -105,7 +117,7 @@ def augment(
     drawn = draw_ops(settings, draws) if settings.randaug_ops else None
     if drawn:
         theta = theta @ affine_matrix(*drawn)
-    grid = F.affine_grid(theta[:, :2].to(images.device), [len(images), 3, size, size], align_corners=False)
+    grid = F.affine_grid(_beside(theta[:, :2], images), [len(images), 3, size, size], align_corners=False)
     out = F.grid_sample(images.float(), grid, mode="bilinear", padding_mode="reflection", align_corners=False)
     if drawn:
         out = colour_ops(out, *drawn)
@@ -165,7 +177,7 @@ def colour_ops(images: Tensor, ops: Tensor, level: Tensor) -> Tensor:
         for number, function in enumerate(photometric.OPS.values(), len(AFFINE_OPS)):
             rows = (ops[:, i] == number).nonzero().squeeze(1)
             if len(rows):
-                by, rows = level[rows, i].to(images.device), rows.to(images.device)
+                by, rows = _beside(level[rows, i], images), _beside(rows, images)
                 images[rows] = function(images[rows], by)
     return images
 
@@ -175,9 +187,9 @@ def jitter(images: Tensor, strengths: list[float], draws: Draws) -> Tensor:
     functions = (photometric.brightness, photometric.contrast, photometric.saturation)
     for strength, function in zip(strengths[:3], functions, strict=True):
         if strength:
-            images = function(images, draws.uniform(max(0.0, 1 - strength), 1 + strength).to(images.device))
+            images = function(images, _beside(draws.uniform(max(0.0, 1 - strength), 1 + strength), images))
     if strengths[3]:
-        images = photometric.turn_hue(images, draws.uniform(-strengths[3], strengths[3]).to(images.device))
+        images = photometric.turn_hue(images, _beside(draws.uniform(-strengths[3], strengths[3]), images))
     return images
 
 
@@ -210,7 +222,7 @@ def erase(images: Tensor, probability: float, generator: torch.Generator, *, ran
 
 def boxes(top: Tensor, bottom: Tensor, left: Tensor, right: Tensor, images: Tensor) -> Tensor:
     """Masks `(B, 1, H, W)` on the images' device that are true in `top <= y < bottom`, `left <= x < right`."""
-    edges = torch.stack([top, bottom, left, right]).to(images.device)[:, :, None]
+    edges = _beside(torch.stack([top, bottom, left, right]), images)[:, :, None]
     y, x = (torch.arange(side, device=images.device) for side in images.shape[2:])
     inside = ((y >= edges[0]) & (y < edges[1]))[:, :, None] & ((x >= edges[2]) & (x < edges[3]))[:, None, :]
     return inside[:, None]
@@ -251,7 +263,7 @@ def mix(
         if alpha:
             own = torch.where(those, draws.beta(alpha), own)
     own = torch.where(draws.coin(settings.mix_prob), own, 1)
-    weight = own.to(images)[:, None, None, None]
+    weight = _beside(own.to(images.dtype), images)[:, None, None, None]
     if settings.cutmix:
         half = (1 - own).sqrt() / 2
         half_y, half_x = (half * height).floor(), (half * width).floor()
@@ -260,7 +272,7 @@ def mix(
         left, right = (middle_x - half_x).clamp(min=0), (middle_x + half_x).clamp(max=width)
         own = torch.where(cut, 1 - (bottom - top) * (right - left) / (height * width), own)
         outside = ~boxes(top, bottom, left, right, images)
-        weight = torch.where(cut.to(images.device)[:, None, None, None], outside.to(images.dtype), weight)
+        weight = torch.where(_beside(cut, images)[:, None, None, None], outside.to(images.dtype), weight)
     targets = F.one_hot(labels, num_classes).float()
-    own = own.float().to(images.device)[:, None]
+    own = _beside(own.float(), images)[:, None]
     return torch.lerp(images.roll(1, 0), images, weight), torch.lerp(targets.roll(1, 0), targets, own)

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import math
 import os
+import shutil
 import subprocess
 import time
 from functools import partial
@@ -389,5 +390,7 @@ class Run:
 def _commit() -> str:
     """Commit of the checkout that trains; empty outside one."""
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    if shutil.which("git") is None:
+        return ""
     found = subprocess.run(git, capture_output=True, text=True, check=False)
     return found.stdout.strip()

@@ -81,8 +81,7 @@ def evaluate_model(settings: Evaluation) -> dict[str, Any]:
         shown,
         distances=distances,
         confusion=bool(settings.pictures),
-        processes=accelerator,
-        autocast=accelerator.autocast,
+        processes=accelerator,  # and no autocast: float32, whatever the model was trained in
     )
     if settings.pictures and found.confusion is not None and accelerator.is_main_process:
         pictures = Path(settings.pictures)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 
@@ -21,18 +22,20 @@ __all__ = ["Repeatable", "make_accelerator", "is_sharded", "gather_in", "in_step
 Batch = tuple[Tensor, Tensor]
 
 
-def make_accelerator(precision: str = "fp32") -> Accelerator:
+def make_accelerator(precision: str = "") -> Accelerator:
     """accelerate's Accelerator, for the way that the script was launched.
 
     Args:
-        precision: `fp32`, `bf16` or `fp16`.
+        precision: `fp32`, `bf16` or `fp16`. Empty where nothing is trained: accelerate allows a process one precision,
+            so it is what a training before had, else `fp32`.
 
     Raises:
         ValueError: On fp16 without a GPU.
     """
     # several processes without this would each train alone: accelerate's launcher does not pass `use_cpu` on to them
     no_gpu = not torch.accelerator.is_available()
-    accelerator = Accelerator(mixed_precision=PRECISIONS[precision], cpu=no_gpu)
+    mixed = PRECISIONS[precision] if precision else None if AcceleratorState._shared_state else "no"
+    accelerator = Accelerator(mixed_precision=mixed, cpu=no_gpu)
     if precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("fp16 needs a GPU: set --precision bf16 or fp32.")
     if accelerator.distributed_type == DistributedType.MULTI_CPU and os.environ.get("ACCELERATE_USE_FSDP") == "true":

@@ -108,8 +108,8 @@ def make_model(recipe: Recipe, num_classes: int, hierarchy: Tensor | None = None
     args: dict[str, Any] = {"pretrained": recipe.pretrained, "num_classes": num_classes, **recipe.model_args}
     if args.get("frame") == "hierarchy":
         args["hierarchy"] = hierarchy
-    if recipe.head == "random":  # which has no orientation and no tree
-        args = {**{k: v for k, v in args.items() if k not in ("orientation", "hierarchy", "gamma")}, "frame": "random"}
+    if recipe.head == "random":  # which knows no tree
+        args = {**{k: v for k, v in args.items() if k not in ("hierarchy", "gamma")}, "frame": "random"}
     if recipe.head != "learned":
         if source.is_twin:
             return timm.create_model(source.name, **args)

@@ -69,6 +69,8 @@ class Objective:
             raise ValueError(f"Unknown loss {settings.name!r}. Choose one of cross_entropy, {', '.join(LOSSES)}.")
         if self.head is None:
             raise ValueError(f"The loss {settings.name} compares embeddings with one fixed frame: use head=frame.")
+        if self.head.logit_scale.requires_grad:
+            raise ValueError(f"A learnable logit scale learns from cross_entropy alone, not from {settings.name}.")
         args = dict(settings.args)
         if settings.name in _SCALED:
             args.setdefault("logit_scale", self.head.logit_scale.item())

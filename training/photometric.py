@@ -26,7 +26,8 @@ def _blend(images: Tensor, other: Tensor | float, factor: Tensor) -> Tensor:
 
 def grey(images: Tensor) -> Tensor:
     """Luma `(B, 1, H, W)`."""
-    return (images * images.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
+    red, green, blue = images.split(1, dim=1)
+    return 0.299 * red + 0.587 * green + 0.114 * blue
 
 
 def brightness(images: Tensor, factor: Tensor) -> Tensor:
@@ -46,7 +47,9 @@ def saturation(images: Tensor, factor: Tensor) -> Tensor:
 
 def sharpness(images: Tensor, factor: Tensor) -> Tensor:
     """Smoothed by [1 1 1; 1 5 1; 1 1 1] / 13 at factor 0, but for the outermost pixels."""
-    kernel = images.new_tensor([[1, 1, 1], [1, 5, 1], [1, 1, 1]]).expand(3, 1, 3, 3) / 13
+    kernel = images.new_ones(3, 1, 3, 3)
+    kernel[..., 1, 1] = 5
+    kernel /= 13
     smooth = images.clone()
     smooth[:, :, 1:-1, 1:-1] = F.conv2d(images, kernel, groups=3)
     return _blend(images, smooth, factor)

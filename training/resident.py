@@ -63,9 +63,9 @@ class Split(Chosen):
     def take(self, rows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
         """Images `(B, 3, H, W)` uint8 and labels `(B,)` of some rows, on a device."""
         at = rows if self.index is None else self.index[rows]
-        labels = torch.from_numpy(self.labels[rows]).to(device)
+        labels = torch.from_numpy(self.labels[rows]).to(device, non_blocking=True)
         if device.type == "cuda" and (whole := self._whole(device)) is not None:
-            return whole[torch.from_numpy(at).to(device)].permute(0, 3, 1, 2), labels
+            return whole[torch.from_numpy(at).to(device, non_blocking=True)].permute(0, 3, 1, 2), labels
         order = np.argsort(at)  # a memory map reads forward faster than back and forth
         images = np.empty((len(at), *self.images.shape[1:]), np.uint8)
         images[order] = self.images[at[order]]

@@ -108,7 +108,7 @@ class Stepper:
                 self.accelerator.backward(loss / len(pieces))
             classes = piece[1] if piece[1].ndim == 1 else piece[1].argmax(dim=1)  # of a mixed image, the larger part's
             right, count = (logits.detach().argmax(dim=1) == classes).sum(), len(classes)
-            sums += torch.stack([loss.detach() * count, right, right.new_tensor(count)]).to(sums.dtype)
+            sums += torch.stack([loss.detach() * count, right, torch.full_like(right, count)]).to(sums.dtype)
         if self.recipe.optim.clip_grad:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.optim.clip_grad)
         self.optimizer.step()

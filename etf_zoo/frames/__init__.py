@@ -2,6 +2,7 @@
 
 from .codes import best_frame, orthogonal_simplices, quick_code, random_frame
 from .hierarchy import Hierarchy, hierarchy_cosines, hierarchy_frame
+from .orientation import turn_to_blocks
 from .polar import polar_factor
 from .report import FrameReport, frame_report
 from .simplex import nearest_simplex_etf, simplex_etf
@@ -18,6 +19,7 @@ __all__ = [
     "Hierarchy",
     "hierarchy_cosines",
     "hierarchy_frame",
+    "turn_to_blocks",
     "polar_factor",
     "frame_report",
     "FrameReport",

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .simplex import check_orientation, check_sizes, haar_columns, helmert_basis, simplex_etf
+from .orientation import resolve_orientation
+from .simplex import check_sizes, haar_columns, helmert_basis, simplex_etf
 
 __all__ = ["orthogonal_simplices", "random_frame", "quick_code", "best_frame"]
 
@@ -131,7 +132,7 @@ def best_frame(num_classes: int, dim: int, *, orientation: str = "auto", seed: i
         ValueError: On sizes that make no sense or an orientation that does not fit.
     """
     check_sizes(num_classes, dim)
-    check_orientation(orientation, num_classes, dim)
+    resolve_orientation(orientation, num_classes, dim)
     if num_classes <= dim + 1:
         return simplex_etf(num_classes, dim, orientation=orientation, seed=seed)
     if num_classes <= 2 * dim:

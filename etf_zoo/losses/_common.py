@@ -26,11 +26,12 @@ def without_autocast(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return wrapped
 
 
-def check_inputs(embeddings: Tensor, labels: Tensor, frame: Tensor) -> tuple[Tensor, Tensor]:
-    """Embeddings `(B, dim)` and frame `(K, dim)` in the embeddings' precision, float32 at least.
+def check_inputs(embeddings: Tensor, labels: Tensor, frame: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Embeddings `(B, dim)` and frame `(K, dim)` in the embeddings' precision, float32 at least; labels int64.
 
     Raises:
-        ValueError: If the shapes do not belong together, the batch is empty, or labels are soft.
+        ValueError: If the shapes do not belong together, the batch is empty, or labels are soft or out of range (on the
+            CPU: elsewhere looking would wait for the device).
     """
     if embeddings.ndim != 2 or frame.ndim != 2 or embeddings.shape[1] != frame.shape[1]:
         raise ValueError(
@@ -44,5 +45,9 @@ def check_inputs(embeddings: Tensor, labels: Tensor, frame: Tensor) -> tuple[Ten
         )
     if not len(labels):
         raise ValueError("The batch is empty.")
+    if labels.device.type == "cpu" and not 0 <= labels.min() <= labels.max() < len(frame):
+        raise ValueError(
+            f"Labels are rows of the frame, 0 to {len(frame) - 1}; got {labels.min().item()} to {labels.max().item()}."
+        )
     embeddings = at_least_float32(embeddings)
-    return embeddings, frame.to(embeddings.dtype)
+    return embeddings, frame.to(embeddings.dtype), labels.long()

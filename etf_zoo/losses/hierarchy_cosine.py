@@ -59,7 +59,7 @@ class HierarchyCosineLoss(nn.Module):
 
     @without_autocast
     def forward(self, embeddings: Tensor, labels: Tensor, frame: Tensor) -> Tensor:
-        x, w = check_inputs(embeddings, labels, frame)
+        x, w, labels = check_inputs(embeddings, labels, frame)
         products, targets = (torch.cat([x, w[labels]]) @ w.T).chunk(2)  # one matrix product for both
         lengths = x.norm(dim=1, keepdim=True).clamp_min(torch.finfo(x.dtype).eps)
         cross_entropy = F.cross_entropy(self.logit_scale * products, labels)

@@ -18,30 +18,27 @@ __all__ = ["SeparatingConeLoss", "cone_cosine"]
 
 
 def cone_cosine(cosine: Tensor, radius: float) -> Tensor:
-    """Cosine of the angle to a cone: cos(max(angle - radius, 0)), without an arc cosine.
+    """Cosine with a cone's axis relative to that on the cone's surface: min(cos(angle) / cos(radius), 1).
 
-    One inside the cone, with zero gradient there and a continuous one across its surface.
+    One inside the cone, with zero gradient there.
 
     Args:
         cosine: Cosines with the cone's axis, any shape.
-        radius: Half the opening angle, in radians, at least 0.
+        radius: Half the opening angle, in radians, in [0, pi / 2).
 
     Returns:
         Same shape.
     """
-    if radius == 0:
-        return cosine
-    outside = cosine.clamp(max=math.cos(radius))
-    sine = (1 - outside.square()).clamp_min(1e-8).sqrt()  # opposite the axis the root has no slope
-    return outside * math.cos(radius) + sine * math.sin(radius)
+    return (cosine / math.cos(radius)).clamp(max=1)
 
 
 class SeparatingConeLoss(nn.Module):
-    r"""Cross-entropy of cosines in which a feature's own angle counts from the surface of a cone about its prototype.
+    r"""Cross-entropy of cosines whose pull towards the own prototype ends at the surface of a cone about it.
 
-    :math:`\mathrm{CE}` of logits :math:`s \cos\max(\theta_y - r, 0)` for the own class and :math:`s \cos\theta_c` for
-    the others (an angular margin as in ArcFace, with the sign turned). The pull towards the own axis is exactly zero
-    inside the cone; the push from the other prototypes stays, but its weight there is only their probability.
+    :math:`\mathrm{CE}` of logits :math:`s \min(\cos\theta_y / \cos r, 1)` for the own class and
+    :math:`s \cos\theta_c / \cos r` for the others: on the surface the own logit is what it is on the axis in plain
+    cross-entropy. The pull is exactly zero inside the cone; the push from the other prototypes stays, but its weight
+    there is only their probability.
 
     *Inspired by* the maximal separating cone of "Do we need neural collapse?" (ICLR 2023 submission), whose formulas
     were not available. Radius 0 is plain cross-entropy of scaled cosines.
@@ -50,7 +47,8 @@ class SeparatingConeLoss(nn.Module):
 
     Args:
         radius: r in degrees, in [0, 90): how far from its axis a feature may lie at no cost. Above half the angle
-            between two prototypes (45 for many classes) cones overlap.
+            between two prototypes (45 for many classes) cones overlap. Nonnegative features
+            stay some 45 degrees from a randomly turned prototype: use `orientation="blocks"`.
         logit_scale: s; better the head's own, `head.logit_scale.item()`. 16 is a little above `FrameClassifier`'s
             "auto" (11 for a simplex of 100 classes, 14 for 1000).
 
@@ -71,11 +69,12 @@ class SeparatingConeLoss(nn.Module):
 
     @without_autocast
     def forward(self, embeddings: Tensor, labels: Tensor, frame: Tensor) -> Tensor:
-        x, w = check_inputs(embeddings, labels, frame)
+        x, w, labels = check_inputs(embeddings, labels, frame)
+        radius = math.radians(self.radius)
         cosines = F.normalize(x, dim=1) @ w.T
         own = labels[:, None]
-        inside = cone_cosine(cosines.gather(1, own), math.radians(self.radius))
-        return F.cross_entropy(self.logit_scale * torch.scatter(cosines, 1, own, inside), labels)
+        inside = cone_cosine(cosines.gather(1, own), radius)
+        return F.cross_entropy(self.logit_scale * torch.scatter(cosines / math.cos(radius), 1, own, inside), labels)
 
     def extra_repr(self) -> str:
         return f"radius={self.radius}, logit_scale={self.logit_scale}"

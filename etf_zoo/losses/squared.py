@@ -54,7 +54,7 @@ class SquaredLoss(nn.Module):
 
     @without_autocast
     def forward(self, embeddings: Tensor, labels: Tensor, frame: Tensor) -> Tensor:
-        x, w = check_inputs(embeddings, labels, frame)
+        x, w, labels = check_inputs(embeddings, labels, frame)
         targets = torch.zeros(len(x), len(w), dtype=x.dtype, device=x.device).scatter_(1, labels[:, None], 1.0)
         if self.centred:
             targets = targets - 1 / len(w)

@@ -21,7 +21,7 @@ def covariance_penalty(features: Tensor) -> Tensor:
     batch, dim = features.shape
     centred = features - features.mean(dim=0)
     covariance = centred.T @ centred / (batch - 1)
-    return (covariance.square().sum() - covariance.diagonal().square().sum()) / dim
+    return (covariance - covariance.diagonal().diag()).square().sum() / dim
 
 
 class VarianceCovarianceLoss(nn.Module):

@@ -116,7 +116,7 @@ def test_best_frame_orientation():
     blocks = simplex_etf(8, 8, orientation="blocks")
     assert torch.equal(best_frame(8, 8, orientation="blocks"), blocks)
     for num_classes in (9, 10, 17):  # no simplex, or one too many for a coordinate each
-        with pytest.raises(ValueError, match=r"needs dim >= num_classes, got dim=8.*Use orientation='random'"):
+        with pytest.raises(ValueError, match=r"needs dim >= num_classes, got dim=8.*Use orientation='auto'"):
             best_frame(num_classes, 8, orientation="blocks")
     for num_classes in (8, 17):
         with pytest.raises(ValueError, match="Unknown orientation 'sideways'"):

@@ -11,6 +11,7 @@ LOSSES = {
     "dot regression": DotRegressionLoss(),
     "dot regression, counts": DotRegressionLoss([50, 20, 10, 5, 1]),
     "dot regression, lengths": DotRegressionLoss(feature_length=None, length_penalty=0.1),
+    "dot regression, own length": DotRegressionLoss(feature_length="own"),
     "hierarchy cosine": HierarchyCosineLoss(0.4, logit_scale=8.0),
     "separating cone": SeparatingConeLoss(20.0),
     "squared": SquaredLoss(),
@@ -31,6 +32,8 @@ def loss(request):
 
 
 def test_gradcheck(loss):
+    if getattr(loss, "feature_length", None) == "own":
+        pytest.skip("no derivative: the wanted length is taken as given, see test_dot_regression.py")
     assert torch.autograd.gradcheck(lambda x: loss(x, LABELS, FRAME.double()), features(torch.float64))
 
 
@@ -53,6 +56,16 @@ def test_autocast_changes_nothing(loss):
         assert torch.equal(loss(features(), LABELS, FRAME), plain)
     exact = loss(features(torch.float64), LABELS, FRAME.double())
     assert torch.allclose(plain.double(), exact, rtol=1e-5)
+
+
+def test_labels_of_any_integer_type(loss):
+    assert torch.equal(loss(features(), LABELS.to(torch.uint8), FRAME), loss(features(), LABELS, FRAME))
+
+
+@pytest.mark.parametrize("wrong", [-1, 5])
+def test_labels_out_of_range(loss, wrong):
+    with pytest.raises(ValueError, match=f"rows of the frame, 0 to 4; got {min(wrong, 0)} to"):
+        loss(features(), torch.tensor([0, 3, wrong, 1, 4, 2]), FRAME)
 
 
 def test_zero_features_give_finite_gradients(loss):

@@ -24,8 +24,9 @@ def plain(x, labels, frame, counts=None, length=1.0, penalty=0.0):
         prototype = frame[label]
         if counts is not None:
             prototype = prototype * math.sqrt(sum(counts) / len(counts) / counts[label])
-        feature = row if length is None else length * row / math.sqrt(float(row @ row))
-        h = 1.0 if length is None else length
+        norm = math.sqrt(float(row @ row))
+        feature = row if length in (None, "own") else length * row / norm
+        h = {None: 1.0, "own": norm}.get(length, length)
         wanted = h * math.sqrt(float(prototype @ prototype))
         total += (float(feature @ prototype) - wanted) ** 2 / (2 * h) + penalty * math.sqrt(float(feature @ feature))
     return total / len(x)
@@ -40,6 +41,8 @@ def plain(x, labels, frame, counts=None, length=1.0, penalty=0.0):
         {"counts": [40, 10, 2, 1], "length": 2.0},
         {"length": None},
         {"length": None, "penalty": 0.3},
+        {"length": "own"},
+        {"length": "own", "penalty": 0.3, "counts": [40, 10, 2, 1]},
         {"length": None, "penalty": 0.3, "counts": [40, 10, 2, 1]},
     ],
 )
@@ -54,6 +57,17 @@ def test_matches_a_plain_loop(options):
 def test_plain_form_is_half_the_squared_cosine_gap():
     cosines = F.cosine_similarity(features(), FRAME[LABELS])
     assert torch.allclose(DotRegressionLoss()(features(), LABELS, FRAME), 0.5 * (cosines - 1).square().mean())
+
+
+def test_own_length_is_the_plain_form_weighed_by_it():
+    """h / 2 (cos - 1)^2, and no gradient through the length that is wanted."""
+    x = features().requires_grad_()
+    value = DotRegressionLoss(feature_length="own")(x, LABELS, FRAME)
+    lengths = x.detach().norm(dim=1)
+    gaps = F.cosine_similarity(x.detach(), FRAME[LABELS]) - 1
+    assert torch.allclose(value, (lengths / 2 * gaps.square()).mean())
+    value.backward()
+    assert torch.allclose(x.grad, gaps[:, None] * FRAME[LABELS] / len(x))
 
 
 def test_gradient_lies_in_the_plane_of_feature_and_prototype():
@@ -127,8 +141,9 @@ def test_lengths_are_no_state():
     [
         ({"class_counts": [3, 0]}, "positive count"),
         ({"feature_length": 0.0}, "feature_length"),
+        ({"feature_length": "mine"}, "feature_length"),
         ({"length_penalty": -1.0}, "length_penalty"),
-        ({"length_penalty": 0.1}, "feature_length=None"),
+        ({"length_penalty": 0.1}, "feature_length='own' or None"),
     ],
 )
 def test_option_errors(kwargs, message):
