@@ -238,7 +238,8 @@ class FrameClassifier(nn.Module):
             or let its `out_features` say the width). See `etf_zoo.necks` for why none is linear; `"linear"` and
             `"centre"` are for converted classifiers.
         feature_norm: `"l2"` (unit features: logits are scaled cosines), `"batch"` (batch norm without affine part,
-            then unit: centres nonnegative features, as 2203.09081's code does) or `"none"`.
+            then unit: centres nonnegative features; 2203.09081's code has an affine one and no unit features) or
+            `"none"`.
         logit_scale: A number; `"auto"` solves for the scale at which a feature on its prototype has probability
             0.999 (1 with `feature_norm="none"`); `"learnable"` starts there and is trained.
         orientation: `"auto"`, `"random"` or `"blocks"`, see `simplex_etf`.

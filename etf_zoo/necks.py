@@ -62,7 +62,7 @@ class ResidualNeck(nn.Module):
     """Transformation head of 2303.05689: a linear change of width with batch norm, then two residual layers.
 
     A residual layer adds twice Linear - BN - PReLU, with a PReLU slope for each channel. In the published code the
-    change of width is a 1x1 convolution before average pooling, which is the same map.
+    change of width is a 1x1 convolution before average pooling, which is the same map, and the width is K.
 
     Maps `(..., in_features)` to `(..., out_features)`; its output takes both signs, as a frame needs.
 

@@ -72,8 +72,10 @@ def test_few_iterations_leave_small_directions_short():
 def test_group_of_one_is_batch_norm():
     x = correlated(30, 6).float()
     layer, norm = Whitening(6, group_size=1, iterations=20), nn.BatchNorm1d(6)
-    assert torch.allclose(layer(x), norm(x), atol=1e-3)
-    layer.eval(), norm.eval()
+    for _ in range(100):
+        assert torch.allclose(layer(x), norm(x), atol=1e-3)
+    x = x[:5]
+    assert torch.allclose(layer.eval()(x), norm.eval()(x), atol=5e-2)  # running variances are those of a larger sample
 
 
 def test_evaluation_uses_running_statistics_alone():
@@ -157,6 +159,7 @@ def test_takes_the_place_of_the_last_norm(name, norm):
     modules = len(list(model.modules()))
     assert whiten_last_norm(model, group_size=16) == norm
     assert len(list(model.modules())) >= modules
+    assert any(isinstance(module, Whitening) for module in model.get_submodule(norm).modules())
     x = torch.randn(6, 3, 32, 32)
     model(x).sum().backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)

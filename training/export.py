@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from etf_zoo.card import METRICS_NAME, write_card
@@ -84,17 +85,20 @@ def export_run(
 
 
 def plot_curve(metrics_file: Path, picture: Path) -> None:
-    """Training loss and validation accuracy over epochs, from `metrics.jsonl`."""
+    """Loss and accuracy over epochs, from `metrics.jsonl`; not every epoch need have been evaluated."""
     records = [json.loads(line) for line in metrics_file.read_text().splitlines()]
-    epochs = [r["epoch"] for r in records]
+
+    def draw(axes: Axes, name: str, label: str) -> None:
+        axes.plot(*zip(*[(r["epoch"], r[name]) for r in records if name in r], strict=True), label=label)
+
     figure = Figure(figsize=(7, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    left.plot(epochs, [r["train_loss"] for r in records], label="training")
-    left.plot(epochs, [r.get("val_loss", float("nan")) for r in records], label="validation")
+    draw(left, "train_loss", "training")
+    draw(left, "val_loss", "validation")
     left.set(xlabel="epoch", ylabel="cross-entropy", title="Loss")
     left.legend(frameon=False)
-    right.plot(epochs, [r["train_top1"] for r in records], label="training (augmented)")
-    right.plot(epochs, [r.get("val_top1", float("nan")) for r in records], label="validation")
+    draw(right, "train_top1", "training (augmented)")
+    draw(right, "val_top1", "validation")
     right.set(xlabel="epoch", ylabel="top-1 (%)", title="Accuracy")
     right.legend(frameon=False)
     for axes in (left, right):

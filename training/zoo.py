@@ -10,8 +10,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import shutil
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from etf_zoo.card import METRICS_NAME, write_card
 from etf_zoo.heads import base_name
 from etf_zoo.pretrained import WEIGHTS_NAME
 from training import checkpoint
-from training.config import Recipe, parse
+from training.config import Recipe, parse, seconds
 from training.engine import CHECKPOINTS, Run
 from training.export import export_run
 from training.launching import run_script
@@ -102,14 +104,18 @@ def train_and_export(recipe: Recipe, folder: Path, *, keep: bool, figures_only: 
             shutil.copytree(exported, folder, ignore=ignored, dirs_exist_ok=True)
 
 
-def train(entry: Entry, cards: Path, time_budget: str) -> None:
-    """All runs of a model and its controls, seed by seed, and their cards."""
+def train(entry: Entry, cards: Path, until: float = math.inf) -> None:
+    """All runs of a model and its controls, seed by seed, and their cards; `until` is by `time.monotonic`."""
     tag = f"{base_name(entry.recipe.model)}_{{}}.{entry.recipe.tag}"
     for seed in entry.seeds:
         for head in entry.heads:
             folder, own = cards / tag.format(KINDS[head]), seed == entry.recipe.seed
             output = f"{entry.recipe.output}/{folder.name}" + ("" if own else f"_seed{seed}")
-            recipe = dataclasses.replace(entry.recipe, head=head, seed=seed, output=output, time_budget=time_budget)
+            left = until - time.monotonic()
+            if left <= 0:
+                break
+            budget = f"{left:.0f}s" if math.isfinite(left) else ""
+            recipe = dataclasses.replace(entry.recipe, head=head, seed=seed, output=output, time_budget=budget)
             train_and_export(recipe, folder, keep=own and (head == "frame" or head in entry.keep), figures_only=not own)
     if PartialState().is_main_process:
         folders = [cards / tag.format(kind) for kind in KINDS.values()]
@@ -137,10 +143,11 @@ def main() -> None:
     parser.add_argument("--data", default="", help="folder of the data; by default the list's, in $ETF_ZOO_DATA")
     parser.add_argument("--heads", nargs="+", choices=KINDS, help="some of the model and its controls")
     parser.add_argument("--seeds", nargs="+", type=int, help="others than the list's")
-    parser.add_argument("--time-budget", default="", help="for each run, such as 9m: save and stop")
+    parser.add_argument("--time-budget", default="", help="such as 9m: save and stop")
     parser.add_argument("--output", default="", help="folder for the runs; by default the list's")
     parser.add_argument("--cards", type=Path, default=ROOT / "model_cards", help="folder for the models")
     args = parser.parse_args()
+    until = time.monotonic() + seconds(args.time_budget)
     zoo = parse(Zoo, ["--config", str(args.list or default_list())])
     if args.data:
         zoo.base.data.source = args.data
@@ -150,7 +157,7 @@ def main() -> None:
         recipe = dataclasses.replace(entry.recipe, output=args.output or entry.recipe.output)
         entries.append(Entry(recipe, args.heads or entry.heads, entry.keep, args.seeds or entry.seeds))
     for entry in entries:
-        train(entry, args.cards, args.time_budget)
+        train(entry, args.cards, until)
     if PartialState().is_main_process and args.cards == ROOT / "model_cards":
         write_table()
 

@@ -19,6 +19,7 @@ from training.checkpoint import CheckpointError
 from training.config import Augment, Data, Ema, Optim, Recipe
 from training.data import Split
 from training.engine import Run
+from training.export import export_run
 from training.model import make_model, make_optimizer
 
 RECIPE = Recipe(
@@ -239,6 +240,8 @@ def test_half_precision_without_a_gpu(tmp_path):
         half = run(tmp_path, "run", precision="bf16", epochs=1)
         assert half.fit()
         assert half.plain_model().classifier.weight.dtype == torch.float32
+        measured = export_run(half, tmp_path / "model")["results"]  # in float32, in a process that trained in bf16
+        assert measured.keys() >= {"top1", "nc1_quotient"}
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
 
