@@ -8,7 +8,7 @@ import torch
 
 import etf_zoo
 from etf_zoo.frames import best_frame, hierarchy_frame, turn_to_blocks
-from etf_zoo.hub import save_folder
+from etf_zoo.hub import save_folder, storage_state_dict
 from etf_zoo.moving import MovingFrameClassifier
 from etf_zoo.whitening import Whitening
 
@@ -85,6 +85,13 @@ def test_moving_arguments_reach_the_head():
     assert (head.momentum, head.update_every, head.delta) == (0.5, 2, 0.1)
     with torch.device("meta"):
         assert isinstance(small(moving=True).get_classifier(), MovingFrameClassifier)
+
+
+def test_whitening_statistics_are_stored_exactly():
+    stored = storage_state_dict(small(whitening={"group_size": 8}))
+    statistics = {key: value.dtype for key, value in stored.items() if "running_whitening" in key}
+    assert set(statistics.values()) == {torch.float32}
+    assert stored["conv1.0.weight"].dtype == torch.float16
 
 
 def test_whitening_stands_in_the_last_norm():
