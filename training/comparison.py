@@ -184,9 +184,11 @@ def write_table(settings: Comparison) -> None:
             if mine:
                 values = [_mean([r[key] for r in mine if key in r]) for key in shown.values()]
                 lines.append(f"| {name} | {len(mine)} | {' | '.join(values)} |")
-        left = [name for name in settings.variants if name not in {cell["variant"] for cell in some}]
-        lines += ["", f"Not run: {', '.join(left)}." if left else "", ""]
-    (Path(settings.results) / "table.md").write_text("\n".join(lines))
+        planned = [cell for cell in cells(settings) if cell.labels == labels]
+        have = {(cell["variant"], cell["seed"]) for cell in some}
+        left = [f"{c.variant} (seed {c.seed})" for c in planned if (c.variant, c.seed) not in have]
+        lines += ["", f"Not run: {'; '.join(left)}." if left else "", ""]
+    (Path(settings.results) / "table.md").write_text("\n".join(lines).strip() + "\n")
 
 
 def _mean(values: list[float]) -> str:

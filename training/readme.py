@@ -1,4 +1,4 @@
-"""Write the README's table of results from `model_cards/*/metrics.json`: `python training/readme.py`."""
+"""Write the README's tables from the files of results: `python training/readme.py`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-BEGIN, END = "<!-- results: python training/readme.py -->", "<!-- end of results -->"
+HEADS = ROOT / "training/results/cifar100_heads/table.md"
 
 
 def table(folder: Path = ROOT / "model_cards") -> str:
@@ -32,16 +32,19 @@ def _order(path: Path) -> tuple[str, str, bool]:
 
 
 def rendered(readme: str) -> str:
-    """The README with a fresh table."""
-    before, rest = readme.split(BEGIN)
-    return before + BEGIN + "\n" + table() + "\n" + END + rest.split(END)[1]
+    """The README with fresh tables."""
+    for name, content in (("results", table()), ("heads", HEADS.read_text(encoding="utf-8").strip())):
+        begin, end = f"<!-- {name}: python training/readme.py -->", f"<!-- end of {name} -->"
+        before, rest = readme.split(begin)
+        readme = f"{before}{begin}\n{content}\n{end}{rest.split(end)[1]}"
+    return readme
 
 
-def write_table() -> None:
-    """Write the fresh table into the README."""
+def write_tables() -> None:
+    """Write fresh tables into the README."""
     file = ROOT / "README.md"
     file.write_text(rendered(file.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    write_table()
+    write_tables()

@@ -32,7 +32,7 @@ from training.engine import CHECKPOINTS, Run
 from training.export import export_run
 from training.launching import run_script
 from training.parsing import merged, parse_entries
-from training.readme import ROOT, write_table
+from training.readme import ROOT, write_tables
 
 KINDS = {"frame": "etf", "learned": "control", "random": "random_control"}
 
@@ -159,7 +159,7 @@ def main() -> None:
     for entry in entries:
         train(entry, args.cards, until)
     if PartialState().is_main_process and args.cards == ROOT / "model_cards":
-        write_table()
+        write_tables()
 
 
 if __name__ == "__main__":

@@ -109,7 +109,7 @@ class DotRegressionLoss(nn.Module):
         wanted: Tensor | float = 1.0
         if self.feature_length == "own":
             wanted = x.detach().norm(dim=1).clamp_min(torch.finfo(x.dtype).eps)
-        elif self.feature_length is not None:
+        elif isinstance(self.feature_length, int | float):
             wanted = self.feature_length
             x = wanted * F.normalize(x, dim=1)
         products = (x * w[labels]).sum(dim=1)

@@ -47,7 +47,7 @@ def test_cells_are_run_once_and_shared(script, tmp_path, capsys):
         fcntl.flock(lock, fcntl.LOCK_EX)
         results = script()  # another process has that cell
     assert started(capsys) == ["frame-label-0", "frame-label-1"]
-    assert "Not run: learned, flat." in (results / "table.md").read_text()
+    assert "Not run: learned, flat (seed 0)." in (results / "table.md").read_text()
     script()
     assert started(capsys) == ["learned_flat-label-0"]
     found = {file.stem: json.loads(file.read_text()) for file in (results / "cells").iterdir()}
