@@ -186,7 +186,11 @@ def write_table(settings: Comparison) -> None:
                 lines.append(f"| {name} | {len(mine)} | {' | '.join(values)} |")
         planned = [cell for cell in cells(settings) if cell.labels == labels]
         have = {(cell["variant"], cell["seed"]) for cell in some}
-        left = [f"{c.variant} (seed {c.seed})" for c in planned if (c.variant, c.seed) not in have]
+        left = []
+        for seed in dict.fromkeys(cell.seed for cell in planned):
+            missing = [cell.variant for cell in planned if cell.seed == seed and (cell.variant, seed) not in have]
+            some_done = any(seed == other for _, other in have)
+            left += [f"{'; '.join(missing) if some_done else 'all'} (seed {seed})"] if missing else []
         lines += ["", f"Not run: {'; '.join(left)}." if left else "", ""]
     (Path(settings.results) / "table.md").write_text("\n".join(lines).strip() + "\n")
 
