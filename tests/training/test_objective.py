@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import json
 
 import pytest
 import timm
@@ -209,33 +208,3 @@ def test_learned_head_behind_a_neck_and_a_whitened_norm():
     assert {k: v.shape for k, v in learned.get_classifier()[0].state_dict().items()} == shapes
     with pytest.raises(ValueError, match="one linear classifier"):
         make_model(dataclasses.replace(RECIPE, model="levit_128s", head="learned", model_args={"neck": "mlp"}), 10)
-
-
-def test_comparison_of_heads(tmp_path, monkeypatch):
-    from training import comparison
-
-    file = tmp_path / "comparison.yaml"
-    base = {**dataclasses.asdict(RECIPE), "output": str(tmp_path / "runs"), "model": "resnet10t_etf"}
-    settings = {
-        "results": str(tmp_path / "results"),
-        "base": base,
-        "variants": {"learned": {"head": "learned"}, "ETF + DR": {"loss": {"name": "dot_regression"}}, "left": {}},
-        "passes": [{"labels": "label", "seed": 3, "only": ["learned", "ETF + DR"]}],
-        "probe_labels": "the digits again",
-    }
-    file.write_text(json.dumps(settings))  # JSON is YAML
-    monkeypatch.setattr("sys.argv", ["comparison.py", "--config", str(file)])
-    comparison.main()
-    cells = {f.name: json.loads(f.read_text()) for f in (tmp_path / "results" / "cells").iterdir()}
-    assert sorted(cells) == ["ETF_and_DR-label-3.json", "learned-label-3.json"]
-    assert cells["ETF_and_DR-label-3.json"]["training"]["recipe"]["loss"]["name"] == "dot_regression"
-    assert cells["learned-label-3.json"]["training"]["recipe"]["seed"] == 3
-    assert all(10 < cell["results"]["probe_top1"] <= 100 for cell in cells.values())
-    table = (tmp_path / "results" / "table.md").read_text()
-    assert f"| ETF + DR | 1 | {cells['ETF_and_DR-label-3.json']['results']['top1']:.2f} |" in table
-    assert "Not run: left." in table
-    monkeypatch.setattr(comparison, "run_cell", lambda *_: pytest.fail("ran a finished cell"))
-    comparison.main()
-    file.write_text(json.dumps({**settings, "passes": [{"labels": "label", "seed": 0, "only": ["rigth"]}]}))
-    with pytest.raises(ValueError, match="rigth"):
-        comparison.main()
