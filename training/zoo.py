@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 
 from etf_zoo.card import METRICS_NAME, write_card
 from etf_zoo.heads import base_name
@@ -111,7 +112,7 @@ def train(entry: Entry, cards: Path, until: float = math.inf) -> None:
         for head in entry.heads:
             folder, own = cards / tag.format(KINDS[head]), seed == entry.recipe.seed
             output = f"{entry.recipe.output}/{folder.name}" + ("" if own else f"_seed{seed}")
-            left = until - time.monotonic()
+            (left,) = broadcast_object_list([until - time.monotonic()])  # by the main process's clock: all stop or none
             if left <= 0:
                 break
             budget = f"{left:.0f}s" if math.isfinite(left) else ""

@@ -69,7 +69,7 @@ class DotRegressionLoss(nn.Module):
             published code does. None takes them too and pulls their product with the prototype to the prototype's
             length.
         length_penalty: Weight of the published code's penalty, the mean length of the embeddings; needs
-            `feature_length=None`.
+            raw ones, a `feature_length` of `"own"` or None.
 
     Shape:
         embeddings `(B, dim)`, labels `(B,)`, frame `(K, dim)` to a scalar, float32 at least.

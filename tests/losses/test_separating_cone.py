@@ -75,7 +75,7 @@ def spread_after_training(radius):
     x = (FRAME[labels] + 0.8 * F.normalize(features(60), dim=1)).requires_grad_()
     loss = SeparatingConeLoss(radius, logit_scale=solve_logit_scale(FRAME))
     optimiser = torch.optim.SGD([x], lr=5.0)
-    for _ in range(600):
+    for _ in range(1200):
         optimiser.zero_grad()
         loss(x, labels, FRAME).backward()
         optimiser.step()
@@ -91,7 +91,7 @@ def test_features_fill_the_cone_and_collapse_without_it():
     assert right
     assert largest < 40
     assert mean > 20
-    assert collapsed_mean < 0.7 * mean
+    assert collapsed_mean < 0.6 * mean
     assert collapsed_largest < largest
 
 
