@@ -7,134 +7,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .frames import best_frame, hierarchy_frame, quick_code, random_frame, simplex_etf
-from .frames.orientation import resolve_orientation, turn_to_blocks
-from .frames.simplex import check_simplex_fits, check_sizes, helmert_basis
+from .frames.named import CUSTOM, HELMERT, build_frame, check_frame, check_unit_rows
 from .necks import LastDimBatchNorm, build_neck
 
-__all__ = [
-    "FrameClassifier",
-    "CUSTOM",
-    "HELMERT",
-    "FEATURE_NORMS",
-    "FRAMES",
-    "MAX_LOGIT_SCALE",
-    "build_frame",
-    "check_frame",
-    "solve_logit_scale",
-]
+__all__ = ["FrameClassifier", "FEATURE_NORMS", "HELMERT_MATRIX_CLASSES", "MAX_LOGIT_SCALE", "solve_logit_scale"]
 
 FEATURE_NORMS = ("l2", "batch", "none")
-FRAMES = ("auto", "simplex", "random", "code", "hierarchy")
-CUSTOM = "custom"  # name of a frame that was given as a tensor
-# Simplex ETF in the Helmert basis, K - 1 wide: what softmax-preserving conversion puts behind its linear neck.
-HELMERT = "helmert"
-HELMERT_MATRIX_CLASSES = 4096  # above, it is a transform in O(K) without a matrix of 67 MB and more
+HELMERT_MATRIX_CLASSES = 4096  # above, the Helmert frame is a transform in O(K) without a matrix of 67 MB and more
 MAX_LOGIT_SCALE = 100.0
 # Rows of the Gram matrix that solve_logit_scale looks at, so that 100,000 classes need no 100,000^2 matrix.
 _SCALE_ROWS = 1024
-
-
-def check_frame(
-    frame: str | Tensor,
-    num_classes: int,
-    dim: int,
-    *,
-    orientation: str = "auto",
-    hierarchy: Tensor | None = None,
-) -> None:
-    """Raise the errors of `build_frame`, at no cost.
-
-    Args:
-        frame: See `build_frame`; here `"custom"` passes too, as the frame of a checkpoint that is about to be loaded.
-        num_classes: K.
-        dim: Width of the features that meet the frame.
-        orientation: See `build_frame`.
-        hierarchy: See `build_frame`.
-
-    Raises:
-        ValueError: On an unknown name, a frame that does not fit, or a tensor of wrong shape or without unit rows.
-    """
-    check_sizes(num_classes, dim)
-    if (hierarchy is not None) != (isinstance(frame, str) and frame == "hierarchy"):
-        raise ValueError(
-            "frame='hierarchy' and hierarchy=D, the distances between classes (K, K), go together: "
-            "D = etf_zoo.frames.Hierarchy.from_json(path).distances(class_names)."
-        )
-    if hierarchy is not None and hierarchy.shape != (num_classes, num_classes):
-        raise ValueError(f"hierarchy has shape {tuple(hierarchy.shape)} for {num_classes} classes.")
-    if isinstance(frame, Tensor):
-        if frame.shape != (num_classes, dim):
-            raise ValueError(f"The frame has shape {tuple(frame.shape)}, the head needs ({num_classes}, {dim}).")
-        if not frame.is_meta:
-            _check_unit_rows(frame)
-    elif frame == HELMERT:
-        if dim != num_classes - 1:
-            raise ValueError(f"frame={HELMERT!r} is {num_classes - 1} wide, the features are {dim}: use neck='linear'.")
-    elif frame not in (*FRAMES, CUSTOM):
-        raise ValueError(f"Unknown frame {frame!r}. Choose one of {', '.join(FRAMES)}, or pass a tensor (K, dim).")
-    elif frame != CUSTOM:
-        if frame == "simplex":
-            check_simplex_fits(num_classes, dim)
-        resolve_orientation(orientation, num_classes, dim)
-
-
-def build_frame(
-    frame: str | Tensor,
-    num_classes: int,
-    dim: int,
-    *,
-    orientation: str = "auto",
-    seed: int = 0,
-    hierarchy: Tensor | None = None,
-    gamma: float = 2.0,
-) -> Tensor:
-    """Frame by name, or a checked copy of the one given.
-
-    Args:
-        frame: `"auto"`, `"simplex"`, `"random"`, `"code"`, `"hierarchy"`, or a tensor `(num_classes, dim)` with unit
-            rows.
-        num_classes: K.
-        dim: Width of the features that meet the frame.
-        orientation: See `simplex_etf`; the other frames are turned alike, see `turn_to_blocks`.
-        seed: Seed of the frame.
-        hierarchy: Distances between classes `(K, K)`; for `"hierarchy"` and only for it, see `hierarchy_frame`.
-        gamma: Of `hierarchy_frame`.
-
-    Returns:
-        Float32 `(num_classes, dim)`, unit rows.
-
-    Raises:
-        ValueError: On an unknown name, a frame that does not fit, or a tensor of wrong shape or without unit rows.
-    """
-    check_frame(frame, num_classes, dim, orientation=orientation, hierarchy=hierarchy)
-    if isinstance(frame, Tensor):
-        return frame.detach().clone().float()
-    if frame == CUSTOM:
-        raise ValueError(
-            f"frame={CUSTOM!r} names a frame that was given as a tensor and that only its weights hold: load them "
-            f"(pretrained=True), pass the tensor itself, or choose one of {', '.join(FRAMES)}."
-        )
-    if frame == HELMERT:
-        return (math.sqrt(num_classes / (num_classes - 1)) * helmert_basis(num_classes)).float()
-    if frame == "auto":
-        return best_frame(num_classes, dim, orientation=orientation, seed=seed)
-    if frame == "simplex":
-        return simplex_etf(num_classes, dim, orientation=orientation, seed=seed)
-    if hierarchy is not None:
-        found = hierarchy_frame(hierarchy, dim, gamma=gamma, seed=seed)
-    else:
-        found = (random_frame if frame == "random" else quick_code)(num_classes, dim, seed=seed)
-    return turn_to_blocks(found) if resolve_orientation(orientation, num_classes, dim) == "blocks" else found
-
-
-def _check_unit_rows(frame: Tensor, tolerance: float = 5e-3) -> None:  # bfloat16 rounds by up to 4e-3
-    norms = frame.detach().float().norm(dim=1)
-    if not bool((norms - 1).abs().le(tolerance).all()):
-        raise ValueError(
-            f"A frame has unit rows, this matrix has row norms from {norms.min():.4g} to {norms.max():.4g}. It looks "
-            f"like a learned classifier: use etf_zoo.frames.nearest_simplex_etf(matrix), or normalise its rows."
-        )
 
 
 def solve_logit_scale(frame: Tensor, *, probability: float = 0.999) -> float:
@@ -386,7 +268,7 @@ class FrameClassifier(nn.Module):
             return
         if weight is not None and not weight.is_meta and not self.implicit:
             try:
-                _check_unit_rows(weight)
+                check_unit_rows(weight)
             except ValueError as error:
                 errors.append(f"{prefix}weight in the checkpoint is not a frame. {error}")
                 return

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from .classifier import CUSTOM, HELMERT, HELMERT_MATRIX_CLASSES, build_frame
+from .classifier import HELMERT_MATRIX_CLASSES
+from .frames.named import CUSTOM, HELMERT, build_frame
 from .frames.simplex import helmert_coordinates, nearest_simplex_etf
 from .heads import KEPT_LEARNED, become_twin, frame_heads, replace_leaves, timm_classifier_names
 

@@ -13,7 +13,8 @@ import torch
 from timm.models._input import update_model_args
 from torch import Tensor, nn
 
-from .classifier import CUSTOM, HELMERT, FrameClassifier
+from .classifier import FrameClassifier
+from .frames.named import CUSTOM, HELMERT
 from .moving import MovingFrameClassifier
 
 __all__ = [

@@ -14,7 +14,8 @@ import torch
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
-from .classifier import CUSTOM, FrameClassifier
+from .classifier import FrameClassifier
+from .frames.named import CUSTOM
 from .heads import HEAD_ARGS, frame_heads
 from .pretrained import CONFIG_NAME, WEIGHTS_NAME, sha256
 

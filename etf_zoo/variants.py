@@ -20,9 +20,9 @@ from timm.models._pretrained import DefaultCfg
 from timm.models._registry import get_arch_pretrained_cfgs, get_pretrained_cfg
 from torch import Tensor, nn
 
-from .classifier import CUSTOM
 from .convert import convert_classifier
 from .download import check_cached, hub_errors
+from .frames.named import CUSTOM
 from .frames.orientation import resolve_orientation
 from .heads import (
     HEAD_ARGS,

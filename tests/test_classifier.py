@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from etf_zoo import FrameClassifier
-from etf_zoo.classifier import MAX_LOGIT_SCALE, build_frame, check_frame, solve_logit_scale
+from etf_zoo.classifier import MAX_LOGIT_SCALE, solve_logit_scale
 from etf_zoo.frames import best_frame, quick_code, random_frame, simplex_etf
+from etf_zoo.frames.named import build_frame, check_frame
 
 
 def features(*shape, seed=0, dtype=torch.float32):
