@@ -29,6 +29,7 @@ from .launching import Repeatable, gather_in, in_step, is_sharded, make_accelera
 from .log import Log, forget_after, progress
 from .longtail import long_tail_indices
 from .model import make_model, make_optimizer
+from .small_maps import use_products
 from .stepper import Stepper, channels_last
 
 __all__ = ["Run", "make_model", "make_optimizer"]
@@ -80,6 +81,8 @@ class Run:
         self.gathered: int | None = None  # step of the weights it has
         if channels_last(recipe, self.accelerator):
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if self.accelerator.device.type == "cpu":
+            use_products(model)
         # DDP would send these buffers to every process at every step; they never change
         model._ddp_params_and_buffers_to_ignore = [f"{name}.weight" for name in frame_heads(model)]  # type: ignore
         self.model, optimizer = self.accelerator.prepare(model, make_optimizer(recipe.optim, model))
