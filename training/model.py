@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from etf_zoo import attach_frame, frame_heads
 from etf_zoo.heads import HEAD_ARGS, SKIP_CONNECTION, base_name, split_head
 from etf_zoo.necks import build_neck
-from etf_zoo.pretrained import CONFIG_NAME
+from etf_zoo.pretrained import CONFIG_NAME, cards_folder
 from etf_zoo.whitening import whiten_last_norm
 
 from .config import Optim, Recipe
@@ -35,13 +36,14 @@ class Source:
         name: For `timm.create_model`.
         architecture: timm's name of the architecture, without a tag.
         input_size: Side in pixels that its weights were trained for, or its architecture is meant for.
-        weights_digest: Of a folder's weights file, so that features of other weights under its name are not mixed up.
+        identity: What its features depend on besides the architecture: tag, recorded sha256 of the weights, colours. So
+            that what was measured on other weights of the same name is not taken for theirs.
     """
 
     name: str
     architecture: str
     input_size: int
-    weights_digest: str = ""
+    identity: str = ""
 
     @property
     def is_twin(self) -> bool:
@@ -66,12 +68,11 @@ def find_model(model: str, pretrained: bool = True) -> Source:
             raise ValueError(f"{folder} holds no model: neither it nor its folder model/ has a {CONFIG_NAME}.")
         cfg, architecture, _ = load_model_config_from_path(found)
         _check_base(model, architecture)
-        digest = json.loads((found / CONFIG_NAME).read_text(encoding="utf-8")).get("weights_sha256", "")
-        return Source(f"local-dir:{found}", architecture, cfg["input_size"][-1], digest)
+        return Source(f"local-dir:{found}", architecture, cfg["input_size"][-1], _identity(cfg, found))
     if model.startswith("hf-hub:"):
         cfg, architecture, _ = load_model_config_from_hf(model.removeprefix("hf-hub:"))
         _check_base(model, architecture)
-        return Source(model, architecture, cfg["input_size"][-1])
+        return Source(model, architecture, cfg["input_size"][-1], _identity(cfg))
     architecture, _, tag = model.partition(".")
     if not timm.is_model(architecture):
         near = difflib.get_close_matches(architecture, timm.list_models(), n=3)
@@ -85,7 +86,13 @@ def find_model(model: str, pretrained: bool = True) -> Source:
     except RuntimeError:
         known = ", ".join(timm.list_pretrained(f"{architecture}.*")) or "no tag"
         raise ValueError(f"{architecture} has no tag {tag!r}; there is {known}.") from None
-    return Source(model, architecture, cfg.input_size[-1])
+    return Source(model, architecture, cfg.input_size[-1], _identity(cfg.to_dict(), cards_folder() / name))
+
+
+def _identity(cfg: Mapping[str, Any], folder: Path | None = None) -> str:
+    file = folder / CONFIG_NAME if folder else None
+    recorded = json.loads(file.read_text(encoding="utf-8")).get("weights_sha256") if file and file.is_file() else None
+    return repr([cfg.get("tag"), recorded, list(cfg["mean"]), list(cfg["std"])])
 
 
 def _check_base(model: str, architecture: str) -> None:

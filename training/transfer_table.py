@@ -209,7 +209,7 @@ def _collapse(features: torch.Tensor, split: Images) -> dict[str, float]:
 def _cached(settings: Finetune, name: str, split: Images, work: Path) -> torch.Tensor:
     """Features of a whole split, computed once; two processes do not compute the same."""
     source = find_model(settings.model, settings.pretrained)
-    parts = [settings.data, name, final_size(settings), source.name, source.weights_digest]
+    parts = [settings.data, name, final_size(settings), source.name, source.identity]
     parts += [settings.pretrained or settings.seed, settings.model_args, len(split)]
     file = work / "features" / (hashlib.sha256(repr(parts).encode()).hexdigest()[:16] + ".safetensors")
     file.parent.mkdir(parents=True, exist_ok=True)
