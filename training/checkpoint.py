@@ -56,7 +56,8 @@ def save(folder: Path, accelerator: Accelerator, state: dict[str, Any], keep: in
             _to_disk(part / STATE)
             shutil.rmtree(final, ignore_errors=True)  # one of the same step that was found incomplete
             os.replace(part, final)
-            for old in _folders(folder)[keep:]:
+            earlier = [old for old in _folders(folder) if old.name < final.name and _read(old)[0] is not None]
+            for old in set(_folders(folder)) - {final, *earlier[: keep - 1]}:  # incomplete and later ones among them
                 shutil.rmtree(old, ignore_errors=True)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have errors of their own
         shutil.rmtree(part, ignore_errors=True)

@@ -24,9 +24,9 @@ from torch import nn
 
 from training import checkpoint
 from training.config import Data, Recipe, final_size, parse
-from training.data import AnySplit, find_source, load_hierarchy, load_split
+from training.data import AnySplit, find_source, limited_rows, load_hierarchy, load_split
 from training.engine import CHECKPOINTS, Run, make_model
-from training.launching import run_script
+from training.launching import refuse_processes, run_script
 from training.log import METRICS
 from training.longtail import long_tail_indices
 from training.parsing import merged, parse_entries
@@ -117,7 +117,8 @@ def run_cell(settings: Comparison, cell: Cell) -> dict[str, Any]:
         make_model(dataclasses.replace(recipe, head="learned", model_args={}), len(train.label_names))
         small_stem(model)
     run = Run(recipe, train, val, model, distances=tree)
-    run.fit()
+    if not run.fit():
+        raise ValueError("time_budget has no place in a comparison, whose cells are run to their end.")
     figures = last_figures(run)
     if settings.probe_labels and settings.probe_labels != cell.labels:
         data = dataclasses.replace(recipe.data, label_column=settings.probe_labels)
@@ -152,8 +153,7 @@ def probe(run: Run, data: Data, rows: np.ndarray, strength: float) -> float:
     """
     train: Any = load_split(data, data.train_split)
     val: Any = load_split(data, data.val_split)
-    order = np.random.default_rng([run.recipe.seed, 0]).permutation(len(rows))  # `data.limit` takes the first of it
-    train = train.subset(rows[order[: data.limit or None]])
+    train = train.subset(rows[limited_rows(len(rows), data.limit, run.recipe.seed)])
     x, test = (
         backbone_features(run.plain_model(), split, size=final_size(run.recipe), device=run.accelerator.device)
         for split in (train, val)
@@ -201,6 +201,7 @@ def _mean(values: list[float]) -> str:
 
 
 def main() -> None:
+    refuse_processes()
     settings = parse(Comparison)
     folder = Path(settings.results) / "cells"
     folder.mkdir(parents=True, exist_ok=True)

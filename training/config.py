@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -322,13 +323,15 @@ def final_size(recipe: Recipe) -> int:
 
 
 def save_recipe(recipe: Any, path: Path) -> None:
-    """Write the resolved recipe as YAML."""
-    path.write_text(yaml.safe_dump(_plain(recipe), sort_keys=False))
+    """Write the resolved recipe as YAML; a kill leaves the one that was there."""
+    new = path.with_suffix(".new")
+    new.write_text(yaml.safe_dump(_plain(recipe), sort_keys=False))
+    os.replace(new, path)
 
 
 def changes(file: Path, recipe: Any) -> dict[str, str]:
     """What a recipe has otherwise than a saved one: `{"optim.lr": "optim.lr 0.1 -> 0.2"}`; nothing without a file."""
-    before = _flat(yaml.safe_load(file.read_text())) if file.is_file() else {}
+    before = _flat(yaml.safe_load(file.read_text()) or {}) if file.is_file() else {}
     now = _flat(_plain(recipe))
     return {k: f"{k} {before[k]} -> {now[k]}" for k in now if k in before and before[k] != now[k]}
 
@@ -339,10 +342,11 @@ def _plain(recipe: Any) -> dict[str, Any]:
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested fields by their dotted names."""
+    """Nested fields by their dotted names; what has free keys, such as `model_args`, is one value."""
     found: dict[str, Any] = {}
     for name, value in values.items():
-        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        nested = isinstance(value, dict) and not name.endswith("args")
+        found |= _flat(value, f"{prefix}{name}.") if nested else {prefix + name: value}
     return found
 
 

@@ -29,6 +29,7 @@ __all__ = [
     "batch_generator",
     "eval_batches",
     "find_source",
+    "limited_rows",
     "load_hierarchy",
     "load_split",
     "mix",
@@ -167,7 +168,7 @@ def train_batches(
             world=world,
         )
     else:
-        rows = np.random.default_rng([seed, 0]).permutation(len(split))[: limit or None]
+        rows = limited_rows(len(split), limit, seed)
         rows = rows[np.random.default_rng([seed, 1, epoch]).permutation(len(rows))]
         parts = [
             rows[step * batch_size : (step + 1) * batch_size][rank::world]
@@ -189,6 +190,11 @@ def train_batches(
         if settings.erase:
             images = erase(images, settings.erase, generator, rank=rank, world=world)
         yield images, labels
+
+
+def limited_rows(count: int, limit: int, seed: int) -> np.ndarray:
+    """Rows that `data.limit` leaves of so many: the first of a fixed shuffle; with 0 all of it."""
+    return np.random.default_rng([seed, 0]).permutation(count)[: limit or None]
 
 
 def eval_batches(

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import fcntl
 import math
 import os
 import shutil
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -24,7 +27,7 @@ from etf_zoo.evaluation import measure
 from . import checkpoint
 from .augment import colours_of
 from .config import Recipe, changes, final_size, save_recipe, seconds, size_at
-from .data import AnySplit, eval_batches, load_hierarchy, load_split, train_batches
+from .data import AnySplit, eval_batches, limited_rows, load_hierarchy, load_split, train_batches
 from .launching import Repeatable, gather_in, in_step, is_sharded, make_accelerator, sync_buffers
 from .log import Log, forget_after, progress
 from .longtail import long_tail_indices
@@ -85,14 +88,14 @@ class Run:
             use_products(model)
         # DDP would send these buffers to every process at every step; they never change
         model._ddp_params_and_buffers_to_ignore = [f"{name}.weight" for name in frame_heads(model)]  # type: ignore
-        self.model, optimizer = self.accelerator.prepare(model, make_optimizer(recipe.optim, model))
+        self.model, self.optimizer = self.accelerator.prepare(model, make_optimizer(recipe.optim, model))
         self.stepper = Stepper(
             recipe,
             self.accelerator,
             self.model,
-            optimizer,
+            self.optimizer,
             steps_per_epoch=self.steps_per_epoch,
-            class_counts=self.train_split.class_counts(),
+            class_counts=self._class_counts(),
         )
         if is_sharded(self.accelerator):
             gather_in(self.model)
@@ -108,6 +111,14 @@ class Run:
         else:
             self._start_folder()
         self.log = Log(self.folder, recipe.tensorboard and self.accelerator.is_main_process, self.step)
+
+    def _class_counts(self) -> list[int]:
+        """Images of each class that are trained on; empty if not known."""
+        limit = self.recipe.data.limit
+        if not limit:
+            return self.train_split.class_counts()
+        rows = limited_rows(len(self.train_split), limit, self.recipe.seed)
+        return self.train_split.subset(rows).class_counts()
 
     def _check_batch(self) -> None:
         recipe, processes = self.recipe, self.accelerator.num_processes
@@ -144,6 +155,7 @@ class Run:
             "sums": sums.tolist(),
             "seconds": self.seconds(),
             "commit": self.commit,
+            "processes": self.accelerator.num_processes,
         }
         checkpoint.save(self.folder / CHECKPOINTS, self.accelerator, state, self.recipe.keep_checkpoints)
         self.saved = (self.step, time.monotonic())
@@ -154,12 +166,17 @@ class Run:
             raise ValueError(f"There is no checkpoint in {self.folder} to resume from. Start without --resume.")
         path, state = found
         self._tell_changes()
+        if (before := state.get("processes", 0)) and (before > 1) != (self.accelerator.num_processes > 1):
+            raise ValueError(f"{path} is of {before} process(es): resume with one if it was one, else with several.")
         if state["steps_per_epoch"] != self.steps_per_epoch:
             raise ValueError(
                 f"{path} has {state['steps_per_epoch']} steps in an epoch, this recipe {self.steps_per_epoch}. Resume "
                 f"with the data and the batch_size of {self.folder / 'recipe.yaml'}."
             )
+        chosen = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         self.accelerator.load_state(str(path))
+        for group, settings in zip(self.optimizer.param_groups, chosen, strict=True):
+            group.update(settings)  # the recipe's, not those of the checkpoint
         self.step, self.spent, self.commit = state["step"], state["seconds"], state["commit"]  # of the start
         self.saved = (self.step, time.monotonic())
         self.accelerator.wait_for_everyone()
@@ -167,14 +184,15 @@ class Run:
             self.sums += self.sums.new_tensor(state["sums"])
             save_recipe(self.record(), self.folder / "recipe.yaml")
             forget_after(self.folder, self.step // self.steps_per_epoch)
+        self.accelerator.wait_for_everyone()
 
     def _tell_changes(self) -> None:
         """Name what differs from the recipe that the run was started with; refuse another model."""
         changed = changes(self.folder / "recipe.yaml", self.record())
-        if any(name.startswith(("model", "head")) for name in changed):
+        if any(name.startswith(("model", "head", "optim.name", "ema.decay")) for name in changed):
             raise ValueError(
-                f"{self.folder} holds a run of another model ({'; '.join(changed.values())}). Resume with its "
-                f"recipe.yaml, or choose another --output."
+                f"{self.folder} holds a run of another model, optimiser or average ({'; '.join(changed.values())}). "
+                f"Resume with its recipe.yaml, or choose another --output."
             )
         if changed:
             self.accelerator.print(f"Resuming with another recipe than before: {'; '.join(changed.values())}.")
@@ -192,7 +210,7 @@ class Run:
             self.ended = self.began
             self.plain_model()
             return True
-        with progress(total, self.step, recipe.batch_size, self.accelerator.is_main_process) as bar:
+        with self._alone(), progress(total, self.step, recipe.batch_size, self.accelerator.is_main_process) as bar:
             self.model.train()
             while self.step < total and not self.enough():
                 stop = self._epoch(bar)
@@ -208,6 +226,19 @@ class Run:
         self.ended = time.monotonic()
         self.plain_model()  # gathered while all processes are here
         return True
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keep other trainings out of the folder."""
+        if not self.accelerator.is_main_process:
+            yield
+            return
+        with open(self.folder / ".lock", "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # falls with the process, whatever ends it
+            except BlockingIOError:
+                raise ValueError(f"Another process trains in {self.folder}: choose another --output.") from None
+            yield
 
     def enough(self) -> bool:
         """Whether to end after an epoch, before the last; for subclasses."""
@@ -324,7 +355,7 @@ class Run:
             eval_batches,
             self.val_split,
             size=size,
-            batch_size=self.recipe.batch_size,
+            batch_size=max(self.recipe.batch_size // (a.num_processes * self.recipe.accumulate), 16),  # as in training
             rank=a.process_index,
             world=a.num_processes,
             colours=self.colours,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import traceback
 from collections.abc import Callable, Iterable, Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -13,13 +14,25 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 
+import etf_zoo
 from etf_zoo.metrics import sum_over_processes
 
 from .config import PRECISIONS
 
-__all__ = ["Repeatable", "make_accelerator", "is_sharded", "gather_in", "in_step", "sync_buffers", "run_script"]
+__all__ = [
+    "Repeatable",
+    "make_accelerator",
+    "process_state",
+    "refuse_processes",
+    "is_sharded",
+    "gather_in",
+    "in_step",
+    "sync_buffers",
+    "run_script",
+]
 
 Batch = tuple[Tensor, Tensor]
+PATIENCE = timedelta(hours=6)  # of processes with one another: the first may have a large data set to decode
 
 
 def make_accelerator(precision: str = "") -> Accelerator:
@@ -32,10 +45,9 @@ def make_accelerator(precision: str = "") -> Accelerator:
     Raises:
         ValueError: On fp16 without a GPU.
     """
-    # several processes without this would each train alone: accelerate's launcher does not pass `use_cpu` on to them
-    no_gpu = not torch.accelerator.is_available()
+    process_state()
     mixed = PRECISIONS[precision] if precision else None if AcceleratorState._shared_state else "no"
-    accelerator = Accelerator(mixed_precision=mixed, cpu=no_gpu)
+    accelerator = Accelerator(mixed_precision=mixed, cpu=not torch.accelerator.is_available())
     if precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("fp16 needs a GPU: set --precision bf16 or fp32.")
     if accelerator.distributed_type == DistributedType.MULTI_CPU and os.environ.get("ACCELERATE_USE_FSDP") == "true":
@@ -44,6 +56,18 @@ def make_accelerator(precision: str = "") -> Accelerator:
         accelerator.state.distributed_type = DistributedType.FSDP
         PartialState._shared_state["distributed_type"] = DistributedType.FSDP
     return accelerator
+
+
+def process_state() -> PartialState:
+    """The processes that the script was launched in; to be asked before accelerate is in any other way."""
+    # several processes without `cpu` would each train alone: accelerate's launcher does not pass `use_cpu` on to them
+    return PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
+
+
+def refuse_processes() -> None:
+    """Raise ValueError in a script that several processes would get into one another's way in."""
+    if process_state().num_processes > 1:
+        raise ValueError("Run this script as one process (--num_processes 1); started twice, it shares the work.")
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
@@ -102,6 +126,7 @@ def sync_buffers(model: nn.Module) -> None:
 
 def run_script(main: Callable[[], None]) -> None:
     """Run a script. An error that this project raises on purpose ends it with one line, any other with a traceback."""
+    own = [Path(__file__).resolve().parent, Path(etf_zoo.__file__).resolve().parent]
     try:
         main()
     except torch.OutOfMemoryError:
@@ -109,8 +134,8 @@ def run_script(main: Callable[[], None]) -> None:
             "error: The GPU's memory is full. --accumulate 2 (or 4, 8) takes each batch in so many pieces; "
             "training/launch/fsdp.yaml shares the weights among GPUs. Go on with --resume."
         ) from None
-    except (ValueError, OSError, FloatingPointError, ImportError) as error:
-        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-        if not raised_in.is_relative_to(Path(__file__).resolve().parent.parent):
+    except (ValueError, OSError, RuntimeError, FloatingPointError, ImportError) as error:
+        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
+        if not any(raised_in.is_relative_to(folder) for folder in own):
             raise
         raise SystemExit(f"error: {error}") from None

@@ -115,19 +115,19 @@ def make_model(recipe: Recipe, num_classes: int, hierarchy: Tensor | None = None
     args: dict[str, Any] = {"pretrained": recipe.pretrained, "num_classes": num_classes, **recipe.model_args}
     if args.get("frame") == "hierarchy":
         args["hierarchy"] = hierarchy
-    if recipe.head == "random":  # which knows no tree
-        args = {**{k: v for k, v in args.items() if k not in ("hierarchy", "gamma")}, "frame": "random"}
+    if recipe.head == "random":  # which knows no tree, and stays where it is
+        args = {**{k: v for k, v in args.items() if k not in ("hierarchy", "gamma", "moving")}, "frame": "random"}
+    if recipe.head != "learned" and source.is_twin:
+        return timm.create_model(source.name, **args)
+    whitening = args.pop("whitening", False)
+    head_args = {key: args.pop(key) for key in HEAD_ARGS if key in args}
+    neck = head_args.get("neck")
+    plain = _plain_model(source, args) if recipe.head == "learned" else timm.create_model(source.name, **args)
+    if whitening is not False:
+        whiten_last_norm(plain, **({} if whitening is True else whitening))
     if recipe.head != "learned":
-        if source.is_twin:
-            return timm.create_model(source.name, **args)
-        head_args = {key: args.pop(key) for key in HEAD_ARGS if key in args}
-        return attach_frame(timm.create_model(source.name, **args), **head_args)
-    neck, whitening = args.get("neck"), args.pop("whitening", False)
-    args = {key: value for key, value in args.items() if key not in HEAD_ARGS}
-    plain = _plain_model(source, args)
-    if whitening:
-        whiten_last_norm(plain, **(whitening if isinstance(whitening, dict) else {}))
-    if neck:
+        return attach_frame(plain, **head_args)
+    if neck not in (None, "none"):
         _put_neck(plain, neck)
     return plain
 

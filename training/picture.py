@@ -24,11 +24,10 @@ COLUMNS = 12
 @torch.inference_mode()
 def _predictions(run: Run, test: Images) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Class probabilities `(N, K)`, labels `(N,)`, and cosines between centred class means of the features `(K, K)`."""
-    model: Any = run.plain_model().eval()
+    device = run.accelerator.device
+    model: Any = run.plain_model().to(device).eval()  # of a sharded run it is a copy on the CPU
     probabilities, features, labels = [], [], []
-    batches = eval_batches(
-        test, size=final_size(run.recipe), batch_size=256, colours=run.colours, device=run.accelerator.device
-    )
+    batches = eval_batches(test, size=final_size(run.recipe), batch_size=256, colours=run.colours, device=device)
     for images, own in batches:
         hidden = model.forward_features(images)
         features.append(model.forward_head(hidden, pre_logits=True).flatten(1).cpu())
@@ -86,7 +85,8 @@ def plot(runs: dict[str, Run], test: Images, path: Path, *, curve: str = "Test")
         ax.axis("off")
     rows = [*hardest.tolist(), *easiest]
     spots = [*cells[0][: len(hardest)], *cells[1][: len(easiest)]]
-    for ax, row, pixels in zip(spots, rows, _pixels(test, rows, final_size(run.recipe)), strict=True):
+    images = test.readable()[rows].tolist()  # without those that could not be read, of which there are no probabilities
+    for ax, row, pixels in zip(spots, rows, _pixels(test, images, final_size(run.recipe)), strict=True):
         guess = int(probabilities[row].argmax())
         ax.imshow(pixels)
         ax.set_title(

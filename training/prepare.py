@@ -15,6 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script from a clone
 
 from training.config import Data, parse
+from training.launching import run_script
 from training.readers import find_source
 from training.resident import read_prepared, write_prepared
 from training.sources import open_rows
@@ -58,4 +59,4 @@ def prepare(settings: Preparation) -> None:
 
 
 if __name__ == "__main__":
-    prepare(parse(Preparation))
+    run_script(lambda: prepare(parse(Preparation)))

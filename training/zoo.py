@@ -21,7 +21,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script from a clone
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from etf_zoo.card import METRICS_NAME, write_card
@@ -31,7 +30,7 @@ from training import checkpoint
 from training.config import Recipe, parse, seconds
 from training.engine import CHECKPOINTS, Run
 from training.export import export_run
-from training.launching import run_script
+from training.launching import process_state, run_script
 from training.parsing import merged, parse_entries
 from training.readme import ROOT, write_tables
 
@@ -118,7 +117,7 @@ def train(entry: Entry, cards: Path, until: float = math.inf) -> None:
             budget = f"{left:.0f}s" if math.isfinite(left) else ""
             recipe = dataclasses.replace(entry.recipe, head=head, seed=seed, output=output, time_budget=budget)
             train_and_export(recipe, folder, keep=own and (head == "frame" or head in entry.keep), figures_only=not own)
-    if PartialState().is_main_process:
+    if process_state().is_main_process:
         folders = [cards / tag.format(kind) for kind in KINDS.values()]
         stand_beside([folder for folder in folders if (folder / METRICS_NAME).is_file()])
 
@@ -149,6 +148,7 @@ def main() -> None:
     parser.add_argument("--cards", type=Path, default=ROOT / "model_cards", help="folder for the models")
     args = parser.parse_args()
     until = time.monotonic() + seconds(args.time_budget)
+    processes = process_state()
     zoo = parse(Zoo, ["--config", str(args.list or default_list())])
     if args.data:
         zoo.base.data.source = args.data
@@ -159,7 +159,7 @@ def main() -> None:
         entries.append(Entry(recipe, args.heads or entry.heads, entry.keep, args.seeds or entry.seeds))
     for entry in entries:
         train(entry, args.cards, until)
-    if PartialState().is_main_process and args.cards == ROOT / "model_cards":
+    if processes.is_main_process and args.cards == ROOT / "model_cards":
         write_tables()
 
 

@@ -40,7 +40,11 @@ def embedded(net):
         (Loss("dot_regression"), lambda s: losses.DotRegressionLoss()),
         (Loss("dot_regression", class_scaling=True), lambda s: losses.DotRegressionLoss(COUNTS)),
         (Loss("hierarchy_cosine", {"alpha": 0.3}), lambda s: losses.HierarchyCosineLoss(0.3, logit_scale=s)),
-        (Loss("separating_cone", {"radius": 20}), lambda s: losses.SeparatingConeLoss(20, logit_scale=s)),
+        # raw features have scale 1, but the cone compares cosines all the same: its own scale
+        (
+            Loss("separating_cone", {"radius": 20}),
+            lambda s: losses.SeparatingConeLoss(20, **({"logit_scale": s} if s > 1 else {})),
+        ),
         (Loss("separating_cone", {"logit_scale": 4.0}), lambda s: losses.SeparatingConeLoss(logit_scale=4.0)),
         (Loss("squared"), lambda s: losses.SquaredLoss()),
     ],
@@ -124,11 +128,53 @@ def test_moving_frame_follows_after_the_step_and_not_before():
         (Loss("separating_cone", {"radius": 100}), {}, "radius is in degrees"),
         (Loss("squared", class_scaling=True), {}, "class_scaling is for dot_regression"),
         (Loss(args={"x": 1}), {}, "cross_entropy takes neither"),
+        (Loss("dot_regression", {"feature_length": "own"}), {}, "set model_args.feature_norm none"),
+        (Loss("dot_regression", {"feature_length": None}), {"feature_norm": "batch"}, "set model_args.feature_norm"),
+        (Loss(variance_covariance=-1.0), {}, "must not be negative"),
+        (Loss(penalty_args={"variance": 1.0}), {}, "set its weight, loss.variance_covariance"),
+        (Loss(variance_covariance=1.0, penalty_args={"var": 1.0}), {}, "loss.penalty_args: .*var"),
     ],
 )
 def test_errors(settings, kwargs, message):
     with pytest.raises(ValueError, match=message):
         Objective(settings, model(**kwargs), COUNTS)
+
+
+def test_class_counts_are_needed_where_they_are_used():
+    for settings in (Loss(class_weights=True), Loss("dot_regression", class_scaling=True)):
+        with pytest.raises(ValueError, match="a stream does not have"):
+            Objective(settings, model(), [])
+
+
+def test_class_weights_do_not_depend_on_the_piece():
+    net, settings = model().eval(), Loss(class_weights=True)
+    objective = Objective(settings, net, COUNTS)
+    whole = objective(net, IMAGES, LABELS)[1]
+    single = [objective(net, IMAGES[i : i + 1], LABELS[i : i + 1])[1] for i in range(len(LABELS))]
+    torch.testing.assert_close(torch.stack(single).mean(), whole)
+    weight = torch.tensor([80 / (5 * count) for count in COUNTS])  # of 80 images in 5 classes
+    each = F.cross_entropy(net(IMAGES), LABELS, reduction="none")
+    torch.testing.assert_close(whole, (weight[LABELS] * each).mean())
+
+
+@pytest.mark.parametrize("name", ["dla46_c_etf", "mobilenetv3_small_050_etf"])
+def test_heads_of_every_shape(name):
+    """A 1x1 convolution hands over maps of one pixel."""
+    torch.manual_seed(0)
+    net = timm.create_model(name, num_classes=5, moving=True)
+    settings = Loss("dot_regression", {"feature_length": 10.0}, variance_covariance=0.1)
+    objective, before = Objective(settings, net, COUNTS), net.get_classifier().weight.clone()
+    _, loss = objective(net, IMAGES, LABELS)
+    loss.backward()
+    objective.after_step()
+    assert torch.isfinite(loss)
+    assert not torch.equal(before, net.get_classifier().weight)
+
+
+def test_a_moving_frame_needs_one_head():
+    net = timm.create_model("deit_tiny_distilled_patch16_224_etf", num_classes=5, img_size=32, depth=1, moving=True)
+    with pytest.raises(ValueError, match="has 2"):
+        Objective(Loss(), net, COUNTS)
 
 
 def test_a_loss_on_cosines_needs_a_frame():
@@ -189,6 +235,23 @@ def test_hierarchy_frame_from_the_datas_tree():
     net = make_model(dataclasses.replace(RECIPE, model_args={"frame": "hierarchy", "gamma": 1.0}), 5, distances)
     weight = net.get_classifier().weight.double()
     torch.testing.assert_close(weight @ weight.T, hierarchy_cosines(distances, gamma=1.0)[0], atol=1e-6, rtol=0)
+
+
+def test_counts_are_those_of_the_images_trained_on(tmp_path):
+    run = Run(dataclasses.replace(RECIPE, output=str(tmp_path), loss=Loss(class_weights=True)))  # limit 64
+    seen = torch.cat([labels for _, labels in run._batches(0, 0)]).bincount(minlength=10)
+    torch.testing.assert_close(run.stepper.objective.class_weights * seen, torch.full((10,), 6.4))
+
+
+def test_whitening_and_a_frame_on_a_base_name():
+    net = make_model(dataclasses.replace(RECIPE, model="test_resnet", model_args={"whitening": {}, "neck": "mlp"}), 10)
+    assert sum(isinstance(module, Whitening) for module in net.modules()) == 1
+    assert list(frame_heads(net)) == ["fc"]
+
+
+def test_a_random_control_stays_where_it_is():
+    net = make_model(dataclasses.replace(RECIPE, head="random", model_args={"moving": True}), 10)
+    assert not isinstance(net.get_classifier(), MovingFrameClassifier)
 
 
 def test_hierarchy_frame_without_a_tree(tmp_path):
