@@ -36,6 +36,14 @@ def script(tmp_path, monkeypatch):
     return call
 
 
+def test_refused(script, monkeypatch):
+    with pytest.raises(ValueError, match="time_budget has no place in a comparison"):
+        script("--base.time_budget", "0s")
+    monkeypatch.setattr("training.launching.PartialState", lambda **kwargs: type("Two", (), {"num_processes": 2}))
+    with pytest.raises(ValueError, match="as one process"):
+        script()
+
+
 def started(capsys):
     return [line for line in capsys.readouterr().out.splitlines() if "-label-" in line]
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from training.comparison import Comparison
+from training.comparison import Comparison, recipe_of
+from training.comparison import cells as cells_of
 from training.config import Ema, Optim, Recipe, changes, final_size, parse, save_recipe, seconds, size_at
 from training.evaluate import Evaluation
 from training.finetune import Finetune
@@ -19,7 +20,8 @@ RECIPES = sorted((Path(__file__).parents[2] / "training" / "recipes").glob("*.ya
 def test_every_recipe_reads(path):
     text = path.read_text()
     if "variants:" in text:
-        assert parse(Comparison, ["--config", str(path)]).base.data.source
+        comparison = parse(Comparison, ["--config", str(path)])
+        assert all(recipe_of(comparison, cell).data.label_column == cell.labels for cell in cells_of(comparison))
     elif "\nweights:" in text:
         assert cells(parse(Table, ["--config", str(path)]))
     elif "\nmodels:" in text:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import fcntl
 import json
 import os
 import resource
@@ -140,14 +141,68 @@ def test_saves_by_the_clock(tmp_path):
 
 def test_resuming_with_another_recipe(tmp_path, capsys):
     run(tmp_path, "run", time_budget="0s").fit()
-    with pytest.raises(ValueError, match=r"another model \(head frame -> learned\)"):
+    with pytest.raises(ValueError, match=r"another model, optimiser or average \(head frame -> learned\)"):
         run(tmp_path, "run", resume=True, head="learned")
     with pytest.raises(ValueError, match="4 steps in an epoch, this recipe 8"):
         run(tmp_path, "run", resume=True, batch_size=32)
-    again = run(tmp_path, "run", resume=True, optim=Optim(lr=1e-3))
-    assert "another recipe than before: optim.lr 0.002 -> 0.001." in capsys.readouterr().out
+    for changes, message in (
+        ({"optim": Optim("sgd")}, r"optim\.name adamw -> sgd"),
+        ({"ema": Ema(0.9)}, r"ema\.decay 0\.0 -> 0\.9"),
+        ({"model_args": {}}, r"model_args \{'drop_rate': 0\.2\} -> \{\}"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(tmp_path, "run", resume=True, **changes)
+    again = run(tmp_path, "run", resume=True, optim=Optim(lr=1e-3, weight_decay=0.5, betas=[0.8, 0.9]))
+    assert "another recipe than before: optim.lr 0.002 -> 0.001" in capsys.readouterr().out
     assert again.step == 1
     assert "lr: 0.001" in (tmp_path / "run" / "recipe.yaml").read_text()
+    groups = again.optimizer.param_groups
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.5}  # what is announced is what is done
+    assert {group["betas"] for group in groups} == {(0.8, 0.9)}
+
+
+def test_several_processes_do_not_go_on_from_one(tmp_path):
+    run(tmp_path, "run", time_budget="0s").fit()
+    state = tmp_path / "run" / "checkpoints" / "step_00000001" / "state.json"
+    state.write_text(json.dumps({**json.loads(state.read_text()), "processes": 2}))
+    with pytest.raises(ValueError, match=r"is of 2 process\(es\): resume with one if it was one"):
+        run(tmp_path, "run", resume=True)
+
+
+def test_one_training_a_folder(tmp_path):
+    first = run(tmp_path, "run", epochs=1)
+    with open(tmp_path / "run" / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="Another process trains in"):
+            first.fit()
+    assert first.fit()
+
+
+def test_a_killed_save_leaves_the_recipe(tmp_path, monkeypatch):
+    run(tmp_path, "run", time_budget="0s").fit()
+    before = (tmp_path / "run" / "recipe.yaml").read_text()
+    monkeypatch.setattr("training.config.yaml.safe_dump", lambda *args, **kwargs: (_ for _ in ()).throw(OSError()))
+    with pytest.raises(OSError):  # noqa: PT011
+        run(tmp_path, "run", resume=True, optim=Optim(lr=1e-3))
+    assert (tmp_path / "run" / "recipe.yaml").read_text() == before
+
+
+def test_an_old_start_keeps_its_own_checkpoints(tmp_path):
+    """Later ones are of the run before it went back; they are in the way of those that count."""
+    stopped = run(tmp_path, "run", epochs=1, save_steps=1, keep_checkpoints=4)
+    assert stopped.fit()
+    checkpoints = tmp_path / "run" / "checkpoints"
+    for step in (3, 4):
+        (checkpoints / f"step_0000000{step}" / "state.json").unlink()
+    resumed = run(tmp_path, "run", resume=True, save_steps=1, keep_checkpoints=1, epochs=1)
+    monitored = []
+    step = resumed.stepper.step
+    resumed.stepper.step = lambda *batch: (
+        monitored.append(sorted(f.name for f in checkpoints.iterdir())) or step(*batch)
+    )
+    assert resumed.fit()
+    assert monitored[1] == ["step_00000003"]
+    assert sorted(f.name for f in checkpoints.iterdir()) == ["step_00000004"]
 
 
 def test_accumulation_changes_nothing_but_rounding(tmp_path):
