@@ -59,6 +59,13 @@ def evaluate_model(settings: Evaluation) -> dict[str, Any]:
     split = load_split(settings.data, settings.data.val_split)
     if len(split.label_names) != model.num_classes:
         raise ValueError(f"{settings.model} has {model.num_classes} classes, {split.source} {len(split.label_names)}.")
+    own = model.pretrained_cfg.get("label_names")
+    if own and list(own) != list(split.label_names):
+        name, other = next(pair for pair in zip(own, split.label_names, strict=True) if pair[0] != pair[1])
+        raise ValueError(
+            f"{settings.model} knows other classes, or in another order, than {split.source}: {name!r} is where that "
+            f"has {other!r}. Rename or reorder the classes of the data; etf-zoo evaluate matches them by name."
+        )
     tree = (
         Path(settings.hierarchy) if settings.hierarchy else Path(find_source(settings.data.source)) / "hierarchy.json"
     )
@@ -108,7 +115,12 @@ def command_line(settings: Evaluation) -> str:
     data = settings.data
     options = ["--model", settings.model, "--data.source", data.source, "--data.val_split", data.val_split]
     options += ["--data.size", str(data.size)] + (["--size", str(settings.size)] if settings.size else [])
-    for name in ("config", "train_split", "image_column", "label_column", "resident", "crop_pct", "streaming"):
+    if settings.hierarchy:
+        options += ["--hierarchy", settings.hierarchy]
+    for name in (
+        *("config", "train_split", "image_column", "label_column", "resident", "crop_pct", "streaming"),
+        *("num_classes", "max_corrupt"),
+    ):
         if getattr(data, name) != getattr(Data(), name):
             value = getattr(data, name)
             options += [f"--data.{name}", str(value).lower() if isinstance(value, bool) else str(value)]
@@ -117,6 +129,8 @@ def command_line(settings: Evaluation) -> str:
 
 def main() -> None:
     settings = parse(Evaluation)
+    if settings.output and not Path(settings.output).resolve().parent.is_dir():
+        raise ValueError(f"There is no folder for --output {settings.output}: make it first.")
     figures = evaluate_model(settings)
     if not PartialState().is_main_process:
         return

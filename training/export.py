@@ -15,17 +15,28 @@ from matplotlib.figure import Figure
 from etf_zoo.card import METRICS_NAME, write_card
 from etf_zoo.hub import save_folder
 
-from .config import final_size, save_recipe
+from .config import Recipe, final_size, save_recipe
 from .data import Split
 from .engine import Run
 from .evaluate import Evaluation, command_line, evaluate_model
 
-__all__ = ["export_run", "plot_curve"]
+__all__ = ["check_storable", "export_run", "plot_curve"]
 
 matplotlib.use("Agg")
 
 # Weights follow the terms of the data they were trained on.
 LICENSES = {"tiny_imagenet": "cc-by-nc-4.0", "scikit-learn digits": "cc-by-4.0"}
+
+
+def check_storable(recipe: Recipe) -> None:
+    """Raise ValueError, before any training, on a model that no folder can hold: timm could not build it."""
+    args = recipe.model_args
+    changed = args.get("neck") not in (None, "none") or args.get("whitening", False) is not False
+    if recipe.head == "learned" and changed:
+        raise ValueError(
+            "A learned head behind a neck or a whitening layer is a control that training/comparison.py measures; it "
+            "has no model folder. Leave model_args.neck and model_args.whitening out, or use head=frame."
+        )
 
 
 def export_run(

@@ -10,12 +10,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 
 from training.config import Recipe, parse
 from training.engine import Run
-from training.export import export_run
+from training.export import check_storable, export_run
 from training.launching import run_script
 
 
 def main() -> None:
-    run = Run(parse(Recipe))
+    recipe = parse(Recipe)
+    check_storable(recipe)
+    run = Run(recipe)
     if run.fit():
         metrics = export_run(run, run.folder / "model")
         run.accelerator.print(json.dumps(metrics["results"], indent=1))

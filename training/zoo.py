@@ -29,7 +29,7 @@ from etf_zoo.pretrained import WEIGHTS_NAME
 from training import checkpoint
 from training.config import Recipe, parse, seconds
 from training.engine import CHECKPOINTS, Run
-from training.export import export_run
+from training.export import check_storable, export_run
 from training.launching import process_state, run_script
 from training.parsing import merged, parse_entries
 from training.readme import ROOT, write_tables
@@ -157,6 +157,9 @@ def main() -> None:
         entry = entry_of(zoo, name)
         recipe = dataclasses.replace(entry.recipe, output=args.output or entry.recipe.output)
         entries.append(Entry(recipe, args.heads or entry.heads, entry.keep, args.seeds or entry.seeds))
+    for entry in entries:
+        for head in entry.heads:
+            check_storable(dataclasses.replace(entry.recipe, head=head))
     for entry in entries:
         train(entry, args.cards, until)
     if processes.is_main_process and args.cards == ROOT / "model_cards":
