@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ __all__ = [
     "become",
     "become_twin",
     "frame_heads",
+    "head_defaults",
     "is_conversion",
     "narrowest",
     "replace_leaves",
@@ -159,6 +161,12 @@ def _leaf(model: nn.Module, name: str) -> nn.Module | None:
         return None
 
 
+def head_defaults() -> dict[str, Any]:
+    """What each of `HEAD_ARGS` is where it is not given."""
+    parameters = inspect.signature(FrameClassifier).parameters
+    return {key: parameters[name].default for key, name in HEAD_ARGS.items() if name in parameters} | {"moving": False}
+
+
 def is_conversion(args: Mapping[str, Any]) -> bool:
     """Whether head arguments are those of a softmax-preserving conversion, which serves one classifier only."""
     frame = args.get("frame")
@@ -210,6 +218,14 @@ def _head_for(
         **kwargs,  # type: ignore[arg-type]
     )
     if weights is not None:
+        wanted = head.state_dict().keys()
+        missing, unknown = sorted(wanted - weights.keys()), sorted(weights.keys() - wanted)
+        if missing or unknown:
+            raise RuntimeError(
+                f"The weights hold another head than asked for: {', '.join(missing[:3]) or 'nothing'} missing, "
+                f"{', '.join(unknown[:3]) or 'nothing'} unknown. Create the model with the neck, feature_norm and "
+                f"moving that it was saved with, or with num_classes=K for a fresh head."
+            )
         head.to_empty(device=device)
         head.load_state_dict(weights)
     return head.to(dtype).train(leaf.training)

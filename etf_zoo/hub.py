@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -14,9 +13,8 @@ import torch
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
-from .classifier import FrameClassifier
 from .frames.named import CUSTOM
-from .heads import HEAD_ARGS, frame_heads
+from .heads import frame_heads, head_defaults
 from .pretrained import CONFIG_NAME, WEIGHTS_NAME, sha256
 
 __all__ = ["save_folder", "storage_state_dict"]
@@ -104,9 +102,7 @@ def _head_args(model: nn.Module) -> dict[str, Any]:
     """Arguments that build the same head again, defaults spelled out; a frame given as a tensor is in the weights."""
     if not hasattr(model, "_frame_args"):
         return {}
-    parameters = inspect.signature(FrameClassifier).parameters
-    defaults = {key: parameters[name].default for key, name in HEAD_ARGS.items() if name in parameters}
-    args = defaults | model._frame_args  # type: ignore[operator]
+    args = head_defaults() | model._frame_args  # type: ignore[operator]
     if args["hierarchy"] is None:
         del args["hierarchy"], args["gamma"]
     elif args["frame"] == "hierarchy":

@@ -33,6 +33,7 @@ from .heads import (
     base_name,
     become_twin,
     frame_heads,
+    head_defaults,
     is_conversion,
     narrowest,
     replace_leaves,
@@ -44,6 +45,10 @@ __all__ = ["classifies", "is_converted", "register_variants", "without_classifie
 
 # Encoders of timm whose pretrained cfg names a classifier that the module does not have.
 _NO_CLASSIFIER = ("gemma4_vit_167m_enc", "gemma4_vit_570m_enc", "mobilenetv5_300m_enc")
+
+# Head arguments that say which tensors a head has.
+_STRUCTURE = ("neck", "feature_norm", "moving")
+_WHITENING = ".running_whitening_"  # what the state dict of a whitening layer has and no other layer's
 
 default_cfgs: dict[str, DefaultCfg] = {}  # where timm's register_model looks for this module's cfgs
 
@@ -91,10 +96,22 @@ def _check_backbone(model: nn.Module, backbone: Mapping[str, Tensor], names: Ite
         )
 
 
-def _check_stored_head(name: str, own: Mapping[str, Any], saved: Mapping[str, Any], rows: int, width: int) -> None:
-    """Raise ValueError if a call asks for another head than the one that the weights bring, `(rows, width)`."""
-    defaults = {"frame": "auto", "orientation": "auto", "frame_seed": 0, "logit_scale": "auto"}
-    asked = [k for k in defaults if k in own and not _same(own[k], saved.get(k, defaults[k]))]
+def _check_stored_head(
+    name: str, own: Mapping[str, Any], saved: Mapping[str, Any], described: bool, rows: int, width: int
+) -> None:
+    """Raise ValueError if a call asks for another head than the one that the weights bring, `(rows, width)`.
+
+    Args:
+        name: The twin.
+        own: What the call asks for.
+        saved: What the weights were saved with.
+        described: Whether `saved` belongs to these weights. If not, the call says how their head is built.
+        rows: Classes of the stored frame.
+        width: Width of the stored frame.
+    """
+    defaults = head_defaults()
+    checked = [k for k in defaults if k in own and (described or k not in _STRUCTURE)]
+    asked = [k for k in checked if not _same_argument(k, own[k], saved.get(k, defaults[k]))]
     if "orientation" in asked:
         theirs, ours = (resolve_orientation(a.get("orientation", "auto"), rows, width) for a in (saved, own))
         asked = [k for k in asked if k != "orientation" or theirs != ours]
@@ -104,11 +121,20 @@ def _check_stored_head(name: str, own: Mapping[str, Any], saved: Mapping[str, An
         raise ValueError(_contradiction(name, asked))
 
 
+def _same_argument(key: str, own: Any, saved: Any) -> bool:
+    if key == "moving":  # how it moves on is no part of the weights
+        return bool(own) == bool(saved)
+    if key == "neck":
+        return _same(None if _same(own, "none") else own, None if _same(saved, "none") else saved)
+    return _same(own, saved)
+
+
 def _contradiction(name: str, asked: Iterable[str]) -> str:
     return (
         f"The weights of {name} hold their own frame and scale, which {', '.join(asked)} would contradict. "
-        f"Drop the argument, or put another head on the loaded model: "
-        f"etf_zoo.attach_frame(timm.create_model({name!r}, pretrained=True), ...)."
+        f"Drop the argument, ask for another number of classes (num_classes=K gives a fresh head), or change the "
+        f"loaded model: etf_zoo.attach_frame(timm.create_model({name!r}, pretrained=True), ...) for another head, "
+        f"etf_zoo.whitening.whiten_last_norm(model) for whitening."
     )
 
 
@@ -133,11 +159,15 @@ def _create_twin(
     cfg, tag_args = _resolve_cfg(name, pretrained, pretrained_cfg, tags)
     cfg = replace(cfg, **{"architecture": name, **(pretrained_cfg_overlay or {})})
     merged = pretrained_model_args or {}  # of a folder or Hub model; timm has put them among the kwargs too
+    replaced = not {"file", "state_dict"}.isdisjoint(pretrained_cfg_overlay or {})
+    described = bool(merged or (tag_args and not replaced))
     saved_args = {**tag_args, **merged}
     own_args = {k: v for k, v in kwargs.items() if k not in merged or not _same(v, merged[k])}
     kwargs = {"num_classes": cfg.num_classes, **saved_args, **kwargs}
     head_args = {key: kwargs.pop(key) for key in HEAD_ARGS if key in kwargs}
     whitening = kwargs.pop("whitening", False)
+    if whitening and features_only:
+        raise ValueError("features_only builds timm's feature extractor, which has no place for whitening.")
     building = {**kwargs, "cache_dir": cache_dir, **({"features_only": True} if features_only else {})}
 
     from_timm = pretrained and is_converted(cfg)
@@ -156,7 +186,12 @@ def _create_twin(
     same_classes = num_classes == cfg.num_classes
     if state_dict is not None and same_classes and num_classes > 0:
         shape = next((state_dict[f"{n}.weight"].shape for n in names if f"{n}.weight" in state_dict), (0, 0))
-        _check_stored_head(name, own_args, saved_args, *shape)
+        _check_stored_head(name, own_args, saved_args, described, *shape)
+    held = {key.partition(_WHITENING)[0] for key in state_dict or () if _WHITENING in key}  # where the weights have one
+    if state_dict is not None and "whitening" in own_args and (same_classes or held):
+        stored = saved_args.get("whitening", whitening)
+        if bool(whitening) != bool(held) or (held and described and not _same(whitening, stored)):
+            raise ValueError(_contradiction(name, ["whitening"]))
 
     base = base_name(name)
     base_cfg = cfg.to_dict(remove_source=True)
@@ -164,22 +199,24 @@ def _create_twin(
     if state_dict is not None:
         backbone, head = split_head(state_dict, names)
         # timm loads strictly unless the class counts differ, and then it pops only .weight and .bias: hand it a
-        # count that always differs and no head at all, and check the keys ourselves.
-        base_cfg.update(state_dict=backbone, num_classes=-1)
-    load = state_dict is not None and not whitening
-    model = model_entrypoint(base)(pretrained=load, pretrained_cfg=base_cfg, **building)
+        # count that always differs and no head at all, and check the keys ourselves. A whitening comes after it.
+        plain, whitened = split_head(backbone, held)
+        base_cfg.update(state_dict=plain, num_classes=-1)
+    model = model_entrypoint(base)(pretrained=state_dict is not None, pretrained_cfg=base_cfg, **building)
     model.pretrained_cfg.pop("state_dict", None)
     model.pretrained_cfg["tag"] = cfg.tag
     if features_only:
         return model
     model.pretrained_cfg["num_classes"] = cfg.num_classes
 
-    if whitening:
+    if whitening and held:
         _whiten(model, whitening)
     if state_dict is not None:
         _check_backbone(model, backbone, names, same_classes)
-        if whitening:  # timm's loader ran before there was such a layer
-            model.load_state_dict(backbone, strict=False)
+    if held:
+        model.load_state_dict(whitened, strict=False)
+    elif whitening:
+        _whiten(model, whitening)
     if not same_classes and num_classes > 0:  # what the tag was trained with need not fit another number of classes
         if "frame" not in own_args and is_conversion(head_args):
             head_args = {key: value for key, value in head_args.items() if key in own_args}

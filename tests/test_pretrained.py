@@ -81,6 +81,20 @@ def test_more_classes_than_width_drop_the_orientation_of_the_tag():
         timm.create_model(MOBILE, pretrained=True, num_classes=1500, orientation="blocks")
 
 
+@pytest.mark.parametrize("kwargs", [{"moving": True}, {"neck": "mlp"}, {"feature_norm": "none"}, {"whitening": True}])
+def test_another_head_on_the_stored_classes_is_refused_and_a_fresh_one_made(kwargs):
+    (asked,) = kwargs
+    with pytest.raises(ValueError, match=f"which {asked} would contradict.*num_classes=K gives a fresh head"):
+        timm.create_model(MOBILE, pretrained=True, **kwargs)
+    reference, fresh = timm.create_model(MOBILE, pretrained=True), timm.create_model(MOBILE, num_classes=7, **kwargs)
+    seven = timm.create_model(MOBILE, pretrained=True, num_classes=7, **kwargs)
+    assert seven.state_dict().keys() == fresh.state_dict().keys()
+    for key, value in seven.state_dict().items():
+        if key in reference.state_dict() and not key.startswith("classifier."):
+            assert torch.equal(value, reference.state_dict()[key]), key
+    assert type(seven.classifier) is type(fresh.classifier)
+
+
 def test_untagged_without_pretrained_has_the_bases_defaults():
     model = timm.create_model(MOBILE)
     assert (model.num_classes, model.pretrained_cfg["input_size"]) == (1000, (3, 224, 224))
@@ -153,3 +167,16 @@ def test_weights_in_memory(tiny_model):
     assert torch.equal(model.conv_head.weight, tiny_model.conv_head.weight)
     assert "state_dict" not in model.pretrained_cfg
     assert torch.equal(frame_heads(model)["classifier"].weight, tiny_model.classifier.weight)
+
+
+def test_weights_in_memory_do_not_say_how_their_head_is_built():
+    source = timm.create_model("test_resnet_etf", num_classes=5, neck="mlp", feature_norm="batch")
+
+    def load(**kwargs):
+        overlay = {"state_dict": source.state_dict(), "num_classes": 5}
+        return timm.create_model("test_resnet_etf", pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
+
+    assert load(neck="mlp", feature_norm="batch").state_dict().keys() == source.state_dict().keys()
+    for wrong in ({}, {"neck": "mlp"}, {"neck": "residual", "feature_norm": "batch"}):
+        with pytest.raises(RuntimeError, match=r"hold another head than asked for: .* missing, .* unknown. Create the"):
+            load(**wrong)

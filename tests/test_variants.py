@@ -534,7 +534,18 @@ def test_the_orientation_that_weights_have_may_be_asked_for(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "kwargs", [{"frame": "simplex"}, {"orientation": "random"}, {"frame_seed": 1}, {"logit_scale": 9}]
+    "kwargs",
+    [
+        {"frame": "simplex"},
+        {"orientation": "random"},
+        {"frame_seed": 1},
+        {"logit_scale": 9},
+        {"neck": "mlp"},
+        {"feature_norm": "batch"},
+        {"feature_norm": "none"},
+        {"gamma": 3.0},
+        {"moving": True},
+    ],
 )
 def test_weights_bring_their_frame_and_scale(tmp_path, kwargs):
     source = save(small_resnet(), tmp_path)
@@ -542,7 +553,7 @@ def test_weights_bring_their_frame_and_scale(tmp_path, kwargs):
         ValueError, match=rf"hold their own frame and scale, which {next(iter(kwargs))} would contradict"
     ):
         timm.create_model(source, pretrained=True, **kwargs)
-    timm.create_model(source, pretrained=True, logit_scale="learnable")
+    timm.create_model(source, pretrained=True, logit_scale="learnable", neck="none", moving=False)  # theirs
     timm.create_model(source, pretrained=True, num_classes=4, **kwargs)
 
 

@@ -120,7 +120,29 @@ def test_errors(kwargs, message):
         timm.create_model("test_resnet_etf", **{"num_classes": 5, **kwargs})
 
 
-def test_weights_without_whitening_are_refused(tmp_path):
-    save_folder(small().eval(), tmp_path)
-    with pytest.raises(RuntimeError, match=r"do not belong to this architecture.*arguments it was saved with"):
-        timm.create_model(f"local-dir:{tmp_path}", pretrained=True, whitening=True)
+def test_whitening_of_weights(tmp_path, caplog):
+    """Weights with whitening load at any number of classes and channels; those without get it with a fresh head."""
+    x = torch.randn(4, 3, 32, 32)
+    plain, white = trained(small()), trained(small(whitening={"group_size": 16}))
+    without, having = (f"local-dir:{save_folder(net, tmp_path / str(i))}" for i, net in enumerate((plain, white)))
+    contradiction = pytest.raises(ValueError, match=r"which whitening would contradict.*whiten_last_norm")
+    with contradiction:
+        timm.create_model(without, pretrained=True, whitening=True)
+    for other in (False, {"group_size": 8}):
+        for num_classes in (5, 7):
+            with contradiction:
+                timm.create_model(having, pretrained=True, whitening=other, num_classes=num_classes)
+    seven = timm.create_model(having, pretrained=True, num_classes=7).eval()
+    torch.testing.assert_close(seven.forward_features(x), white.forward_features(x), atol=2e-2, rtol=0)
+    grey = timm.create_model(having, pretrained=True, in_chans=1).eval()
+    three = x[:, :1].expand(-1, 3, -1, -1)  # timm sums the first convolution over the channels
+    torch.testing.assert_close(grey(x[:, :1]), white(three), atol=2e-2, rtol=0)
+    fresh = timm.create_model(without, pretrained=True, num_classes=7, whitening={"group_size": 16})
+    (place,) = [name for name, module in fresh.named_modules() if isinstance(module, Whitening)]
+    stored = timm.create_model(without, pretrained=True).state_dict()
+    for key, value in fresh.state_dict().items():
+        if key in stored and not key.startswith("fc.") and key != f"{place}.running_mean":
+            assert torch.equal(value, stored[key]), key
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]  # of timm, on unknown keys
+    with pytest.raises(ValueError, match="features_only builds timm's feature extractor"):
+        timm.create_model(having, pretrained=True, features_only=True)
