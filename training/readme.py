@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-HEADS = ROOT / "training/results/cifar100_heads/table.md"
+RESULTS = ROOT / "training" / "results"
 
 
 def table(folder: Path = ROOT / "model_cards") -> str:
@@ -16,10 +17,15 @@ def table(folder: Path = ROOT / "model_cards") -> str:
         metrics = json.loads(path.read_text(encoding="utf-8"))
         results, training, recipe = metrics["results"], metrics["training"], metrics["training"]["recipe"]
         name = path.parent.name
+        top1, seeds = f"{results['top1']:.2f}", sorted(path.parent.glob("metrics_seed*.json"))
+        if seeds:
+            others = [json.loads(seed.read_text(encoding="utf-8"))["results"]["top1"] for seed in seeds]
+            every = [results["top1"], *others]
+            top1 += f" (mean of {len(every)} seeds {statistics.mean(every):.2f} ± {statistics.stdev(every):.2f})"
         head = {"frame": "fixed frame", "random": "fixed random frame", "learned": "learned (control)"}[recipe["head"]]
         lines.append(
             f"| [`{name}`](model_cards/{name}) | {head} | {metrics['dataset']['name']}, {metrics['dataset']['split']} "
-            f"| {results['top1']:.2f} | {results['top5']:.2f} | {recipe['epochs']}, {metrics['dataset']['size']} px "
+            f"| {top1} | {results['top5']:.2f} | {recipe['epochs']}, {metrics['dataset']['size']} px "
             f"| {training['hours']}, {training['device']} |"
         )
     return "\n".join(lines)
@@ -33,7 +39,9 @@ def _order(path: Path) -> tuple[str, str, bool]:
 
 def rendered(readme: str) -> str:
     """The README with fresh tables."""
-    for name, content in (("results", table()), ("heads", HEADS.read_text(encoding="utf-8").strip())):
+    compared = {name: RESULTS / f"cifar100_{name}" / "table.md" for name in ("heads", "longtail")}
+    contents = {name: file.read_text(encoding="utf-8").strip() for name, file in compared.items()}
+    for name, content in {"results": table(), **contents}.items():
         begin, end = f"<!-- {name}: python training/readme.py -->", f"<!-- end of {name} -->"
         before, rest = readme.split(begin)
         readme = f"{before}{begin}\n{content}\n{end}{rest.split(end)[1]}"
