@@ -63,7 +63,7 @@ class Run:
         self.recipe = recipe
         self.folder = Path(recipe.output)
         self.accelerator = make_accelerator(recipe.precision)
-        with self.accelerator.main_process_first():  # one process decodes, the others find the array
+        with self.accelerator.local_main_process_first():  # one process decodes, its neighbours find the array
             self.train_split = train or load_split(recipe.data, recipe.data.train_split)
             self.val_split = val or load_split(recipe.data, recipe.data.val_split)
         if recipe.data.long_tail and train is None:
@@ -355,7 +355,7 @@ class Run:
             eval_batches,
             self.val_split,
             size=size,
-            batch_size=max(self.recipe.batch_size // (a.num_processes * self.recipe.accumulate), 16),  # as in training
+            batch_size=self.eval_batch_size,
             rank=a.process_index,
             world=a.num_processes,
             colours=self.colours,
@@ -368,6 +368,11 @@ class Run:
             sync_buffers(model)
         found = measure(model, Repeatable(batches), distances=self.distances, processes=a, autocast=a.autocast)
         return found.figures
+
+    @property
+    def eval_batch_size(self) -> int:
+        """Images per step and process: as many as a piece of training, which keeps far more of each."""
+        return max(self.recipe.batch_size // (self.accelerator.num_processes * self.recipe.accumulate), 16)
 
     def figures_on(self, split: AnySplit) -> dict[str, float]:
         """Figures on any images."""

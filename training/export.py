@@ -79,7 +79,7 @@ def export_run(
             plot_curve(folder / "metrics.jsonl", folder / "curve.png")
     run.accelerator.wait_for_everyone()
 
-    evaluation = Evaluation(model=str(folder), data=recipe.data)
+    evaluation = Evaluation(model=str(folder), data=recipe.data, batch_size=run.eval_batch_size)
     measured = evaluate_model(evaluation)
     del measured["images_per_second"]  # says more of the machine's other work than of the model
     metrics = {

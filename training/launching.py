@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -31,6 +32,7 @@ __all__ = [
     "run_script",
 ]
 
+SYSTEM = (errno.EACCES, errno.EDQUOT, errno.ENOSPC, errno.ENOTDIR, errno.EROFS)  # a user's, wherever they are raised
 Batch = tuple[Tensor, Tensor]
 PATIENCE = timedelta(hours=6)  # of processes with one another: the first may have a large data set to decode
 
@@ -136,6 +138,6 @@ def run_script(main: Callable[[], None]) -> None:
         ) from None
     except (ValueError, OSError, RuntimeError, FloatingPointError, ImportError) as error:
         raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
-        if not any(raised_in.is_relative_to(folder) for folder in own):
+        if not any(raised_in.is_relative_to(folder) for folder in own) and getattr(error, "errno", None) not in SYSTEM:
             raise
         raise SystemExit(f"error: {error}") from None

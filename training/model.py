@@ -109,12 +109,24 @@ def make_model(recipe: Recipe, num_classes: int, hierarchy: Tensor | None = None
         recipe: The recipe.
         num_classes: Number of classes K.
         hierarchy: Distances between the classes `(K, K)`, for `frame: hierarchy`.
+
+    Raises:
+        ValueError: If there is no such model, or it does not take its `model_args`.
     """
+    try:
+        return _make_model(recipe, num_classes, hierarchy)
+    except TypeError as error:
+        if "unexpected keyword argument" not in str(error):
+            raise
+        raise ValueError(f"model_args of {recipe.model}: {error}.") from error
+
+
+def _make_model(recipe: Recipe, num_classes: int, hierarchy: Tensor | None) -> nn.Module:
     set_seed(recipe.seed)
     source = find_model(recipe.model, recipe.pretrained)
     args: dict[str, Any] = {"pretrained": recipe.pretrained, "num_classes": num_classes, **recipe.model_args}
     if args.get("frame") == "hierarchy":
-        args["hierarchy"] = hierarchy
+        args.setdefault("hierarchy", hierarchy)
     if recipe.head == "random":  # which knows no tree, and stays where it is
         args = {**{k: v for k, v in args.items() if k not in ("hierarchy", "gamma", "moving")}, "frame": "random"}
     if recipe.head != "learned" and source.is_twin:

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -143,6 +144,9 @@ def write_prepared(rows: Rows, size: int, folder: Path) -> None:
     full += "($ETF_ZOO_CACHE, or --out) or a smaller --data.size."
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        for rest in folder.parent.glob(".writing-*"):  # of processes that were killed, a day and longer ago
+            if time.time() - rest.stat().st_mtime > 86400:
+                shutil.rmtree(rest, ignore_errors=True)
         if shutil.disk_usage(folder.parent).free < needed:
             raise OSError(errno.ENOSPC, full)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".writing-") as temporary:

@@ -341,6 +341,12 @@ def test_diverged_loss_stops_with_advice(tmp_path):
         broken.fit()
 
 
+def test_misspelt_model_arguments():
+    for name in ("test_resnet_etf", "test_resnet"):
+        with pytest.raises(ValueError, match=rf"model_args of {name}: .*orientaton"):
+            make_model(dataclasses.replace(RECIPE, model=name, model_args={"orientaton": "blocks"}), 10)
+
+
 def test_heads_share_the_backbone():
     recipe = dataclasses.replace(RECIPE, model_args={"orientation": "blocks"})
     frame, random, learned = (

@@ -22,6 +22,12 @@ def test_a_defect_keeps_its_traceback():
         run_script(lambda: {}["x"])
 
 
+def test_what_the_system_refuses_is_no_defect(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match="error: .*Not a directory"):
+        run_script(lambda: (tmp_path / "file" / "run").mkdir())
+
+
 def test_a_full_gpu_gets_advice():
     def full():
         raise torch.OutOfMemoryError("CUDA out of memory")

@@ -1,6 +1,7 @@
 """Arrays on disk: what they hold, when they are written anew, and what a full disk leaves."""
 
 import json
+import os
 import resource
 import sys
 
@@ -43,6 +44,15 @@ def test_key_is_content_and_size(tmp_path):
     (source / "train" / "b").rename(source / "train" / "c")
     assert load_split(Data("made", size=8), "train").label_names == ["a", "c"]
     assert len(entries(tmp_path)) == 4
+
+
+def test_what_a_kill_left_is_cleared_after_a_day(tmp_path):
+    write_folder(tmp_path / "made", {"train": {"a": [1], "b": [2]}})
+    (tmp_path / "cache" / ".writing-old").mkdir(parents=True)
+    (tmp_path / "cache" / ".writing-new").mkdir()
+    os.utime(tmp_path / "cache" / ".writing-old", (0, 0))
+    load_split(Data("made", size=8), "train")
+    assert [name for name in entries(tmp_path) if name.startswith(".writing")] == [".writing-new"]
 
 
 def test_broken_images_are_left_out_and_said(tmp_path):
