@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from .classifier import FrameClassifier
 from .frames.named import CUSTOM, HELMERT
-from .moving import MovingFrameClassifier
+from .moving import MOVING_ARGS, MovingFrameClassifier
+from .switches import read_switch
 
 __all__ = [
     "HEAD_ARGS",
@@ -330,14 +331,16 @@ def attach_frame(
         frame_seed: `seed` of `FrameClassifier`. Several heads (distilled models) share it, so their frames agree.
         hierarchy: See `FrameClassifier`; like a frame given as a tensor, it serves its own number of classes.
         gamma: See `FrameClassifier`.
-        moving: Whether the frame follows the class means (2411.01248), or the arguments of `MovingFrameClassifier`.
+        moving: Whether the frame follows the class means (2411.01248), or the `momentum`, `update_every` and `delta` of
+            `MovingFrameClassifier`; the others, `{}` all of them, have their defaults.
         classifier: Name(s) of the linear layer(s) to replace; for timm models known.
 
     Returns:
         The same model.
 
     Raises:
-        ValueError: If the classifier cannot be found or is not linear, or the frame does not fit.
+        ValueError: If the classifier cannot be found or is not linear, the frame does not fit, or `moving` is neither
+            a bool nor a mapping of those arguments.
     """
     args = {
         "frame": frame,
@@ -348,7 +351,7 @@ def attach_frame(
         "frame_seed": frame_seed,
         "hierarchy": hierarchy,
         "gamma": gamma,
-        "moving": moving,
+        "moving": read_switch("moving", moving, MOVING_ARGS),
     }
     if classifier is not None or not isinstance(getattr(model, "pretrained_cfg", None), dict):
         names = as_names(classifier)

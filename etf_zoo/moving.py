@@ -12,7 +12,9 @@ from .classifier import FrameClassifier
 from .frames import nearest_simplex_etf
 from .frames.simplex import check_simplex_fits
 
-__all__ = ["MovingFrameClassifier", "copy_moving_frames"]
+__all__ = ["MOVING_ARGS", "MovingFrameClassifier", "copy_moving_frames"]
+
+MOVING_ARGS = ("momentum", "update_every", "delta")  # those that a plain FrameClassifier has not
 
 
 class MovingFrameClassifier(FrameClassifier):

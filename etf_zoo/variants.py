@@ -39,7 +39,9 @@ from .heads import (
     replace_leaves,
     split_head,
 )
-from .whitening import whiten_last_norm
+from .moving import MOVING_ARGS
+from .switches import read_switch
+from .whitening import WHITENING_ARGS, whiten_last_norm
 
 __all__ = ["classifies", "is_converted", "register_variants", "without_classifier"]
 
@@ -123,7 +125,7 @@ def _check_stored_head(
 
 def _same_argument(key: str, own: Any, saved: Any) -> bool:
     if key == "moving":  # how it moves on is no part of the weights
-        return bool(own) == bool(saved)
+        own, saved = (bool(read_switch(key, value, MOVING_ARGS)) for value in (own, saved))
     if key == "neck":
         return _same(None if _same(own, "none") else own, None if _same(saved, "none") else saved)
     return _same(own, saved)
@@ -165,7 +167,9 @@ def _create_twin(
     own_args = {k: v for k, v in kwargs.items() if k not in merged or not _same(v, merged[k])}
     kwargs = {"num_classes": cfg.num_classes, **saved_args, **kwargs}
     head_args = {key: kwargs.pop(key) for key in HEAD_ARGS if key in kwargs}
-    whitening = kwargs.pop("whitening", False)
+    if "moving" in head_args:
+        head_args["moving"] = read_switch("moving", head_args["moving"], MOVING_ARGS)
+    whitening = read_switch("whitening", kwargs.pop("whitening", False), WHITENING_ARGS)
     if whitening and features_only:
         raise ValueError("features_only builds timm's feature extractor, which has no place for whitening.")
     building = {**kwargs, "cache_dir": cache_dir, **({"features_only": True} if features_only else {})}
@@ -189,7 +193,7 @@ def _create_twin(
         _check_stored_head(name, own_args, saved_args, described, *shape)
     held = {key.partition(_WHITENING)[0] for key in state_dict or () if _WHITENING in key}  # where the weights have one
     if state_dict is not None and "whitening" in own_args and (same_classes or held):
-        stored = saved_args.get("whitening", whitening)
+        stored = read_switch("whitening", saved_args.get("whitening", whitening), WHITENING_ARGS)
         if bool(whitening) != bool(held) or (held and described and not _same(whitening, stored)):
             raise ValueError(_contradiction(name, ["whitening"]))
 
@@ -236,8 +240,8 @@ def _create_twin(
     return model
 
 
-def _whiten(model: nn.Module, whitening: bool | Mapping[str, Any]) -> None:
-    whiten_last_norm(model, **(whitening if isinstance(whitening, Mapping) else {}))
+def _whiten(model: nn.Module, whitening: bool | dict[str, Any]) -> None:
+    whiten_last_norm(model, **(whitening if isinstance(whitening, dict) else {}))
 
 
 def _has_frame(state_dict: Mapping[str, Tensor], names: Iterable[str]) -> bool:

@@ -7,8 +7,12 @@ from timm.layers.norm import LayerNorm2d
 from torch import Tensor, nn
 
 from .classifier import FrameClassifier
+from .switches import read_switch
 
-__all__ = ["Whitening", "newton_whitening", "whiten_last_norm"]
+__all__ = ["WHITENING_ARGS", "Whitening", "newton_whitening", "whiten_last_norm"]
+
+# Arguments of `whiten_last_norm`: which norm, and what stands in its place.
+WHITENING_ARGS = ("name", "group_size", "iterations", "eps", "momentum", "affine")
 
 
 def newton_whitening(covariance: Tensor, iterations: int) -> Tensor:
@@ -150,14 +154,15 @@ def whiten_last_norm(model: nn.Module, *, name: str = "", **kwargs) -> str:
     Args:
         model: Any timm model, twin or not, or any module.
         name: Name of the norm to replace, where the last one is not the one meant.
-        **kwargs: For `Whitening`.
+        **kwargs: For `Whitening`: `group_size`, `iterations`, `eps`, `momentum`, `affine`.
 
     Returns:
         Name of the norm that was replaced.
 
     Raises:
-        ValueError: If there is no such norm.
+        ValueError: If there is no such norm, or on an argument that `Whitening` does not take.
     """
+    read_switch("whitening", kwargs, WHITENING_ARGS)
     norms = {key: module for key, module in model.named_modules() if isinstance(module, _NORMS)}
     heads = [key for key, module in model.named_modules() if isinstance(module, FrameClassifier)]
     if not name:

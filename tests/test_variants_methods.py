@@ -7,6 +7,7 @@ import timm
 import torch
 
 import etf_zoo
+from etf_zoo.export import export_plain
 from etf_zoo.frames import best_frame, hierarchy_frame, turn_to_blocks
 from etf_zoo.hub import save_folder, storage_state_dict
 from etf_zoo.moving import MovingFrameClassifier
@@ -87,6 +88,28 @@ def test_moving_arguments_reach_the_head():
         assert isinstance(small(moving=True).get_classifier(), MovingFrameClassifier)
 
 
+def test_empty_mappings_switch_a_method_on(tmp_path):
+    for given in ({}, True):
+        head = small(moving=given).get_classifier()
+        assert isinstance(head, MovingFrameClassifier)
+        assert (head.momentum, head.update_every, head.delta) == (0.9, 1, 1e-3)
+        net = small(whitening=given)
+        assert [m.group_size for m in net.modules() if isinstance(m, Whitening)] == [64]
+    for given in (False, None):
+        assert not isinstance(small(moving=given).get_classifier(), MovingFrameClassifier)
+        assert not any(isinstance(module, Whitening) for module in small(whitening=given).modules())
+    net = etf_zoo.attach_frame(timm.create_model("test_resnet"), 5, moving={})
+    assert isinstance(net.get_classifier(), MovingFrameClassifier)
+    net.reset_classifier(6)
+    assert isinstance(net.get_classifier(), MovingFrameClassifier)
+    save_folder(small(moving={}, whitening={}), tmp_path)
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, moving=True, whitening=True)
+    assert isinstance(loaded.get_classifier(), MovingFrameClassifier)
+    assert any(isinstance(module, Whitening) for module in loaded.modules())
+    with pytest.raises(ValueError, match="no whitening layer, so a model with one has no plain form"):
+        export_plain(small(whitening={}), tmp_path / "plain")
+
+
 def test_whitening_statistics_are_stored_exactly():
     stored = storage_state_dict(small(whitening={"group_size": 8}))
     statistics = {key: value.dtype for key, value in stored.items() if "running_whitening" in key}
@@ -113,11 +136,20 @@ def test_whitening_stands_in_the_last_norm():
         ({"moving": {"momentum": 2}}, "momentum is the share"),
         ({"moving": True, "num_classes": 1000}, "at least 999 dimensions"),
         ({"whitening": {"group_size": 0}}, "must be positive"),
+        ({"moving": {"momentun": 0.5}}, "moving takes momentum, update_every, delta; not momentun"),
+        ({"moving": "no"}, "moving is True, False or a mapping with any of momentum, update_every, delta; got 'no'"),
+        ({"whitening": {"groups": 16}}, "whitening takes name, group_size, .*, affine; not groups"),
+        ({"whitening": 16}, "whitening is True, False or a mapping with any of name, .*; got 16"),
     ],
 )
 def test_errors(kwargs, message):
     with pytest.raises(ValueError, match=message):
         timm.create_model("test_resnet_etf", **{"num_classes": 5, **kwargs})
+    if "moving" in kwargs:
+        with pytest.raises(ValueError, match=message):
+            etf_zoo.attach_frame(
+                timm.create_model("test_resnet"), kwargs.get("num_classes", 5), moving=kwargs["moving"]
+            )
 
 
 def test_whitening_of_weights(tmp_path, caplog):

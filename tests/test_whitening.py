@@ -198,5 +198,7 @@ def test_model_errors():
     model = timm.create_model("resnet18", num_classes=3)
     with pytest.raises(ValueError, match=r"no normalisation layer of the model.*layer4\.1\.bn2"):
         whiten_last_norm(model, name="layer4.1.bn9")
+    with pytest.raises(ValueError, match=r"whitening takes name, group_size, .*; not groups"):
+        whiten_last_norm(model, groups=4)
     with pytest.raises(ValueError, match="no normalisation layer to replace"):
         whiten_last_norm(nn.Linear(3, 3))
