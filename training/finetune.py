@@ -13,7 +13,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script from a clone
 
+from training import checkpoint
 from training.config import parse
+from training.engine import CHECKPOINTS
 from training.launching import run_script
 from training.picture import plot
 from training.probes import PROBES
@@ -22,23 +24,23 @@ from training.tuning import Finetune, Tuned, fine_tune, load_data
 
 def plan(settings: Finetune) -> dict[str, Finetune]:
     """What to run, by the name it gets in the table; the first is the one asked for."""
-    names = {"frame": "fixed frame", "random": "random frame", "learned": "learned head", "warm": "warm frame"}
-    what = settings.method if settings.method in PROBES else names[settings.head]
+    found = {_name(settings): settings}
+    references = {"random_weights": {"pretrained": False}, "learned_head": {"head": "learned"}}
+    for folder, change in references.items() if settings.compare else ():
+        output = Path(settings.output) / folder
+        # a kill may have come before this one began
+        resume = settings.resume and checkpoint.exists(output / CHECKPOINTS)
+        recipe = dataclasses.replace(settings, **change, output=str(output), resume=resume)  # type: ignore[arg-type]
+        found.setdefault(_name(recipe), recipe)  # not if it is what was asked for
+    return found
+
+
+def _name(settings: Finetune) -> str:
+    heads = {"frame": "fixed frame", "random": "random frame", "learned": "learned head", "warm": "warm frame"}
+    what = settings.method if settings.method in PROBES else heads[settings.head]
     weights = "pretrained" if settings.pretrained else "random weights"
     method = "" if settings.method in ("full", *PROBES) else f", {settings.method}"
-    own = f"{what}, {weights}{method}"
-    if not settings.compare:
-        return {own: settings}
-    output = Path(settings.output)
-    return {
-        own: settings,
-        f"{what}, random weights{method}": dataclasses.replace(
-            settings, pretrained=False, output=str(output / "random_weights")
-        ),
-        f"learned head, pretrained{method}": dataclasses.replace(
-            settings, head="learned", output=str(output / "learned_head")
-        ),
-    }
+    return f"{what}, {weights}{method}"
 
 
 def main() -> None:
@@ -55,7 +57,7 @@ def main() -> None:
     figures: dict[str, dict[str, Any]] = {name: tuned.figures() for name, tuned in others}
     folder = first.run.folder / "model"
     references = [{"model": name, "results": values} for name, values in figures.items()]
-    results = first.export(folder, references) if first.exportable else {"top1": first.top1}
+    results = {"top1": first.top1} if first.no_folder else first.export(folder, references)
     if not first.run.accelerator.is_main_process:
         return
     print(f"\n{'top-1 on ' + test.source:<40}{'%':>8}")
@@ -65,10 +67,10 @@ def main() -> None:
         picture = first.run.folder / "picture.png"
         plot({name: t.run for name, t in done.items()}, test, picture, curve="Held out" if settings.holdout else "Test")
         print(f"\nPicture: {picture}")
-    if first.exportable:
-        print(f"Model:   {folder}   (try: etf-zoo predict {folder} IMAGE)")
+    if first.no_folder:
+        print(f"There is no model folder: {first.no_folder}.")
     else:
-        print(f"{settings.method} keeps the training features themselves: there is no model folder.")
+        print(f"Model:   {folder}   (try: etf-zoo predict {folder} IMAGE)")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from etf_zoo import add_skip, attach_frame, frame_heads
 from etf_zoo.frames import nearest_simplex_etf
-from etf_zoo.heads import HEAD_ARGS, become
+from etf_zoo.heads import HEAD_ARGS, become, timm_classifier_names
 
 from .probes import class_means
 
@@ -33,12 +33,6 @@ class _PartlyFrozen(nn.Module):
         return self
 
 
-def head_names(model: nn.Module) -> tuple[str, ...]:
-    """Names of the classifier's modules, neck included."""
-    names = model.pretrained_cfg.get("classifier") or ()  # type: ignore[union-attr]
-    return (names,) if isinstance(names, str) else tuple(names)
-
-
 def blocks(model: nn.Module) -> dict[str, float]:
     """Blocks of a backbone, from the image on: name -> share of the model's parameters.
 
@@ -47,7 +41,7 @@ def blocks(model: nn.Module) -> dict[str, float]:
     if not hasattr(model, "group_matcher"):
         return {}
     sizes = {name: p.numel() for name, p in model.named_parameters()}
-    total, heads, found = sum(sizes.values()), head_names(model), {}
+    total, heads, found = sum(sizes.values()), timm_classifier_names(model), {}
     for names in group_parameters(model, model.group_matcher(coarse=False)).values():  # type: ignore[operator]
         prefix = _common_module(names)
         if prefix and not _below(prefix, heads) and not _above(prefix, heads):
@@ -105,7 +99,7 @@ def prepare(model: nn.Module, method: str, layer: str = "") -> nn.Module:
         raise ValueError(f"Unknown method {method!r}. Choose one of {', '.join(METHODS)}.")
     if method == "full":
         return model
-    tuned = head_names(model)
+    tuned = timm_classifier_names(model)
     if method != "head":
         layer = pick_layer(model, layer)
         tuned += (layer,)

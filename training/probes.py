@@ -20,11 +20,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from etf_zoo.heads import split_head, timm_classifier_names
+
 from .augment import colours_of
 from .data import eval_batches
 from .subsets import Images
 
-__all__ = ["PROBES", "Probe", "backbone_features", "class_means", "fit_probe"]
+__all__ = ["PROBES", "Probe", "backbone_features", "backbone_size", "class_means", "fit_probe", "linear_classifier"]
 
 PROBES = ("linear_probe", "knn", "ncm")
 STRENGTHS = tuple(10.0 ** np.arange(-4, 2))  # scikit-learn's C: larger is weaker regularisation
@@ -51,6 +53,23 @@ class Probe:
     linear: tuple[Tensor, Tensor] | None = None
     prototypes: Tensor | None = None
     logit_scale: float = 1.0
+
+
+def backbone_size(model: nn.Module) -> int:
+    """Parameters of a timm model without the layers that classify."""
+    backbone, _ = split_head(dict(model.named_parameters()), timm_classifier_names(model))
+    return sum(p.numel() for p in backbone.values())
+
+
+def linear_classifier(model: nn.Module) -> nn.Linear | nn.Conv2d | None:
+    """The one linear layer, or 1x1 convolution, that turns a timm model's features into logits.
+
+    None where there are several (distilled models, CrossViT) or where more than it stands behind the features (LeViT's
+    norm, CAFormer's MLP): no layer of theirs can then hold what was fitted to the features.
+    """
+    layer = model.get_classifier()  # type: ignore[operator]
+    single = isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1))
+    return layer if single and len(timm_classifier_names(model)) == 1 else None
 
 
 @torch.inference_mode()

@@ -1,14 +1,24 @@
-"""Parts of a training split: a stratified holdout, k images a class, a long tail."""
+"""Parts of a training split: a stratified holdout, k images a class, a long tail, the first so many."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 
 from .config import Data
-from .data import Rows, Split, Stream, load_split
+from .data import Rows, Split, Stream, limited_rows, load_split
 from .longtail import long_tail_indices
 
-__all__ = ["Images", "check_classes", "few_shot_indices", "holdout_indices", "load_images", "split_training"]
+__all__ = [
+    "Images",
+    "check_classes",
+    "few_shot_indices",
+    "holdout_indices",
+    "load_images",
+    "split_training",
+    "training_rows",
+]
 
 Images = Split | Rows  # a split with a length and labels at hand, resident or not
 
@@ -83,32 +93,50 @@ def few_shot_indices(labels, shots: int, seed: int, names: list[str]) -> np.ndar
     return np.sort(np.concatenate([rng.permutation(np.flatnonzero(labels == k))[:shots] for k in range(len(names))]))
 
 
-def split_training(
-    split: Images, *, holdout: float = 0.0, shots: int = 0, long_tail: float = 0.0, seed: int = 0
-) -> tuple[Images, Images | None]:
-    """Training images to fit on, and to watch.
+def training_rows(
+    labels,
+    names: list[str],
+    *,
+    holdout: float = 0.0,
+    shots: int = 0,
+    long_tail: float = 0.0,
+    limit: int = 0,
+    seed: int = 0,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which training images to fit on, and which to watch.
 
     Args:
-        split: All training images.
+        labels: `(N,)` class numbers of all training images.
+        names: Of the classes.
         holdout: Share of each class to watch; 0 for none. Taken first: few-shot training sees `shots` others.
         shots: Then so many images of each class; 0 for all.
         long_tail: Or an exponential long tail, see `long_tail_indices`; 0 for none.
+        limit: Of these the first so many of a fixed shuffle, see `limited_rows`; 0 for all.
         seed: Seed of all choices.
+
+    Returns:
+        Indices to fit on and to watch, both ascending.
 
     Raises:
         ValueError: See the other functions here; on both shots and long_tail.
     """
     if shots and long_tail:
         raise ValueError("shots and data.long_tail are two ways to choose training images: set one.")
-    held = None
+    labels = np.asarray(labels)
+    rows, watched = np.arange(len(labels)), np.arange(0)
     if holdout:
-        kept, watched = holdout_indices(split.labels, holdout, seed)
-        split, held = split.subset(kept), split.subset(watched)
+        rows, watched = holdout_indices(labels, holdout, seed)
     if shots:
-        split = split.subset(few_shot_indices(split.labels, shots, seed, split.label_names))
+        rows = rows[few_shot_indices(labels[rows], shots, seed, names)]
     if long_tail:
-        split = split.subset(long_tail_indices(split.labels, long_tail, seed))
-    return split, held
+        rows = rows[long_tail_indices(labels[rows], long_tail, seed)]
+    return np.sort(rows[limited_rows(len(rows), limit, seed)]), watched
+
+
+def split_training(split: Images, **choice: Any) -> tuple[Images, Images | None]:
+    """The training images by `training_rows`, to fit on and to watch; None for the latter if nothing is held out."""
+    rows, watched = training_rows(split.labels, split.label_names, **choice)
+    return split.subset(rows), split.subset(watched) if len(watched) else None
 
 
 def check_classes(train: Images, test: Images) -> None:

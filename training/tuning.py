@@ -14,18 +14,20 @@ import torch
 from torch import nn
 
 from etf_zoo import attach_frame
+from etf_zoo.heads import HEAD_ARGS
 
 from .config import HEADS, Recipe, final_size
+from .data import load_hierarchy
 from .engine import Run
 from .export import export_run
 from .launching import is_sharded, make_accelerator
 from .log import METRICS
 from .methods import METHODS, prepare, tuned_share, warm_head
 from .model import find_model, make_model
-from .probes import PROBES, Probe, backbone_features, fit_probe
+from .probes import PROBES, Probe, backbone_features, backbone_size, fit_probe, linear_classifier
 from .subsets import Images, check_classes, load_images, split_training
 
-__all__ = ["Finetune", "Tuned", "Tuning", "fine_tune", "load_data"]
+__all__ = ["Finetune", "Tuned", "Tuning", "bare", "features_of", "fine_tune", "load_data"]
 
 BEST = "best.safetensors"
 
@@ -41,7 +43,8 @@ class Finetune(Recipe):
             `learned` for others.
         method: `full`, `head` (frozen backbone), `layer` (one block and the head), `scl` (the same, with a skip
             connection to the last feature, 2212.12206), or on frozen features, with a head of their own,
-            `linear_probe`, `knn`, `ncm` (nearest class mean).
+            `linear_probe`, `knn`, `ncm` (nearest class mean); what `head` and `model_args` say of a head is then left
+            out.
         layer: Block that `layer` and `scl` tune; by default the last with at most a tenth of the parameters.
         holdout: Share of each class's training images that is held out, to draw the curve and to stop by. With 0 the
             curve is over the test images, and nothing is chosen by it. Probes hold nothing out.
@@ -50,8 +53,8 @@ class Finetune(Recipe):
         shots: Train on so many images of each class; 0 for all.
         strength: scikit-learn's C of the linear probe; 0 to choose it by cross-validation.
         sizes: As in pretraining; by default the size that the model was trained at.
-        compare: Also run, with the same budget, order and seed, two references: the same model from random weights, and
-            a learned head on the same pretrained weights.
+        compare: Also run, with the same budget, order and seed, two references, as far as they differ from the run
+            itself: the same model from random weights, and a learned head on the same weights.
     """
 
     heads: ClassVar[tuple[str, ...]] = (*HEADS, "warm")
@@ -100,6 +103,7 @@ class Tuned:
         start: Accuracy before any training, and on what; only of a warm head.
         probe: Of the methods on frozen features.
         top1: Their accuracy on the test images, in percent.
+        no_folder: Why no folder can hold the model; empty where one can.
     """
 
     run: Run
@@ -109,11 +113,7 @@ class Tuned:
     start: tuple[float, str] | None = None
     probe: Probe | None = None
     top1: float | None = None
-
-    @property
-    def exportable(self) -> bool:
-        """Whether it is a model that a folder can hold: nearest neighbours are not."""
-        return self.probe is None or self.probe.linear is not None or self.probe.prototypes is not None
+    no_folder: str = ""
 
     def export(self, folder: Path, references: list[dict[str, Any]] | None = None) -> dict[str, float]:
         """Write the Hub-ready folder; figures on the test images, measured from the stored weights."""
@@ -132,10 +132,17 @@ class Tuning(Run):
         self.patience = recipe.patience
         if self.patience and is_sharded(self.accelerator):
             raise ValueError("Early stopping is not available under FSDP: set --patience 0.")
+        if not self.patience and self.accelerator.is_main_process:  # the weights of an earlier session that had some
+            (self.folder / BEST).unlink(missing_ok=True)
         file = self.folder / METRICS
         lines = file.read_text().splitlines() if recipe.resume and file.is_file() else []
         records = [json.loads(line) for line in lines]
-        self.scores = [(r["val_top1"], -r["val_loss"]) for r in records if "val_top1" in r]
+        scores = [(r["val_top1"], -r["val_loss"]) for r in records if "val_top1" in r]
+        self.unwatched = len(scores)  # evaluations of sessions that kept no best weights
+        if self.patience and recipe.resume and (self.folder / BEST).is_file():
+            with safetensors.safe_open(self.folder / BEST, "pt") as best:
+                self.unwatched = int(best.metadata()["unwatched"])
+        self.scores = scores[self.unwatched :]
 
     def evaluate(self) -> dict[str, float]:
         """Figures on the held-out images; with early stopping, the best weights so far are kept."""
@@ -145,7 +152,8 @@ class Tuning(Run):
             weights = {
                 name: value.detach().cpu().contiguous() for name, value in self.plain_model().state_dict().items()
             }
-            safetensors.torch.save_file(weights, self.folder / (BEST + ".new"))
+            kept = {"unwatched": str(self.unwatched)}
+            safetensors.torch.save_file(weights, self.folder / (BEST + ".new"), kept)
             (self.folder / (BEST + ".new")).replace(self.folder / BEST)
         self.scores.append(score)
         return figures
@@ -160,12 +168,12 @@ class Tuning(Run):
         """Train to the end, or until it is enough; then take the best weights."""
         if not super().fit():
             return False
-        if self.patience:
+        if self.patience and self.scores:  # none if the run had ended when it was told to stop early
             self.accelerator.wait_for_everyone()
             self.plain_model().load_state_dict(safetensors.torch.load_file(self.folder / BEST))
             best = self.scores.index(max(self.scores))
             self.accelerator.print(
-                f"Best of {len(self.scores)} epochs: {best + 1}, {self.scores[best][0]:.2f} % held out."
+                f"Best of {len(self.scores)} evaluations: {best + 1}, {self.scores[best][0]:.2f} % held out."
             )
         return True
 
@@ -197,22 +205,31 @@ def fine_tune(settings: Finetune, train: Images, test: Images) -> Tuned | None:
         holdout=0 if is_probe else settings.holdout,
         shots=settings.shots,
         long_tail=settings.data.long_tail,
+        limit=settings.data.limit,
         seed=settings.seed,
     )
     settings = dataclasses.replace(settings, batch_size=min(settings.batch_size, len(fitted_on)))
     return _probe(settings, fitted_on, test) if is_probe else _train(settings, fitted_on, held, test)
 
 
-def _features(settings: Finetune, model: nn.Module, split: Images) -> torch.Tensor:
+def bare(settings: Finetune) -> Finetune:
+    """The recipe of the same backbone under its own classifier, which frozen features do not depend on."""
+    args = {key: value for key, value in settings.model_args.items() if key not in HEAD_ARGS}
+    return dataclasses.replace(settings, head="learned", model_args=args)
+
+
+def features_of(settings: Finetune, model: nn.Module, split: Images) -> torch.Tensor:
+    """`backbone_features` at the size and on the device of a recipe."""
     device = make_accelerator(settings.precision).device
     return backbone_features(model, split, size=final_size(settings), device=device)
 
 
 def _train(settings: Finetune, train: Images, held: Images | None, test: Images) -> Tuned | None:
     names = train.label_names
-    model = make_model(settings, len(names))
+    tree = load_hierarchy(settings.data, names) if settings.model_args.get("frame") == "hierarchy" else None
+    model = make_model(settings, len(names), tree)
     if settings.head == "warm":
-        features = _features(settings, model, train)
+        features = features_of(settings, model, train)
         warm_head(model, features, torch.from_numpy(train.labels), names, settings.model_args)
     prepare(model, settings.method, settings.layer)
     tuned, total = tuned_share(model)
@@ -227,20 +244,26 @@ def _train(settings: Finetune, train: Images, held: Images | None, test: Images)
 
 
 def _probe(settings: Finetune, train: Images, test: Images) -> Tuned:
-    names, labels = train.label_names, torch.from_numpy(train.labels)
-    model: Any = make_model(dataclasses.replace(settings, head="learned"), len(names))
-    features, tested = (_features(settings, model, split) for split in (train, test))
+    settings, names, labels = bare(settings), train.label_names, torch.from_numpy(train.labels)
+    model: Any = make_model(settings, len(names))
+    layer: Any = linear_classifier(model)
+    several = f"{type(model).__name__} has more than one linear layer behind its features"
+    if layer is None and settings.method == "linear_probe":
+        raise ValueError(f"{several}: a linear probe has no place in it. Take --method ncm, knn or head.")
+    features, tested = (features_of(settings, model, split) for split in (train, test))
     probe = fit_probe(settings.method, features, labels, names, seed=settings.seed, strength=settings.strength)
     top1 = 100 * float(np.mean(probe.predict(tested.numpy()) == test.labels))
-    head_size = sum(p.numel() for p in model.get_classifier().parameters())
-    total = sum(p.numel() for p in model.parameters()) - head_size + probe.tuned
-    head = "learned"
+    total = backbone_size(model) + probe.tuned
+    head, no_folder = "learned", ""
     if probe.linear is not None:
-        layer = model.get_classifier()
         with torch.no_grad():
             layer.weight.copy_(probe.linear[0].view_as(layer.weight))
             layer.bias.copy_(probe.linear[1])
-    elif probe.prototypes is not None:
+    elif probe.prototypes is None:
+        no_folder = f"{settings.method} keeps the training features themselves"
+    elif layer is None:
+        no_folder = f"{several}, where prototypes have no place"
+    else:
         head = "frame"
         attach_frame(model, len(names), frame=probe.prototypes, logit_scale=probe.logit_scale)
     notes = f"{settings.method} on frozen features: {probe.chosen}. {settings.notes}".strip()
@@ -249,4 +272,4 @@ def _probe(settings: Finetune, train: Images, test: Images) -> Tuned:
     run.accelerator.print(
         f"{probe.chosen}; {probe.tuned:,} of {total:,} parameters ({100 * probe.tuned / total:.1f} %)."
     )
-    return Tuned(run, test, probe.tuned, total, probe=probe, top1=top1)
+    return Tuned(run, test, probe.tuned, total, probe=probe, top1=top1, no_folder=no_folder)

@@ -2,10 +2,12 @@
 
 import json
 
+import pytest
 from PIL import Image
 
 from etf_zoo.cli import main as cli
 from training import finetune
+from training.tuning import Finetune
 
 
 def test_quick_start(tmp_path, monkeypatch, capsys):
@@ -30,3 +32,35 @@ def test_quick_start(tmp_path, monkeypatch, capsys):
     Image.new("L", (8, 8), 255).save(image)
     assert cli(["predict", str(tmp_path / "run" / "model"), str(image)]) == 0
     assert "%" in capsys.readouterr().out
+
+
+FRAME, RANDOM, HEAD = "fixed frame, pretrained", "fixed frame, random weights", "learned head, pretrained"
+
+
+@pytest.mark.parametrize(
+    ("settings", "planned"),
+    [
+        ({}, [(FRAME, "x"), (RANDOM, "x/random_weights"), (HEAD, "x/learned_head")]),
+        ({"pretrained": False}, [(RANDOM, "x"), ("learned head, random weights", "x/learned_head")]),
+        ({"head": "learned"}, [(HEAD, "x"), ("learned head, random weights", "x/random_weights")]),
+        ({"head": "learned", "pretrained": False}, [("learned head, random weights", "x")]),
+    ],
+)
+def test_what_was_asked_for_is_no_reference_of_itself(settings, planned):
+    found = finetune.plan(Finetune(output="x", compare=True, **settings))
+    assert [(name, recipe.output) for name, recipe in found.items()] == planned
+    assert all(recipe.pretrained == ("pretrained" in name) for name, recipe in found.items())
+    assert all((recipe.head == "learned") == ("learned" in name) for name, recipe in found.items())
+
+
+def test_a_comparison_goes_on_after_a_kill_in_its_first_run(tmp_path, monkeypatch, capsys):
+    arguments = ["finetune.py", "--data", "digits", "--data.val_split", "test", "--data.size", "16", "--data.limit"]
+    arguments += ["128", "--sizes", "[[0, 16]]", "--model", "test_resnet_etf", "--pretrained", "false", "--epochs", "1"]
+    arguments += ["--tensorboard", "false", "--output", str(tmp_path / "run")]
+    monkeypatch.setattr("sys.argv", [*arguments, "--compare", "false"])
+    finetune.main()
+    monkeypatch.setattr("sys.argv", [*arguments, "--compare", "--resume"])
+    finetune.main()
+    assert "learned head, random weights  " in capsys.readouterr().out
+    metrics = json.loads((tmp_path / "run" / "model" / "metrics.json").read_text())
+    assert [r["model"] for r in metrics["references"]] == ["learned head, random weights"]

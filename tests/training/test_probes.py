@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import timm
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from training.data import Split
-from training.probes import PROBES, backbone_features, class_means, fit_probe
+from training.probes import PROBES, backbone_features, backbone_size, class_means, fit_probe, linear_classifier
 
 
 @pytest.fixture(params=[2, 4])
@@ -72,6 +73,31 @@ def test_features_are_before_the_neck():
     assert features.shape == (5, model.num_features)
     assert torch.equal(features, backbone_features(model, split, size=32, batch_size=2))  # in evaluation mode
     torch.testing.assert_close(features, backbone_features(model, split, size=32))
+
+
+@pytest.mark.parametrize(
+    ("name", "widths"),  # of the layers that classify
+    [
+        ("resnet10t", [512]),
+        ("dla34", [512]),  # a 1x1 convolution
+        ("deit_tiny_distilled_patch16_224", [192, 192]),
+        ("levit_128s", [384, 384]),  # each behind a norm
+        ("repvit_m0_9", [384, 384]),
+        ("crossvit_tiny_240", [96, 192]),
+        ("caformer_s18", [2048]),  # behind an MLP
+    ],
+)
+def test_classifiers_of_all_kinds(name, widths):
+    with torch.device("meta"):
+        model = timm.create_model(name, num_classes=7)
+    total = sum(p.numel() for p in model.parameters())
+    assert backbone_size(model) == total - sum(7 * width + 7 for width in widths)
+    layer = linear_classifier(model)
+    if name in ("resnet10t", "dla34"):
+        assert isinstance(layer, nn.Linear | nn.Conv2d)
+        assert layer.weight.shape[:2] == (7, 512)
+    else:
+        assert layer is None
 
 
 @pytest.mark.parametrize(

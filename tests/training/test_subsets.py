@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from training.data import Split
-from training.subsets import check_classes, few_shot_indices, holdout_indices, split_training
+from training.data import Split, limited_rows
+from training.subsets import check_classes, few_shot_indices, holdout_indices, split_training, training_rows
 
 LABELS = np.repeat([0, 1, 2], [20, 11, 3])
 
@@ -47,6 +47,14 @@ def test_split_training():
     assert none is None
     tail, _ = split_training(data, long_tail=0.1)
     assert np.bincount(tail.labels).tolist() == [20, 2]
+
+
+def test_a_limit_is_that_of_training():
+    labels = np.repeat([0, 1], 20)
+    kept, held = training_rows(labels, ["a", "b"], holdout=0.25, limit=7, seed=3)
+    assert set(kept) == set(holdout_indices(labels, 0.25, 3)[0][limited_rows(30, 7, 3)])  # which it trains on
+    assert (len(kept), len(held)) == (7, 10)
+    assert len(training_rows(labels, ["a", "b"], limit=100)[0]) == 40
 
 
 @pytest.mark.parametrize(

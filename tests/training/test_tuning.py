@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -14,9 +15,10 @@ from etf_zoo.cli import main as cli
 from etf_zoo.hub import save_folder
 from training import finetune
 from training.augment import colours_of
-from training.config import Augment, Data, Optim
-from training.data import Split, normalise
-from training.tuning import Finetune, Tuning, fine_tune, load_data
+from training.config import Augment, Data, Loss, Optim
+from training.data import Split, limited_rows, normalise
+from training.methods import tuned_share
+from training.tuning import Finetune, fine_tune, load_data
 
 RECIPE = Finetune(
     model="test_resnet_etf",
@@ -45,15 +47,16 @@ def logged(tmp_path):
     return [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_training_watches_held_out_images_and_not_the_test(tmp_path, digits, monkeypatch):
-    looked = []
-    plain = Tuning.evaluate
-    monkeypatch.setattr(Tuning, "evaluate", lambda run: looked.append(len(run.val_split)) or plain(run))
-    tuned = fine_tune(recipe(tmp_path), *digits)
+@pytest.mark.parametrize("head", ["frame", "warm"])
+def test_training_watches_held_out_images_and_not_the_test(tmp_path, digits, monkeypatch, head):
+    looked = []  # at which images, by whatever way
+    plain = Split.take
+    monkeypatch.setattr(Split, "take", lambda split, *args: looked.append(id(split)) or plain(split, *args))
+    tuned = fine_tune(recipe(tmp_path, head=head), *digits)
     assert len(tuned.run.train_split) + len(tuned.run.val_split) == 400
-    assert looked == [len(tuned.run.val_split)] * 2
-    assert {len(tuned.run.val_split)} != {len(digits[1])}
+    assert set(looked) == {id(tuned.run.train_split), id(tuned.run.val_split)}
     assert tuned.figures()["images"] == 450
+    assert looked[-1] == id(digits[1])
     assert tuned.run.recipe.batch_size == 64
 
 
@@ -82,6 +85,24 @@ def test_early_stopping_resumed(tmp_path, digits):
         assert torch.equal(value, resumed.run.plain_model().state_dict()[key]), key
     again = fine_tune(recipe(tmp_path / "a", epochs=4, patience=1, resume=True), *digits)  # finished: nothing to do
     assert again.run.step == whole.run.step
+
+
+def test_early_stopping_begun_in_a_later_session(tmp_path, digits, monkeypatch, capsys):
+    scores = iter([90.0, 30.0, 50.0, 40.0])
+    monkeypatch.setattr("training.engine.Run.evaluate", lambda run: {"top1": next(scores), "loss": 1.0})
+    best = tmp_path / "run" / "best.safetensors"
+
+    def resumed(**changes):
+        return fine_tune(recipe(tmp_path, resume=True, **changes), *digits).run.scores
+
+    fine_tune(recipe(tmp_path, epochs=1), *digits)
+    assert resumed(epochs=1, patience=1) == []  # had ended before: nothing was kept, and nothing is taken
+    assert resumed(epochs=3, patience=3) == [(30.0, -1.0), (50.0, -1.0)]  # of epoch 1 there are no weights
+    assert best.is_file()
+    assert resumed(epochs=4, patience=3) == [(30.0, -1.0), (50.0, -1.0), (40.0, -1.0)]
+    assert "Best of 3 evaluations: 2, 50.00 % held out" in capsys.readouterr().out
+    resumed(epochs=4)
+    assert not best.is_file()  # a session without patience keeps none up to date
 
 
 def test_warm_head_starts_above_chance(tmp_path, digits, capsys):
@@ -116,7 +137,7 @@ def test_methods_become_model_folders(tmp_path, digits, method, head, capsys):
 @pytest.mark.parametrize("method", ["linear_probe", "ncm"])
 def test_probes_become_model_folders(tmp_path, digits, method):
     tuned = fine_tune(recipe(tmp_path, method=method), *digits)
-    assert tuned.exportable
+    assert not tuned.no_folder
     assert tuned.top1 > 40  # random features know digits already
     folder = tmp_path / "run" / "model"
     tuned.export(folder)
@@ -146,8 +167,24 @@ def test_weights_keep_their_own_colours(tmp_path, digits, method, monkeypatch):
 
 def test_nearest_neighbours_have_no_folder(tmp_path, digits):
     tuned = fine_tune(recipe(tmp_path, method="knn"), *digits)
-    assert not tuned.exportable
+    assert tuned.no_folder == "knn keeps the training features themselves"
     assert (tuned.tuned, tuned.top1 > 40) == (0, True)
+
+
+def test_probes_of_a_model_with_two_classifiers(tmp_path, digits, monkeypatch):
+    args = {"img_size": 32, "neck": "mlp"}  # a probe takes no neck
+    distilled = recipe(tmp_path, model="deit_tiny_distilled_patch16_224", model_args=args, sizes=[[0, 32]])
+    train, test = (split.subset(np.arange(100)) for split in digits)
+    for method, tuned_numbers in (("knn", 0), ("ncm", 10 * 192)):
+        settings = dataclasses.replace(distilled, method=method, output=str(tmp_path / method))
+        tuned = fine_tune(settings, train, test)
+        backbone = tuned.total - tuned.tuned
+        assert (tuned.tuned, backbone + 2 * (10 * 192 + 10)) == (tuned_numbers, tuned_share(tuned.run.model)[1])
+        assert tuned.top1 > 20  # chance is 10
+        assert tuned.no_folder
+    monkeypatch.setattr("training.tuning.backbone_features", lambda *a, **k: pytest.fail("computed before the error"))
+    with pytest.raises(ValueError, match=r"more than one linear layer.*Take --method ncm"):
+        fine_tune(dataclasses.replace(distilled, method="linear_probe"), train, test)
 
 
 def test_few_shots(tmp_path, digits):
@@ -157,9 +194,17 @@ def test_few_shots(tmp_path, digits):
         fine_tune(recipe(tmp_path, shots=100), *digits)
 
 
+def test_a_limit_holds_for_probes(tmp_path, digits):
+    limited = recipe(tmp_path, data=dataclasses.replace(RECIPE.data, limit=100), epochs=1, holdout=0)
+    probe = fine_tune(dataclasses.replace(limited, method="ncm", output=str(tmp_path / "ncm")), *digits)
+    trained = fine_tune(limited, *digits)
+    assert sorted(probe.run.train_split.index) == sorted(limited_rows(400, 100, limited.seed))
+    assert sorted(probe.run.train_split.index) == sorted(trained.run.train_split.index)
+
+
 def test_long_tail(tmp_path, digits):
-    settings = recipe(tmp_path, data=dataclasses.replace(RECIPE.data, long_tail=0.1), epochs=1, batch_size=16)
-    settings.loss.class_weights = True
+    tail = dataclasses.replace(RECIPE.data, long_tail=0.1)
+    settings = recipe(tmp_path, data=tail, epochs=1, batch_size=16, loss=Loss(class_weights=True))
     tuned = fine_tune(settings, *digits)
     counts = np.bincount(tuned.run.train_split.labels)
     assert counts[0] >= 9 * counts[9]
@@ -206,6 +251,21 @@ def test_a_folder_and_one_command(folder, tmp_path, monkeypatch, capsys):
     arguments = ["--model", tmp_path / "run", "--data", folder, "--output", tmp_path / "again", "--method", "ncm"]
     run_script(monkeypatch, *arguments)
     assert "ncm, pretrained" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore:.*'val' takes its place")
+def test_a_frame_by_the_tree_of_the_data(folder, tmp_path, monkeypatch):
+    for split in ("train", "val"):
+        shutil.copytree(folder / split / "red", folder / split / "crimson")
+    (folder / "hierarchy.json").write_text('{"red": "reds", "crimson": "reds", "reds": "colour", "blue": "colour"}')
+    arguments = ["--data", folder, "--output", tmp_path / "run", "--model", "test_resnet_etf", "--pretrained", "false"]
+    arguments += ["--epochs", "1", "--batch_size", "8", "--sizes", "[[0, 32]]", "--model_args.frame", "hierarchy"]
+    run_script(monkeypatch, *arguments, "--tensorboard", "false")
+    model = timm.create_model(f"local-dir:{tmp_path / 'run' / 'model'}", pretrained=True)
+    cosines = model.fc.weight @ model.fc.weight.T
+    names = json.loads((tmp_path / "run" / "model" / "config.json").read_text())["label_names"]
+    blue, crimson, red = (names.index(name) for name in ("blue", "crimson", "red"))
+    assert cosines[red, crimson] > cosines[red, blue] + 0.1
 
 
 def refused(folder, tmp_path, monkeypatch, *more):
