@@ -232,7 +232,7 @@ class Recipe:
         head: `frame` (an `_etf` model as it is; any other gets a frame), `random` (the same with independent random
             directions: a control) or `learned` (a plain trained classifier on the same backbone: the control).
         model_args: Keyword arguments for the model, such as `orientation` or `moving: true`. `frame: hierarchy` takes
-            its tree from the data's `hierarchy.json`.
+            its tree from the data's `hierarchy.json`; `frame: spherical_code` optimises what `code` only starts.
         pretrained: Start from the tag's weights.
         data: The data.
         augment: Augmentation.

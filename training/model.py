@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import json
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
 from etf_zoo import attach_frame, frame_heads
+from etf_zoo.frames import spherical_code
 from etf_zoo.heads import HEAD_ARGS, SKIP_CONNECTION, base_name, split_head
 from etf_zoo.necks import build_neck
 from etf_zoo.pretrained import CONFIG_NAME, cards_folder
@@ -129,6 +131,10 @@ def _make_model(recipe: Recipe, num_classes: int, hierarchy: Tensor | None) -> n
         args.setdefault("hierarchy", hierarchy)
     if recipe.head == "random":  # which knows no tree, and stays where it is
         args = {**{k: v for k, v in args.items() if k not in ("hierarchy", "gamma", "moving")}, "frame": "random"}
+    if args.get("frame") == "spherical_code" and recipe.head != "learned":
+        return _with_spherical_code(
+            dataclasses.replace(recipe, model_args={**recipe.model_args, "frame": "code"}), args
+        )
     if recipe.head != "learned" and source.is_twin:
         return timm.create_model(source.name, **args)
     whitening = args.pop("whitening", False)
@@ -142,6 +148,18 @@ def _make_model(recipe: Recipe, num_classes: int, hierarchy: Tensor | None) -> n
     if neck not in (None, "none"):
         _put_neck(plain, neck)
     return plain
+
+
+def _with_spherical_code(recipe: Recipe, args: dict[str, Any]) -> nn.Module:
+    """The model with the frame that its quick code is a start for: only with the model is its width known."""
+    quick = dataclasses.replace(recipe, model_args={**recipe.model_args, "frame": "code"})
+    model = make_model(quick, args["num_classes"])
+    shapes = {tuple(head.weight.shape) for head in frame_heads(model).values()}
+    if len(shapes) > 1:
+        raise ValueError(f"frame: spherical_code is for heads of one width; {quick.model} has several.")
+    head_args = {key: args[key] for key in HEAD_ARGS if key in args and key != "orientation"}
+    code = spherical_code(*shapes.pop(), seed=args.get("frame_seed", 0))
+    return attach_frame(model, **{**head_args, "frame": code})
 
 
 def _plain_model(source: Source, args: dict[str, Any]) -> nn.Module:

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from etf_zoo import frame_heads, losses
-from etf_zoo.frames import Hierarchy, frame_report, hierarchy_cosines
+from etf_zoo.frames import Hierarchy, frame_report, hierarchy_cosines, spherical_code
 from etf_zoo.moving import MovingFrameClassifier
 from etf_zoo.whitening import Whitening
 from training.config import Augment, Data, Loss, Optim, Recipe
@@ -235,6 +235,19 @@ def test_hierarchy_frame_from_the_datas_tree():
     net = make_model(dataclasses.replace(RECIPE, model_args={"frame": "hierarchy", "gamma": 1.0}), 5, distances)
     weight = net.get_classifier().weight.double()
     torch.testing.assert_close(weight @ weight.T, hierarchy_cosines(distances, gamma=1.0)[0], atol=1e-6, rtol=0)
+
+
+def test_an_optimised_code():
+    args = {"channels": [4, 4, 4, 4], "neck": "mlp", "frame_seed": 3}
+    recipe = dataclasses.replace(RECIPE, model="resnet10t_etf", model_args={**args, "neck": None})
+    net = make_model(dataclasses.replace(recipe, model_args={**recipe.model_args, "frame": "spherical_code"}), 10)
+    quick = make_model(recipe, 10)  # the same backbone, more classes than twice the width
+    optimised, start = (frame_report(model.get_classifier().weight) for model in (net, quick))
+    assert optimised.largest_cosine < start.largest_cosine
+    torch.testing.assert_close(net.get_classifier().weight, spherical_code(10, 4, seed=3))
+    assert torch.equal(net.layer4[0].conv1.weight, quick.layer4[0].conv1.weight)
+    recipe = dataclasses.replace(recipe, head="learned", model_args={**args, "frame": "spherical_code"})
+    assert not frame_heads(make_model(recipe, 10))
 
 
 def test_counts_are_those_of_the_images_trained_on(tmp_path):
