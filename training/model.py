@@ -132,9 +132,7 @@ def _make_model(recipe: Recipe, num_classes: int, hierarchy: Tensor | None) -> n
     if recipe.head == "random":  # which knows no tree, and stays where it is
         args = {**{k: v for k, v in args.items() if k not in ("hierarchy", "gamma", "moving")}, "frame": "random"}
     if args.get("frame") == "spherical_code" and recipe.head != "learned":
-        return _with_spherical_code(
-            dataclasses.replace(recipe, model_args={**recipe.model_args, "frame": "code"}), args
-        )
+        return _with_spherical_code(recipe, args)
     if recipe.head != "learned" and source.is_twin:
         return timm.create_model(source.name, **args)
     whitening = args.pop("whitening", False)
