@@ -33,7 +33,11 @@ def block_indicators(num_classes: int, dim: int) -> Tensor:
 
     Returns:
         Float64 `(num_classes, dim)`, nonnegative, orthonormal rows.
+
+    Raises:
+        ValueError: If there are more classes than coordinates.
     """
+    resolve_orientation("blocks", num_classes, dim)
     sizes = torch.full((num_classes,), dim // num_classes, device="cpu")
     sizes[: dim % num_classes] += 1
     owner = torch.repeat_interleave(torch.arange(num_classes, device="cpu"), sizes)
@@ -52,8 +56,12 @@ def turn_to_blocks(frame: Tensor) -> Tensor:
 
     Returns:
         Float32 `(K, dim)`.
+
+    Raises:
+        ValueError: If K > dim, as not every class can have coordinates of its own.
     """
+    blocks = block_indicators(*frame.shape)
     w = frame.detach().to("cpu", torch.float64)
     values, vectors = torch.linalg.eigh(w @ w.T)
     root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
-    return (root @ block_indicators(*w.shape)).float()
+    return (root @ blocks).float()

@@ -49,3 +49,9 @@ def test_resolved():
         resolve_orientation("up", 3, 8)
     with pytest.raises(ValueError, match="needs dim >= num_classes, got dim=8 for 9"):
         resolve_orientation("blocks", 9, 8)
+
+
+@pytest.mark.parametrize("build", [block_indicators, lambda k, dim: turn_to_blocks(random_frame(k, dim))])
+def test_more_classes_than_coordinates(build):
+    with pytest.raises(ValueError, match="needs dim >= num_classes, got dim=5 for 8 classes"):
+        build(8, 5)
