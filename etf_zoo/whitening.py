@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-from timm.layers.norm import LayerNorm2d
+from timm.layers import norm as timm_norm
+from timm.layers import norm_act as timm_norm_act
 from torch import Tensor, nn
 
 from .classifier import FrameClassifier
@@ -142,7 +143,31 @@ class Whitening(nn.Module):
         return f"{self.num_features}, group_size={self.group_size}, iterations={self.iterations}, eps={self.eps}"
 
 
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.LayerNorm, nn.GroupNorm, Whitening)
+# Norms with a `normalized_shape`, most on the last dimension; nn.LayerNorm is the base of these too.
+_CHANNELS_FIRST = (
+    timm_norm.LayerNorm2d,
+    timm_norm.LayerNorm2dFp32,
+    timm_norm.LayerNormExp2d,
+    timm_norm_act.LayerNormAct2d,
+    timm_norm_act.LayerNormAct2dFp32,
+    timm_norm.RmsNorm2d,
+    timm_norm.RmsNorm2dFp32,
+    timm_norm.SimpleNorm2d,
+    timm_norm.SimpleNorm2dFp32,
+)
+_CHANNELS_LAST = (
+    nn.LayerNorm,
+    nn.RMSNorm,
+    timm_norm.RmsNorm,
+    timm_norm.RmsNormFp32,
+    timm_norm.SimpleNorm,
+    timm_norm.SimpleNormFp32,
+)
+_NORMS = (
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.GroupNorm, Whitening),
+    *_CHANNELS_FIRST,
+    *_CHANNELS_LAST,
+)
 
 
 def whiten_last_norm(model: nn.Module, *, name: str = "", **kwargs) -> str:
@@ -181,7 +206,7 @@ def whiten_last_norm(model: nn.Module, *, name: str = "", **kwargs) -> str:
     weight, bias = getattr(old, "weight", None), getattr(old, "bias", None)
     reference = weight if weight is not None else next(model.parameters())
     num_features = _channels(old)
-    channels_last = isinstance(old, nn.LayerNorm) and not isinstance(old, LayerNorm2d)
+    channels_last = isinstance(old, _CHANNELS_LAST) and not isinstance(old, _CHANNELS_FIRST)
     new = Whitening(num_features, channels_last=channels_last, device=reference.device, **kwargs).to(reference.dtype)
     with torch.no_grad():
         if new.weight is not None and weight is not None:
@@ -196,6 +221,6 @@ def whiten_last_norm(model: nn.Module, *, name: str = "", **kwargs) -> str:
 
 
 def _channels(norm: nn.Module) -> int:
-    if isinstance(norm, nn.LayerNorm):
+    if isinstance(norm, _CHANNELS_FIRST + _CHANNELS_LAST):
         return norm.normalized_shape[-1]
     return int(norm.num_channels if isinstance(norm, nn.GroupNorm) else norm.num_features)  # type: ignore[arg-type]

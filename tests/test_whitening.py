@@ -167,6 +167,29 @@ def test_takes_the_place_of_the_last_norm(name, norm):
     assert torch.allclose(model(x[:1]), model(x)[:1], atol=1e-3)
 
 
+FIRST = ["LayerNorm2d", "LayerNorm2dFp32", "RmsNorm2d", "RmsNorm2dFp32", "SimpleNorm2d", "SimpleNorm2dFp32"]
+FIRST_ACT = ["LayerNormAct2d", "LayerNormAct2dFp32", "RmsNormAct2d", "RmsNormAct2dFp32", "GroupNorm1Act"]
+LAST = ["LayerNorm", "LayerNormFp32", "RmsNorm", "RmsNormFp32", "SimpleNorm", "SimpleNormFp32"]
+
+
+@pytest.mark.parametrize("norm", [*FIRST, *FIRST_ACT, *LAST, "LayerNormExp2d", "RMSNorm"])
+def test_every_norm_of_timm_hands_over_its_channels_and_scale(norm):
+    """Groups of one channel are batch norm; maps as large as there are channels leave no doubt which axis is meant."""
+    kwargs = {"apply_act": False} if norm in FIRST_ACT else {}
+    cls = next(getattr(place, norm) for place in (timm.layers, timm.layers.norm, nn) if hasattr(place, norm))
+    model = nn.Sequential(cls(8, **kwargs))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.arange(1, 9))
+    assert whiten_last_norm(model, group_size=1, iterations=20) == "0"
+    x = correlated(16 * 64, 8).float().view(16, 8, 8, 8)  # channels last
+    reference = nn.BatchNorm1d(8)
+    with torch.no_grad():
+        reference.weight.copy_(torch.arange(1, 9))
+    expected = reference(x.flatten(0, 2)).view_as(x)
+    y = model(x) if norm in LAST or norm == "RMSNorm" else model(x.movedim(-1, 1)).movedim(1, -1)
+    torch.testing.assert_close(y, expected, atol=1e-2, rtol=0)
+
+
 def test_pooled_features_of_a_twin_and_its_state():
     model = timm.create_model("resnet18_etf", num_classes=4)
     assert whiten_last_norm(model) == "layer4.1.bn2"
