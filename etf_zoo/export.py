@@ -27,6 +27,7 @@ from .heads import as_names, base_name, frame_heads, without_frames
 from .hub import save_folder
 from .necks import Centre
 from .pretrained import CONFIG_NAME
+from .whitening import Whitening
 
 __all__ = ["convert_checkpoint", "export_onnx", "export_plain", "fold_head", "load_learned"]
 
@@ -277,7 +278,7 @@ def export_plain(model: nn.Module, folder: str | Path, *, half: bool = False) ->
     heads = frame_heads(model)
     if not heads:
         raise ValueError(f"{type(model).__name__} has no fixed frame; it is a plain model already.")
-    if getattr(model, "_frame_args", {}).get("whitening"):  # type: ignore[union-attr]
+    if any(isinstance(module, Whitening) for module in model.modules()):
         raise ValueError("timm has no whitening layer, so a model with one has no plain form. Export with --onnx.")
     exact = all(head.feature_norm == "none" for head in heads.values())
     if len(heads) > 1 and not exact:

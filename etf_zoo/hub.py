@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .frames.named import CUSTOM
 from .heads import frame_heads, head_defaults
 from .pretrained import CONFIG_NAME, WEIGHTS_NAME, sha256
+from .whitening import Whitening
 
 __all__ = ["save_folder", "storage_state_dict"]
 
@@ -68,12 +69,14 @@ def save_folder(
         The folder.
 
     Raises:
-        ValueError: If the number of label names is not the model's number of classes.
+        ValueError: If the number of label names is not the model's number of classes, or the model has a part that
+            loading could not build: a neck of your own, whitening beside a learned head or in several places.
         OSError: If it cannot be written; files already there stay whole.
     """
     folder = Path(folder)
     if label_names is not None and len(label_names) != model.num_classes:
         raise ValueError(f"{len(label_names)} label names for {model.num_classes} classes.")
+    _check_whitening(model)
     folder.mkdir(parents=True, exist_ok=True)
     weights, config = folder / WEIGHTS_NAME, folder / CONFIG_NAME
     new_weights, new_config = folder / (WEIGHTS_NAME + ".new"), folder / (CONFIG_NAME + ".new")
@@ -96,6 +99,17 @@ def save_folder(
         new_weights.unlink(missing_ok=True)
         new_config.unlink(missing_ok=True)
     return folder
+
+
+def _check_whitening(model: nn.Module) -> None:
+    """Raise ValueError unless a twin's `whitening` argument builds all the whitening that the model has."""
+    count = sum(isinstance(module, Whitening) for module in model.modules())
+    recorded = getattr(model, "_model_args", {}).get("whitening")  # type: ignore[union-attr]
+    if count and not (count == 1 and recorded not in (None, False) and hasattr(model, "_frame_args")):
+        raise ValueError(
+            "The model's whitening cannot be saved for others to build: that takes a fixed-frame head, and one "
+            "whitening layer that whitening=... or etf_zoo.whitening.whiten_last_norm put into it."
+        )
 
 
 def _head_args(model: nn.Module) -> dict[str, Any]:

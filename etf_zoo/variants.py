@@ -182,7 +182,6 @@ def _create_twin(
         model = _create_converted(name, cfg, state_dict, own_args, head_args, building)
         if whitening:
             _whiten(model, whitening)
-            model._frame_args = {**model._frame_args, "whitening": whitening}  # type: ignore
         return model
 
     names = as_names(cfg.classifier)
@@ -234,10 +233,7 @@ def _create_twin(
         heads = frame_heads(model).values()
         head_args["frame"] = next(iter(heads)).weight.clone() if heads else "auto"
     update_model_args(model, **{key: value for key, value in saved_args.items() if key not in HEAD_ARGS})
-    become_twin(model, head_args, names)
-    if whitening:
-        model._frame_args = {**head_args, "whitening": whitening}  # type: ignore[assignment]
-    return model
+    return become_twin(model, head_args, names)
 
 
 def _whiten(model: nn.Module, whitening: bool | dict[str, Any]) -> None:

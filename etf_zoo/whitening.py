@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from timm.layers import norm as timm_norm
 from timm.layers import norm_act as timm_norm_act
+from timm.models._input import update_model_args
 from torch import Tensor, nn
 
 from .classifier import FrameClassifier
@@ -173,6 +174,8 @@ _NORMS = (
 def whiten_last_norm(model: nn.Module, *, name: str = "", **kwargs) -> str:
     """Put `Whitening` in the place of a backbone's last normalisation, in place.
 
+    A timm model remembers it, so that what is saved builds it again, once the model has a fixed-frame head.
+
     The last in the order of registration, norms of shortcuts and those inside a fixed-frame head apart. An activation
     that timm fuses into the norm stays behind it. The affine part starts as the old one.
 
@@ -187,7 +190,7 @@ def whiten_last_norm(model: nn.Module, *, name: str = "", **kwargs) -> str:
     Raises:
         ValueError: If there is no such norm, or on an argument that `Whitening` does not take.
     """
-    read_switch("whitening", kwargs, WHITENING_ARGS)
+    switch = read_switch("whitening", {"name": name, **kwargs} if name else kwargs, WHITENING_ARGS)
     norms = {key: module for key, module in model.named_modules() if isinstance(module, _NORMS)}
     heads = [key for key, module in model.named_modules() if isinstance(module, FrameClassifier)]
     if not name:
@@ -217,6 +220,8 @@ def whiten_last_norm(model: nn.Module, *, name: str = "", **kwargs) -> str:
     replacement = nn.Sequential(new, *tail) if tail else new
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, replacement.train(old.training))
+    if isinstance(getattr(model, "pretrained_cfg", None), dict):
+        update_model_args(model, whitening=switch)
     return name
 
 

@@ -5,13 +5,14 @@ import copy
 import pytest
 import timm
 import torch
+from timm.models._hub import save_for_hf
 
 import etf_zoo
 from etf_zoo.export import export_plain
 from etf_zoo.frames import best_frame, hierarchy_frame, turn_to_blocks
 from etf_zoo.hub import save_folder, storage_state_dict
 from etf_zoo.moving import MovingFrameClassifier
-from etf_zoo.whitening import Whitening
+from etf_zoo.whitening import Whitening, whiten_last_norm
 
 DISTANCES = torch.tensor([[0, 1, 2, 2, 2], [1, 0, 2, 2, 2], [2, 2, 0, 1, 2], [2, 2, 1, 0, 2], [2, 2, 2, 2, 0.0]])
 ARGS = [
@@ -40,14 +41,19 @@ def trained(net):
     return net.eval()
 
 
+def whitenings(net):
+    return [module for module in net.modules() if isinstance(module, Whitening)]
+
+
 @pytest.mark.parametrize("args", ARGS, ids=KEYS)
 @pytest.mark.parametrize("attached", [False, True])
 def test_saved_and_loaded(tmp_path, args, attached):
-    if attached and "whitening" in args:
-        pytest.skip("a function of its own on a model at hand: whiten_last_norm")
     if attached:
         torch.manual_seed(0)
-        net = trained(etf_zoo.attach_frame(timm.create_model("test_resnet"), 5, **args))
+        net = timm.create_model("test_resnet")
+        if whitening := args.get("whitening"):  # a function of its own on a model at hand
+            whiten_last_norm(net, **({} if whitening is True else whitening))
+        net = trained(etf_zoo.attach_frame(net, 5, **{key: v for key, v in args.items() if key != "whitening"}))
     else:
         net = trained(small(**args))
     save_folder(net, tmp_path, pretrained_cfg={"input_size": (3, 32, 32)})
@@ -56,6 +62,7 @@ def test_saved_and_loaded(tmp_path, args, attached):
     torch.testing.assert_close(loaded(x), net(x), atol=2e-2, rtol=0)  # stored in float16
     assert torch.equal(loaded.get_classifier().weight, net.get_classifier().weight)
     assert type(loaded.get_classifier()) is type(net.get_classifier())
+    assert [m.group_size for m in whitenings(loaded)] == [m.group_size for m in whitenings(net)]
     save_folder(loaded, tmp_path / "again")
     again = timm.create_model(f"local-dir:{tmp_path / 'again'}", pretrained=True).eval()
     assert torch.equal(again(x), loaded(x))
@@ -94,10 +101,10 @@ def test_empty_mappings_switch_a_method_on(tmp_path):
         assert isinstance(head, MovingFrameClassifier)
         assert (head.momentum, head.update_every, head.delta) == (0.9, 1, 1e-3)
         net = small(whitening=given)
-        assert [m.group_size for m in net.modules() if isinstance(m, Whitening)] == [64]
+        assert [m.group_size for m in whitenings(net)] == [64]
     for given in (False, None):
         assert not isinstance(small(moving=given).get_classifier(), MovingFrameClassifier)
-        assert not any(isinstance(module, Whitening) for module in small(whitening=given).modules())
+        assert not whitenings(small(whitening=given))
     net = etf_zoo.attach_frame(timm.create_model("test_resnet"), 5, moving={})
     assert isinstance(net.get_classifier(), MovingFrameClassifier)
     net.reset_classifier(6)
@@ -105,7 +112,7 @@ def test_empty_mappings_switch_a_method_on(tmp_path):
     save_folder(small(moving={}, whitening={}), tmp_path)
     loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, moving=True, whitening=True)
     assert isinstance(loaded.get_classifier(), MovingFrameClassifier)
-    assert any(isinstance(module, Whitening) for module in loaded.modules())
+    assert whitenings(loaded)
     with pytest.raises(ValueError, match="no whitening layer, so a model with one has no plain form"):
         export_plain(small(whitening={}), tmp_path / "plain")
 
@@ -119,8 +126,7 @@ def test_whitening_statistics_are_stored_exactly():
 
 def test_whitening_stands_in_the_last_norm():
     net = small(whitening={"group_size": 8})
-    found = [module for module in net.modules() if isinstance(module, Whitening)]
-    assert [module.group_size for module in found] == [8]
+    assert [module.group_size for module in whitenings(net)] == [8]
     plain = small()
     assert len(list(net.modules())) == len(list(plain.modules()))
 
@@ -150,6 +156,39 @@ def test_errors(kwargs, message):
             etf_zoo.attach_frame(
                 timm.create_model("test_resnet"), kwargs.get("num_classes", 5), moving=kwargs["moving"]
             )
+
+
+@pytest.mark.parametrize("saver", [save_folder, lambda net, folder: save_for_hf(net, folder, safe_serialization=True)])
+def test_whitening_outlives_another_head(tmp_path, saver):
+    net = trained(etf_zoo.attach_frame(small(whitening={"group_size": 16}), 4, frame="random"))
+    saver(net, tmp_path)
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert [m.group_size for m in whitenings(loaded)] == [16]
+    x = torch.randn(4, 3, 32, 32)
+    torch.testing.assert_close(loaded(x), net(x), atol=2e-2, rtol=0)
+
+
+def test_whitening_by_name_is_saved(tmp_path):
+    net = small()
+    whiten_last_norm(net, name="layer3.0.bn2", group_size=8)
+    x = torch.randn(4, 3, 32, 32)
+    save_folder(trained(net), tmp_path)
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    torch.testing.assert_close(loaded(x), net(x), atol=2e-2, rtol=0)
+    assert any(isinstance(module, Whitening) for module in loaded.layer3[0].bn2.modules())
+
+
+def test_whitening_that_no_folder_can_hold(tmp_path):
+    learned, twice, by_hand = timm.create_model("test_resnet"), small(whitening=True), small()
+    whiten_last_norm(learned)
+    whiten_last_norm(twice, name="layer3.0.bn2")
+    by_hand.layer4[0].bn2 = Whitening(by_hand.num_features)
+    for net in (learned, twice, by_hand):
+        with pytest.raises(ValueError, match="whitening cannot be saved for others to build"):
+            save_folder(net, tmp_path / "out")
+        with pytest.raises(ValueError, match=r"no fixed frame|no whitening layer"):
+            export_plain(net, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_whitening_of_weights(tmp_path, caplog):
