@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from .frames.named import CUSTOM, HELMERT, build_frame, check_frame, check_unit_rows
 from .necks import LastDimBatchNorm, build_neck
+from .unit import at_least_float32, unit
 
 __all__ = ["FrameClassifier", "FEATURE_NORMS", "HELMERT_MATRIX_CLASSES", "MAX_LOGIT_SCALE", "solve_logit_scale"]
 
@@ -62,16 +63,6 @@ def solve_logit_scale(frame: Tensor, *, probability: float = 0.999) -> float:
     return high
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
-    """Half precision up to float32; float32 and float64 as they are."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def _unit(x: Tensor) -> Tensor:
-    """Rows of length one, in float32 at least: half precision cannot hold the squared length of 2,048 features."""
-    return F.normalize(_at_least_float32(x), dim=-1)
-
-
 def _scaled_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """scale * x W^T in float32 at least, autocast or not."""
     # a test of its own, as TorchScript skips the block only then
@@ -92,8 +83,8 @@ def _helmert_product(x: Tensor, scale: Tensor) -> Tensor:
 
 
 # Leaves for torch.fx: their branches on dtype and autocast are not for a tracer to follow.
-torch.fx.wrap("_at_least_float32")
-torch.fx.wrap("_unit")
+torch.fx.wrap("at_least_float32")
+torch.fx.wrap("unit")
 torch.fx.wrap("_scaled_product")
 torch.fx.wrap("_helmert_product")
 
@@ -218,15 +209,16 @@ class FrameClassifier(nn.Module):
             x: `(..., in_features)`.
 
         Returns:
-            `(..., dim)`; unit rows in float32 (float64 for float64 input) unless `feature_norm="none"`.
+            `(..., dim)`; unit rows in float32 (float64 for float64 input) unless `feature_norm="none"`. A feature too
+            short to have a direction gives a row of zeros, see `etf_zoo.unit`.
         """
         if self.neck is not None:
             x = self.neck(x)
         if self.norm is not None:
-            x = self.norm(_at_least_float32(x))
+            x = self.norm(at_least_float32(x))
         if self.feature_norm != "none":
-            return _unit(x)
-        return _at_least_float32(x)
+            return unit(x)
+        return at_least_float32(x)
 
     def project(self, x: Tensor) -> Tensor:
         """Logits of what `embed` gives: `(..., dim)` to `(..., num_classes)`."""

@@ -9,19 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """Half precision up to float32, as sums over features overflow float16; the rest as it is."""
-    return x if x.dtype == torch.float64 else x.float()
+from ..unit import at_least_float32
 
 
 def without_autocast(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """A loss's forward, run outside autocast: a cosine near 1 has three digits in bfloat16."""
 
     @functools.wraps(forward)
-    def wrapped(self: Any, features: Tensor, *args: Tensor, **kwargs: Tensor) -> Tensor:
-        with torch.autocast(features.device.type, enabled=False):
-            return forward(self, features, *args, **kwargs)
+    def wrapped(self: Any, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        tensors = [*args, *kwargs.values()]  # by position or by name; without any, let forward say what it takes
+        with torch.autocast(tensors[0].device.type if tensors else "cpu", enabled=False):
+            return forward(self, *args, **kwargs)
 
     return wrapped
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ._common import at_least_float32, without_autocast
+from ..unit import at_least_float32, unit
+from ._common import without_autocast
 
 __all__ = ["CentreCollapseLoss", "class_centres"]
 
@@ -83,7 +84,7 @@ class CentreCollapseLoss(nn.Module):
                 f"got {y.min()} to {y.max()}."
             )
         centres, classes = class_centres(x, y, len(frame))
-        logits = self.logit_scale * F.normalize(centres, dim=1) @ frame.to(centres.dtype).T
+        logits = self.logit_scale * unit(centres, features) @ frame.to(centres.dtype).T
         return F.cross_entropy(logits, classes)
 
     def extra_repr(self) -> str:

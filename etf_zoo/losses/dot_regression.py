@@ -8,8 +8,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from ..unit import unit
 from ._common import check_inputs, without_autocast
 
 __all__ = ["DotRegressionLoss", "class_lengths", "dot_regression"]
@@ -111,7 +111,7 @@ class DotRegressionLoss(nn.Module):
             wanted = x.detach().norm(dim=1).clamp_min(torch.finfo(x.dtype).eps)
         elif isinstance(self.feature_length, int | float):
             wanted = self.feature_length
-            x = wanted * F.normalize(x, dim=1)
+            x = wanted * unit(x, embeddings)
         products = (x * w[labels]).sum(dim=1)
         length = 1.0
         if self.lengths is not None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..unit import directed_lengths
 from ._common import check_inputs, without_autocast
 
 __all__ = ["HierarchyCosineLoss", "cosine_regression"]
@@ -61,9 +62,9 @@ class HierarchyCosineLoss(nn.Module):
     def forward(self, embeddings: Tensor, labels: Tensor, frame: Tensor) -> Tensor:
         x, w, labels = check_inputs(embeddings, labels, frame)
         products, targets = (torch.cat([x, w[labels]]) @ w.T).chunk(2)  # one matrix product for both
-        lengths = x.norm(dim=1, keepdim=True).clamp_min(torch.finfo(x.dtype).eps)
         cross_entropy = F.cross_entropy(self.logit_scale * products, labels)
-        return (1 - self.alpha) * cross_entropy + self.alpha * cosine_regression(products / lengths, targets)
+        cosines = products / directed_lengths(x, embeddings)
+        return (1 - self.alpha) * cross_entropy + self.alpha * cosine_regression(cosines, targets)
 
     def extra_repr(self) -> str:
         return f"alpha={self.alpha}, logit_scale={self.logit_scale}"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..unit import unit
 from ._common import check_inputs, without_autocast
 
 __all__ = ["SeparatingConeLoss", "cone_cosine"]
@@ -71,7 +72,7 @@ class SeparatingConeLoss(nn.Module):
     def forward(self, embeddings: Tensor, labels: Tensor, frame: Tensor) -> Tensor:
         x, w, labels = check_inputs(embeddings, labels, frame)
         radius = math.radians(self.radius)
-        cosines = F.normalize(x, dim=1) @ w.T
+        cosines = unit(x, embeddings) @ w.T
         own = labels[:, None]
         inside = cone_cosine(cosines.gather(1, own), radius)
         return F.cross_entropy(self.logit_scale * torch.scatter(cosines / math.cos(radius), 1, own, inside), labels)

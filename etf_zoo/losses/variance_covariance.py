@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ._common import at_least_float32, without_autocast
+from ..unit import at_least_float32
+from ._common import without_autocast
 
 __all__ = ["VarianceCovarianceLoss", "covariance_penalty", "variance_penalty"]
 

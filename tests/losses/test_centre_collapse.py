@@ -43,6 +43,7 @@ def test_matches_a_plain_loop(seed):
     features, labels = batch(seed)
     value = CentreCollapseLoss(logit_scale=10.0)(features, labels, FRAME).item()
     assert math.isclose(value, plain(features, labels, FRAME, 10.0), rel_tol=1e-10)
+    assert CentreCollapseLoss(logit_scale=10.0)(features=features, labels=labels, frame=FRAME).item() == value
 
 
 def test_gradcheck():
@@ -92,6 +93,16 @@ def test_half_precision_inputs(dtype):
     assert value.dtype == torch.float32
     assert torch.isfinite(value)
     assert torch.isfinite(x.grad).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("length", [0.0, 1e-8, 1e-5])
+def test_short_features_give_small_gradients(dtype, length):
+    features, labels = batch()
+    x = (length * torch.nn.functional.normalize(features, dim=1)).to(dtype).requires_grad_()
+    CentreCollapseLoss()(x, labels, FRAME).backward()
+    assert torch.isfinite(x.grad).all()
+    assert length > 1e-6 or not x.grad.any()
 
 
 def test_centres_of_nothing():

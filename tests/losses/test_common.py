@@ -58,6 +58,14 @@ def test_autocast_changes_nothing(loss):
     assert torch.allclose(plain.double(), exact, rtol=1e-5)
 
 
+def test_arguments_by_name(loss):
+    x = features()
+    assert torch.equal(loss(embeddings=x, labels=LABELS, frame=FRAME), loss(x, LABELS, FRAME))
+    assert torch.equal(loss(frame=FRAME, labels=LABELS, embeddings=x), loss(x, LABELS, FRAME))
+    with pytest.raises(TypeError, match="'embeddings'"):
+        loss(labels=LABELS, frame=FRAME)
+
+
 def test_labels_of_any_integer_type(loss):
     assert torch.equal(loss(features(), LABELS.to(torch.uint8), FRAME), loss(features(), LABELS, FRAME))
 
@@ -68,8 +76,19 @@ def test_labels_out_of_range(loss, wrong):
         loss(features(), torch.tensor([0, 3, wrong, 1, 4, 2]), FRAME)
 
 
-def test_zero_features_give_finite_gradients(loss):
-    x = torch.zeros(6, 7, requires_grad=True)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_zero_features_give_small_gradients(loss, dtype):
+    """No larger than those of unit features: their direction, which no step can find, asks for nothing."""
+    x = torch.zeros(6, 7, dtype=dtype, requires_grad=True)
+    value = loss(x, LABELS, FRAME)
+    value.backward()
+    assert torch.isfinite(value)
+    assert x.grad.abs().max() < 10
+
+
+@pytest.mark.parametrize("length", [1e-8, 1e-5, 2e-3])
+def test_short_features_give_finite_gradients_in_float16(loss, length):
+    x = (length * F.normalize(features(torch.float64).detach(), dim=1)).half().requires_grad_()
     loss(x, LABELS, FRAME).backward()
     assert torch.isfinite(x.grad).all()
 

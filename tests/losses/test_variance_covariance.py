@@ -24,7 +24,7 @@ def test_matches_a_plain_loop():
                 variance += max(0.0, 1.2 - math.sqrt(c + 1e-4)) / d
             else:
                 covariance += c * c / d
-    value = VarianceCovarianceLoss(2.0, 0.5, target=1.2)(x).item()
+    value = VarianceCovarianceLoss(2.0, 0.5, target=1.2)(features=x).item()
     assert variance > 0
     assert math.isclose(value, 2 * variance + 0.5 * covariance, rel_tol=1e-10)
 

@@ -1,0 +1,44 @@
+"""Directions of feature vectors, computed in float32 at least."""
+
+import math  # no `from __future__ import annotations` here: TorchScript cannot read the functions' as strings
+
+import torch
+from torch import Tensor
+
+__all__ = ["at_least_float32", "directed_lengths", "unit"]
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Half precision up to float32, as sums over features overflow float16; float32 and float64 as they are."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def directed_lengths(x: Tensor, source: Tensor | None = None) -> Tensor:
+    """Lengths of rows, infinite for those too short to have a direction.
+
+    The gradient of a direction grows as 1 / length. So below 1e-3 for features in float16 (whose numbers end at 65504,
+    and which lose digits below 6e-5), and below 1e-6 otherwise, a row counts as zero.
+
+    Args:
+        x: `(..., d)`.
+        source: What `x` was computed from, if its precision is another.
+
+    Returns:
+        `(..., 1)`, float32 at least. What is divided by it is zero, with zero gradient, where a row is too short.
+    """
+    shortest = 1e-3 if (x if source is None else source).dtype == torch.float16 else 1e-6
+    lengths = torch.linalg.vector_norm(at_least_float32(x), dim=-1, keepdim=True)
+    return lengths.masked_fill(lengths <= shortest, math.inf)
+
+
+def unit(x: Tensor, source: Tensor | None = None) -> Tensor:
+    """Rows of length one; zero, with zero gradient, for rows too short to have a direction, see `directed_lengths`.
+
+    Args:
+        x: `(..., d)`.
+        source: What `x` was computed from, if its precision is another.
+
+    Returns:
+        `(..., d)`, float32 at least: half precision cannot hold the squared length of 2,048 features.
+    """
+    return at_least_float32(x) / directed_lengths(x, source)
