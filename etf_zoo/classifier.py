@@ -166,7 +166,7 @@ class FrameClassifier(nn.Module):
         self.norm = LastDimBatchNorm(self.dim, affine=False, device=device) if feature_norm == "batch" else None
 
         if device.type == "meta" or self.implicit:
-            check_frame(frame, num_classes, self.dim, orientation=orientation, hierarchy=hierarchy)
+            check_frame(frame, num_classes, self.dim, orientation=orientation, hierarchy=hierarchy, gamma=gamma)
             width = 0 if self.implicit else self.dim
             weight = torch.empty(num_classes, width, dtype=torch.float32, device=device)
         else:

@@ -127,9 +127,8 @@ class MovingFrameClassifier(FrameClassifier):
         """
         if not bool(self.class_seen.any()):
             return
-        seen = self.class_seen[:, None]
-        centre = self.class_means[self.class_seen].double().mean(dim=0)
-        centred = torch.where(seen, self.class_means.double() - centre, 0.0)
+        seen, means = self.class_seen.cpu(), self.class_means.cpu().double()  # not every device has float64
+        centred = torch.where(seen[:, None], means - means[seen].mean(dim=0), 0.0)
         self.weight.copy_(nearest_simplex_etf(centred, previous=self.weight, delta=self.delta))
 
     def extra_repr(self) -> str:
@@ -161,4 +160,4 @@ def copy_moving_frames(target: nn.Module, source: nn.Module) -> int:
 
 def _moving_heads(model: nn.Module) -> dict[str, MovingFrameClassifier]:
     heads = {name: head for name, head in model.named_modules() if isinstance(head, MovingFrameClassifier)}
-    return {name.removeprefix("module."): head for name, head in heads.items()}
+    return {"" if name == "module" else name.removeprefix("module."): head for name, head in heads.items()}

@@ -11,6 +11,8 @@ from etf_zoo.classifier import MAX_LOGIT_SCALE, solve_logit_scale
 from etf_zoo.frames import best_frame, quick_code, random_frame, simplex_etf
 from etf_zoo.frames.named import build_frame, check_frame
 
+FAR = 1 - torch.eye(10)  # ten classes, equally far from each other
+
 
 def features(*shape, seed=0, dtype=torch.float32):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
@@ -242,6 +244,10 @@ def test_meta_device_computes_nothing(monkeypatch):
         ({"orientation": "blocks", "num_classes": 40}, "needs dim >= num_classes"),
         ({"orientation": "blocks", "frame": "random", "num_classes": 9}, "needs dim >= num_classes"),
         ({"num_classes": 1}, "at least 2 classes, got num_classes=1"),
+        ({"frame": "hierarchy", "hierarchy": [[0, 1], [1, 0]]}, r"a tensor \(K, K\), got a list"),
+        ({"frame": "hierarchy", "hierarchy": torch.ones(4, 4)}, r"hierarchy has shape \(4, 4\) for 5 classes"),
+        ({"frame": "hierarchy", "hierarchy": FAR, "num_classes": 10}, "needs at least 9 dimensions, got 8.*'residual'"),
+        ({"frame": "hierarchy", "hierarchy": FAR[:5, :5], "gamma": -1.0}, "gamma must be positive and finite, got -1"),
     ],
 )
 def test_errors_here_as_on_the_meta_device(kwargs, message, device):

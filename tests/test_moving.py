@@ -143,6 +143,30 @@ def test_half_precision(dtype):
     assert is_etf(head.weight)
 
 
+class WithoutFloat64(torch.Tensor):
+    """What a device without float64 (MPS) does: refuses it before the tensor is on the CPU."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        out = super().__torch_function__(func, types, args, kwargs or {})
+        if func is torch.Tensor.cpu:
+            return out.as_subclass(torch.Tensor)
+        if isinstance(out, cls) and out.dtype == torch.float64:
+            raise TypeError("Cannot convert a tensor of this device to float64.")
+        return out
+
+
+def test_devices_without_float64():
+    head, reference = make_head(), make_head()
+    for name in ("weight", "class_means"):
+        setattr(head, name, getattr(head, name).as_subclass(WithoutFloat64))
+    with pytest.raises(TypeError, match="float64"):
+        head.class_means.double()
+    for one in (head, reference):
+        one.observe(*batch(0))
+    assert torch.equal(head.weight.as_subclass(torch.Tensor), reference.weight)
+
+
 def test_a_neck_decides_the_width():
     head = MovingFrameClassifier(4, 9, neck="residual")
     x = torch.randn(16, 4)
@@ -160,6 +184,11 @@ def test_weight_average_keeps_an_etf_by_copying():
     assert copy_moving_frames(ema, model) == 1
     assert torch.equal(ema.module[1].weight, model[1].weight)
     assert torch.equal(ema.module[1].class_means, model[1].class_means)
+    head = make_head(logit_scale="learnable")
+    bare = ModelEmaV3(head)  # holds the head itself as its module
+    head.observe(*batch(9))
+    assert copy_moving_frames(bare, head) == 1
+    assert torch.equal(bare.module.weight, head.weight)
     with pytest.raises(ValueError, match="different moving heads"):
         copy_moving_frames(nn.Linear(2, 2), model)
 

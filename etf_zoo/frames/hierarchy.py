@@ -145,8 +145,9 @@ class Hierarchy:
 def _unique_keys(pairs: list[tuple[str, str]]) -> dict[str, str]:
     seen: dict[str, str] = {}
     for child, parent in pairs:
-        if seen.setdefault(child, parent) != parent:
-            raise ValueError(f"{child!r} has two parents, {seen[child]!r} and {parent!r}; a tree allows one.")
+        if child in seen:
+            raise ValueError(f"{child!r} is named twice, under {seen[child]!r} and {parent!r}; a tree has it once.")
+        seen[child] = parent
     return seen
 
 
@@ -191,12 +192,7 @@ def hierarchy_frame(distance: Tensor, dim: int, *, gamma: float = 2.0, seed: int
     """
     null, cosines, _ = _solve(distance, gamma)
     k = len(cosines)
-    check_sizes(k, dim)
-    if dim < k - 1:
-        raise ValueError(
-            f"A hierarchy-aware frame of {k} classes needs at least {k - 1} dimensions, got {dim}. "
-            f"Use neck='residual', whose output is {k - 1} wide."
-        )
+    check_hierarchy_fits(k, dim)
     # S has the one null vector E^-1 1. Leaving out the class of its largest entry leaves a positive definite matrix, so
     # a Cholesky factor serves where the paper takes eigenvectors; the class left out follows from sum_i null_i w_i = 0.
     last = int(null.abs().argmax())
@@ -207,10 +203,36 @@ def hierarchy_frame(distance: Tensor, dim: int, *, gamma: float = 2.0, seed: int
     return (factor @ haar_columns(dim, k - 1, seed).T).float()
 
 
-def _solve(distance: Tensor, gamma: float) -> tuple[Tensor, Tensor, float]:
-    """Null vector `(K,)` of S, S `(K, K)` and s*."""
+def check_hierarchy_fits(num_classes: int, dim: int) -> None:
+    """Raise ValueError, naming the way out, unless a hierarchy-aware frame fits `dim` dimensions."""
+    check_sizes(num_classes, dim)
+    if dim < num_classes - 1:
+        raise ValueError(
+            f"A hierarchy-aware frame of {num_classes} classes needs at least {num_classes - 1} dimensions, got {dim}. "
+            f"Use neck='residual', whose output is {num_classes - 1} wide."
+        )
+
+
+def check_gamma(gamma: float) -> None:
+    """Raise ValueError unless gamma is positive and finite."""
     if not (math.isfinite(gamma) and gamma > 0):
         raise ValueError(f"gamma must be positive and finite, got {gamma}.")
+
+
+def check_matrix(distance: Tensor) -> None:
+    """Raise ValueError unless distances are a square matrix of at least two classes."""
+    if not isinstance(distance, Tensor):
+        raise ValueError(
+            f"The distances between classes are a tensor (K, K), got a {type(distance).__name__}. For a tree: "
+            f"Hierarchy.distances(class_names); for a list or an array: torch.as_tensor(...)."
+        )
+    if distance.ndim != 2 or distance.shape[0] != distance.shape[1] or distance.shape[0] < 2:
+        raise ValueError(f"distance must be a square matrix of at least two classes, got {tuple(distance.shape)}.")
+
+
+def _solve(distance: Tensor, gamma: float) -> tuple[Tensor, Tensor, float]:
+    """Null vector `(K,)` of S, S `(K, K)` and s*."""
+    check_gamma(gamma)
     d = _checked(distance)
     e = torch.exp(-gamma * d / d.max())
     lower, info = torch.linalg.cholesky_ex(e)
@@ -226,9 +248,8 @@ def _solve(distance: Tensor, gamma: float) -> tuple[Tensor, Tensor, float]:
 
 
 def _checked(distance: Tensor) -> Tensor:
-    if distance.ndim != 2 or distance.shape[0] != distance.shape[1] or distance.shape[0] < 2:
-        raise ValueError(f"distance must be a square matrix of at least two classes, got {tuple(distance.shape)}.")
-    d = distance.detach().to("cpu", torch.float64)
+    check_matrix(distance)
+    d = distance.detach().cpu().double()
     if not bool(torch.isfinite(d).all()) or bool((d < 0).any()):
         raise ValueError("distance must be finite and nonnegative.")
     if not torch.equal(d, d.T):

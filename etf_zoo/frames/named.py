@@ -7,7 +7,7 @@ import math
 from torch import Tensor
 
 from .codes import best_frame, quick_code, random_frame
-from .hierarchy import hierarchy_frame
+from .hierarchy import check_gamma, check_hierarchy_fits, check_matrix, hierarchy_frame
 from .orientation import resolve_orientation, turn_to_blocks
 from .simplex import check_simplex_fits, check_sizes, helmert_basis, simplex_etf
 
@@ -26,8 +26,9 @@ def check_frame(
     *,
     orientation: str = "auto",
     hierarchy: Tensor | None = None,
+    gamma: float = 2.0,
 ) -> None:
-    """Raise the errors of `build_frame`, at no cost.
+    """Raise the errors of `build_frame` that show without computing; whether distances allow a frame does not.
 
     Args:
         frame: See `build_frame`; here `"custom"` passes too, as the frame of a checkpoint that is about to be loaded.
@@ -35,6 +36,7 @@ def check_frame(
         dim: Width of the features that meet the frame.
         orientation: See `build_frame`.
         hierarchy: See `build_frame`.
+        gamma: See `build_frame`.
 
     Raises:
         ValueError: On an unknown name, a frame that does not fit, or a tensor of wrong shape or without unit rows.
@@ -45,8 +47,12 @@ def check_frame(
             "frame='hierarchy' and hierarchy=D, the distances between classes (K, K), go together: "
             "D = etf_zoo.frames.Hierarchy.from_json(path).distances(class_names)."
         )
-    if hierarchy is not None and hierarchy.shape != (num_classes, num_classes):
-        raise ValueError(f"hierarchy has shape {tuple(hierarchy.shape)} for {num_classes} classes.")
+    if hierarchy is not None:
+        check_matrix(hierarchy)
+        if len(hierarchy) != num_classes:
+            raise ValueError(f"hierarchy has shape {tuple(hierarchy.shape)} for {num_classes} classes.")
+        check_hierarchy_fits(num_classes, dim)
+        check_gamma(gamma)
     if isinstance(frame, Tensor):
         if frame.shape != (num_classes, dim):
             raise ValueError(f"The frame has shape {tuple(frame.shape)}, the head needs ({num_classes}, {dim}).")
@@ -91,7 +97,7 @@ def build_frame(
     Raises:
         ValueError: On an unknown name, a frame that does not fit, or a tensor of wrong shape or without unit rows.
     """
-    check_frame(frame, num_classes, dim, orientation=orientation, hierarchy=hierarchy)
+    check_frame(frame, num_classes, dim, orientation=orientation, hierarchy=hierarchy, gamma=gamma)
     if isinstance(frame, Tensor):
         return frame.detach().clone().float()
     if frame == CUSTOM:

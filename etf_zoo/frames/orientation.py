@@ -61,7 +61,7 @@ def turn_to_blocks(frame: Tensor) -> Tensor:
         ValueError: If K > dim, as not every class can have coordinates of its own.
     """
     blocks = block_indicators(*frame.shape)
-    w = frame.detach().to("cpu", torch.float64)
+    w = frame.detach().cpu().double()
     values, vectors = torch.linalg.eigh(w @ w.T)
     root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
     return (root @ blocks).float()

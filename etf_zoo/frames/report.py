@@ -50,7 +50,7 @@ def frame_report(weight: Tensor) -> FrameReport:
     """
     if weight.ndim != 2 or weight.shape[0] < 2:
         raise ValueError(f"Expected a matrix (num_classes, dim) of at least two rows, got {tuple(weight.shape)}.")
-    w = weight.detach().to("cpu", torch.float64)
+    w = weight.detach().cpu().double()
     norms = w.norm(dim=1, keepdim=True)
     if not bool((torch.isfinite(norms) & (norms > 0)).all()):
         raise ValueError("A row of the frame is zero or not finite and has no direction.")

@@ -43,11 +43,11 @@ def helmert_coordinates(matrix: Tensor) -> Tensor:
         matrix: A, `(K, ...)`.
 
     Returns:
-        Float64 `(K-1, ...)` on the device of `matrix`.
+        Float64 `(K-1, ...)`, on the CPU: not every device has float64.
     """
-    a = matrix.detach().double()
+    a = matrix.detach().cpu().double()
     a = a - a.mean(dim=0)  # H does not see the mean, but the sums below would round it
-    j = torch.arange(1, len(a), dtype=torch.float64, device=a.device).view(-1, *[1] * (a.ndim - 1))
+    j = torch.arange(1, len(a), dtype=torch.float64, device="cpu").view(-1, *[1] * (a.ndim - 1))
     return (a.cumsum(dim=0)[:-1] - j * a[1:]) / torch.sqrt(j * (j + 1))
 
 
@@ -147,7 +147,7 @@ def nearest_simplex_etf(weight: Tensor, *, previous: Tensor | None = None, delta
         raise ValueError(f"Expected a matrix (num_classes, dim), got shape {tuple(weight.shape)}.")
     k, dim = weight.shape
     check_simplex_fits(k, dim)
-    a = weight.detach().to("cpu", torch.float64)
+    a = weight.detach().cpu().double()
     if not torch.isfinite(a).all():
         raise ValueError("The matrix has entries that are not finite; no nearest simplex ETF exists.")
     a = a - a.mean(dim=0)  # before the product, which would round a large mean instead of removing it
@@ -156,9 +156,9 @@ def nearest_simplex_etf(weight: Tensor, *, previous: Tensor | None = None, delta
     if previous is not None:
         if previous.shape != weight.shape:
             raise ValueError(f"previous has shape {tuple(previous.shape)}, weight {tuple(weight.shape)}.")
-        p = basis.T @ previous.detach().to("cpu", torch.float64)
-        tiny = torch.finfo(torch.float64).tiny  # an all-zero matrix still has a nearest ETF: the previous one
-        m = m + delta * m.norm().clamp_min(tiny) / p.norm().clamp_min(tiny) * p
+        p = basis.T @ previous.detach().cpu().double()
+        p = p / p.norm().clamp_min(torch.finfo(torch.float64).tiny)
+        m = m + delta * m.norm() * p if m.any() else p  # to a matrix that is all zero the earlier solution is nearest
     # a singular value of rounding size is none: what counts is the precision the matrix came in
     factor, rank = polar_factor(
         m, eps=torch.finfo(torch.float64 if weight.dtype == torch.float64 else torch.float32).eps

@@ -102,7 +102,8 @@ def test_from_json(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"a": "r", "a": "q", "q": "r"}', "two parents"),
+        ('{"a": "r", "a": "q", "q": "r"}', "'a' is named twice, under 'r' and 'q'"),
+        ('{"a": "r", "b": "r", "a": "r"}', "'a' is named twice, under 'r' and 'r'"),
         ('["a", "r"]', "holds a list"),
         ('{"a": ["r"]}', "child's name"),
         ("{", "hierarchy.json: "),
@@ -212,6 +213,8 @@ def test_frame_errors():
     with pytest.raises(ValueError, match="gamma"):
         hierarchy_frame(d, 8, gamma=0.0)
     for bad, message in [
+        (Hierarchy(PARENTS), r"a tensor \(K, K\), got a Hierarchy. For a tree: Hierarchy.distances\(class_names\)"),
+        (d.tolist(), "got a list.*as_tensor"),
         (d[:3], "square"),
         (d + torch.eye(5).double(), "diagonal"),
         (torch.triu(d), "symmetric"),

@@ -223,6 +223,18 @@ def test_previous_solution_decides_where_the_matrix_does_not():
     assert (nearest_simplex_etf(flat.double() + wobble) - kept).abs().max() > 0.1  # the noise alone decides
 
 
+def test_zeros_give_the_earlier_solution_without_numbers_below_the_normal_ones():
+    earlier = simplex_etf(10, 20, orientation="random", seed=3)
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot flush them to zero")
+    try:
+        found = nearest_simplex_etf(torch.zeros(10, 20), previous=earlier)
+    finally:
+        torch.set_flush_denormal(False)
+    torch.testing.assert_close(found, earlier, atol=1e-6, rtol=0)
+    torch.testing.assert_close(nearest_simplex_etf(1e4 * earlier, previous=torch.zeros(10, 20)), earlier)
+
+
 def test_proximal_term_interpolates():
     a = torch.randn(6, 9, generator=torch.Generator().manual_seed(1))
     earlier = simplex_etf(6, 9, orientation="random", seed=8)
