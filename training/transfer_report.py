@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +19,37 @@ __all__ = ["paired_difference", "rank_correlations", "rows", "write_report"]
 Record = dict[str, Any]
 NC1 = "nc1_pinv"
 MARKERS = "osD^vPX*<>"
-NOTE = """Top-1 on the test images, mean over seeds; difference to the control seed by seed, with its 95 % interval (t).
-A seed chooses the training images and is that of the fine-tuning; each row of weights is *one* pretraining run, so an
-interval says nothing of how another pretraining run would do. NC1 is tr(Σ_W pinv(Σ_B))/K (0: collapsed): at the source
-on its validation images, at the target on the training images with the features that classify, frozen or tuned."""
+NOTE = """Top-1 on the test images, mean over n seeds; difference to the control seed by seed, with its 95 % interval
+(t) where the differences vary, and the number of pairs where that is not n.
+
+- A seed chooses the training images and is that of the fine-tuning. All seeds share the test images and, where each
+  takes a share of the training images, most of these: an interval is about that choice and the fine-tuning's own
+  chance, not about another sample of images.
+- Each row of pretrained weights is *one* pretraining run, so an interval says nothing of how another one would do.
+  Random weights are drawn anew for each seed; their NC1 at the source is seed 0's.
+- NC1 is tr(Σ_W pinv(Σ_B))/K (0: collapsed): at the source on its validation images, at the target on the training
+  images with the features that classify, frozen or tuned.
+- A rank correlation over fewer than 5 weights cannot be significant: the smallest two-sided p is 1/3 over 3 weights,
+  0.083 over 4."""
 
 
 def paired_difference(own: dict[int, float], control: dict[int, float]) -> tuple[float, float, int]:
-    """Mean difference over common seeds, half the width of its 95 % t interval (nan for one seed), and their number."""
+    """Mean difference over common seeds, half the width of its 95 % t interval, and the number of seeds.
+
+    The half width is nan where there is no interval: for one seed, or differences that are all the same.
+    """
     seeds = sorted(own.keys() & control.keys())
     if not seeds:
         return math.nan, math.nan, 0
     differences = np.array([own[s] - control[s] for s in seeds])
     n = len(seeds)
-    half = stats.t.ppf(0.975, n - 1) * differences.std(ddof=1) / math.sqrt(n) if n > 1 else math.nan
+    varied = n > 1 and np.ptp(differences) > 1e-9  # more than rounding
+    half = stats.t.ppf(0.975, n - 1) * differences.std(ddof=1) / math.sqrt(n) if varied else math.nan
     return float(differences.mean()), float(half), n
 
 
-def rows(records: Sequence[Record], control: str, order: Sequence[str]) -> list[Record]:
-    """One row for each data set, method and weights."""
+def rows(records: Sequence[Record], controls: Mapping[str, str], order: Sequence[str]) -> list[Record]:
+    """One row for each data set, method and weights, which `controls` gives the weights to compare with."""
     source = {r["weights"]: r.get(NC1, math.nan) for r in records if not r["method"]}
     groups: dict[tuple[str, str, str], dict[int, Record]] = {}
     for r in records:
@@ -58,7 +70,8 @@ def rows(records: Sequence[Record], control: str, order: Sequence[str]) -> list[
             "top1": float(np.mean(list(top1.values()))),
             "top1_std": float(np.std(list(top1.values()), ddof=1)) if len(top1) > 1 else math.nan,
         }
-        other = groups.get((data, method, control), {}) if weights != control else {}
+        row["control"] = controls.get(weights, "")
+        other = groups.get((data, method, row["control"]), {})
         names = ("minus_control", "half_interval", "pairs")
         row |= dict(zip(names, paired_difference(top1, {s: r["top1"] for s, r in other.items()}), strict=True))
         row["tuned_percent"] = float(np.mean([100 * r["tuned"] / r["total"] for r in mine.values()]))
@@ -78,7 +91,7 @@ def rank_correlations(table: Sequence[Record]) -> list[Record]:
             pairs = [(r[f"nc1_{side}"], r["top1"]) for r in some if math.isfinite(r[f"nc1_{side}"])]
             varied = len(pairs) > 2 and all(len(set(column)) > 1 for column in zip(*pairs, strict=True))
             entry[side] = _spearman(pairs) if varied else math.nan
-            entry["n"] = len(pairs)
+            entry[f"n_{side}"] = len(pairs)
         found.append(entry)
     return found
 
@@ -88,17 +101,19 @@ def _spearman(pairs: list[tuple[float, float]]) -> float:
     return float(found.statistic)
 
 
-def write_report(records: Sequence[Record], folder: Path, *, control: str, order: Sequence[str], left: int = 0) -> None:
+def write_report(
+    records: Sequence[Record], folder: Path, *, controls: Mapping[str, str], order: Sequence[str], left: int = 0
+) -> None:
     """Write `table.md`, `table.csv`, `accuracy.png` and `nc1.png`.
 
     Args:
         records: Finished cells.
         folder: Where to.
-        control: Name of the weights that others are compared with.
+        controls: Name of weights -> name of those that they are compared with.
         order: Names of the weights in the order to show.
         left: Cells that have not been run.
     """
-    table = rows(records, control, order)
+    table = rows(records, controls, order)
     if not table:
         return
     with open(folder / "table.csv", "w", newline="") as file:
@@ -108,14 +123,17 @@ def write_report(records: Sequence[Record], folder: Path, *, control: str, order
     lines = ["# Transfer", "", NOTE, ""]
     if left:
         lines += [f"{left} cells of the recipe were not run.", ""]
-    head = ["data", "method", "weights", "n", "top-1 (%)", f"minus {control or 'control'}"]
-    head += ["tuned (%)", "NC1 source", "NC1 target"]
-    lines.append(f"| {' | '.join(head)} |")
-    lines += ["|---|---|---|---|---|---|---|---|---|"]
+    if controls:
+        pairs = "; ".join(f"of {weights}: {control}" for weights, control in controls.items())
+        lines += [f"Controls: {pairs}.", ""]
+    head = ["data", "method", "weights", "n", "top-1 (%)", "minus control", "tuned (%)", "NC1 source", "NC1 target"]
+    lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for r in table:
         difference = "" if not r["pairs"] else f"{r['minus_control']:+.2f}"
         if math.isfinite(r["half_interval"]):
             difference += f" ± {r['half_interval']:.2f}"
+        if r["pairs"] not in (0, r["n"]):
+            difference += f" (n = {r['pairs']})"
         cells = [r["data"], r["method"], r["weights"], str(r["n"]), f"{r['top1']:.2f}", difference]
         cells += [_short(r["tuned_percent"]), _short(r["nc1_source"]), _short(r["nc1_target"])]
         lines.append(f"| {' | '.join(cells)} |")
@@ -123,12 +141,13 @@ def write_report(records: Sequence[Record], folder: Path, *, control: str, order
     if correlations:
         lines += [
             "",
-            "Spearman's rank correlation of NC1 with accuracy over n weights (negative: more collapse, better):",
+            "Rank correlation (Spearman) of NC1 with accuracy over weights; negative: more collapse, better.",
             "",
         ]
-        lines += ["| data | method | n | NC1 source | NC1 target |", "|---|---|---|---|---|"]
+        lines += ["| data | method | NC1 source | weights | NC1 target | weights |", "|---|---|---|---|---|---|"]
         for r in correlations:
-            lines.append(f"| {r['data']} | {r['method']} | {r['n']} | {_short(r['source'])} | {_short(r['target'])} |")
+            sides = [f"{_short(r[side])} | {r[f'n_{side}']}" for side in ("source", "target")]
+            lines.append(f"| {r['data']} | {r['method']} | {' | '.join(sides)} |")
     (folder / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     plot_accuracy(table, folder / "accuracy.png", order)
     plot_nc1(table, folder / "nc1.png", order)
@@ -138,8 +157,7 @@ def _short(value: float) -> str:
     return f"{value:.3g}" if math.isfinite(value) else ""
 
 
-def _panels(count: int, height: float, shared: bool = False):
-    columns = min(3, count)
+def _panels(count: int, columns: int, height: float, shared: bool = False):
     figure = Figure(figsize=(4.4 * columns + 1, height * -(-count // columns)), layout="constrained")
     axes = figure.subplots(-(-count // columns), columns, squeeze=False, sharex=shared, sharey=shared).ravel()
     for ax in axes[count:]:
@@ -158,7 +176,7 @@ def _colour(weights: str, order: Sequence[str]) -> str:
 def plot_accuracy(table: Sequence[Record], path: Path, order: Sequence[str]) -> None:
     """Accuracy by data set, a panel for each method; bars are one standard deviation over seeds."""
     methods, data = (list(dict.fromkeys(r[key] for r in table)) for key in ("method", "data"))
-    figure, axes = _panels(len(methods), 3.0, shared=True)
+    figure, axes = _panels(len(methods), min(3, len(methods)), 3.0, shared=True)
     for ax, method in zip(axes, methods, strict=False):
         for i, weights in enumerate(order):
             mine = [r for r in table if (r["method"], r["weights"]) == (method, weights)]
@@ -175,18 +193,25 @@ def plot_accuracy(table: Sequence[Record], path: Path, order: Sequence[str]) -> 
 
 
 def plot_nc1(table: Sequence[Record], path: Path, order: Sequence[str]) -> None:
-    """NC1 at the target against accuracy, a panel for each method; colour: weights, marker: data set."""
+    """NC1 against accuracy, for each method a panel at the source, where known, and one at the target beside it.
+
+    Colour: weights; marker: data set.
+    """
     methods, data = (list(dict.fromkeys(r[key] for r in table)) for key in ("method", "data"))
-    figure, axes = _panels(len(methods), 3.2)
-    for ax, method in zip(axes, methods, strict=False):
+    sides = [side for side in ("source", "target") if any(math.isfinite(r[f"nc1_{side}"]) for r in table)]
+    panels = [(method, side) for method in methods for side in sides]
+    if not panels:
+        return
+    figure, axes = _panels(len(panels), min(len(panels), 4 if len(sides) == 2 else 3), 3.2)
+    for ax, (method, side) in zip(axes, panels, strict=False):
         for r in table:
-            if r["method"] == method:
+            if r["method"] == method and math.isfinite(r[f"nc1_{side}"]):
                 marker = MARKERS[data.index(r["data"]) % len(MARKERS)]
                 label = f"{r['weights']}, {r['data']}"
-                ax.plot(r["nc1_target"], r["top1"], marker, color=_colour(r["weights"], order), label=label)
+                ax.plot(r[f"nc1_{side}"], r["top1"], marker, color=_colour(r["weights"], order), label=label)
         ax.set_xscale("log")
         ax.set_title(method, loc="left", fontsize=10, color=INK)
-        ax.set(xlabel="NC1 at the target", ylabel="top-1 (%)")
+        ax.set(xlabel=f"NC1 at the {side}", ylabel="top-1 (%)")
     handles = {label: h for ax in axes for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside right upper", frameon=False, fontsize=8)
     figure.savefig(path, dpi=130)

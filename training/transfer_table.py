@@ -1,8 +1,8 @@
 """Weights x data sets x methods x seeds: `python training/transfer_table.py --config training/recipes/transfer.yaml`.
 
 Every finished cell is one line of `cells.jsonl` in `results`; a rerun does what is missing and writes table and plots
-anew. Features of frozen backbones are kept in `work`. `--jobs 2` runs two cells at a time, each on its share of the
-cores.
+anew. Features of frozen backbones are kept in `work`. Several processes of this script share the cells, each taking the
+next one that no other holds; `--jobs 2` starts two of them, each on its share of the cores.
 """
 
 from __future__ import annotations
@@ -15,27 +15,29 @@ import multiprocessing
 import os
 import shutil
 import sys
-from concurrent.futures import ProcessPoolExecutor, as_completed
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script from a clone
 
 import safetensors.torch
 import torch
-from accelerate import PartialState
 
 from etf_zoo.metrics import NeuralCollapse
 from training.config import final_size, parse
-from training.launching import make_accelerator, run_script
+from training.launching import refuse_processes, run_script
 from training.model import find_model, make_model
 from training.parsing import parse_entries
-from training.probes import PROBES, backbone_features, fit_probe
-from training.subsets import Images, check_classes, few_shot_indices, holdout_indices, load_images
+from training.probes import PROBES, backbone_size, fit_probe
+from training.subsets import Images, check_classes, few_shot_indices, holdout_indices, load_images, training_rows
 from training.transfer_report import write_report
-from training.tuning import Finetune, fine_tune
+from training.tuning import Finetune, bare, features_of, fine_tune
 
+CELLS = "cells.jsonl"
 NC1 = ("nc1_pinv", "nc1_quotient", "nc1_cdnv")
 
 
@@ -45,9 +47,9 @@ class Table:
 
     Attributes:
         results: Folder of `cells.jsonl`, the table and the plots.
-        work: Folder of cached features and of runs while they last.
-        weights: Name -> fields of a fine-tuning recipe that say where to start: `model`, `pretrained`.
-        control: Name among `weights` that the others are compared with, seed by seed; empty for none.
+        work: Folder of cached features, of locks, and of runs while they last.
+        weights: Name -> fields of a fine-tuning recipe that say where to start: `model`, `pretrained`; and `control`:
+            name of the weights that these are compared with, seed by seed; none by default.
         source: Data set the weights were pretrained on, for NC1 at the source; fields of `data`, empty for none.
         data: Name -> fields of `data`, and `per_class`: so many training images of each class.
         methods: Name -> fields of a fine-tuning recipe, `method` being the name itself by default; and `weights`,
@@ -56,14 +58,13 @@ class Table:
         share: Share of each class's training images that a seed trains on, so that seeds differ in methods without
             chance of their own; 1 for all.
         base: Fields of a fine-tuning recipe that all share.
-        jobs: Cells at a time.
+        jobs: Processes that run cells.
         report_only: Write table and plots from what is there.
     """
 
     results: str = "training/results/transfer"
     work: str = "runs/transfer"
     weights: dict[str, dict[str, Any]] = field(default_factory=dict)
-    control: str = ""
     source: dict[str, Any] = field(default_factory=dict)
     data: dict[str, dict[str, Any]] = field(default_factory=dict)
     methods: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -76,12 +77,19 @@ class Table:
     def __post_init__(self):
         if not (self.weights and self.data and self.methods and self.seeds) or self.jobs < 1 or not 0 < self.share <= 1:
             raise ValueError("A table needs weights, data, methods and seeds; jobs positive, share in (0, 1].")
-        if self.control and self.control not in self.weights:
-            raise ValueError(f"The control {self.control!r} is not among the weights {', '.join(self.weights)}.")
+        for name, control in _controls(self).items():
+            if control == name or control not in self.weights:
+                others = ", ".join(other for other in self.weights if other != name)
+                raise ValueError(f"The control {control!r} of {name!r} is not among the other weights: {others}.")
         for name, entry in self.methods.items():
             for key, known in (("weights", self.weights), ("data", self.data)):
                 if unknown := set(entry.get(key, [])) - set(known):
                     raise ValueError(f"Method {name!r} names {key} that there are not: {', '.join(sorted(unknown))}.")
+
+
+def _controls(table: Table) -> dict[str, str]:
+    """Name of weights -> name of their control, for those that have one."""
+    return {name: entry["control"] for name, entry in table.weights.items() if entry.get("control")}
 
 
 @dataclass(frozen=True)
@@ -94,6 +102,7 @@ class Cell:
         method: Name of the method; empty likewise.
         seed: Seed.
         settings: The whole recipe.
+        identity: Of the weights, see `training.model.Source`.
         per_class: Training images of each class; 0 for all.
         share: See `Table`.
     """
@@ -103,15 +112,21 @@ class Cell:
     method: str
     seed: int
     settings: Finetune
+    identity: str
     per_class: int = 0
     share: float = 1.0
 
     @property
     def key(self) -> str:
-        """Names and a hash of the settings: a changed recipe is another cell."""
-        kept = dataclasses.asdict(self.settings)
-        digest = hashlib.sha256(json.dumps([kept, self.per_class, self.share], sort_keys=True).encode()).hexdigest()
+        """Names and a hash of settings and weights: a changed recipe, or one with other weights, is another cell."""
+        kept = [dataclasses.asdict(self.settings), self.identity, self.per_class, self.share]
+        digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
         return f"{self.weights}|{self.data}|{self.method}|{self.seed}|{digest[:12]}"
+
+    @property
+    def file_name(self) -> str:
+        """A hash of the key."""
+        return hashlib.sha256(self.key.encode()).hexdigest()[:16]
 
 
 def cells(table: Table) -> list[Cell]:
@@ -120,7 +135,7 @@ def cells(table: Table) -> list[Cell]:
     if table.source:
         for weights, start in table.weights.items():
             settings = _settings(table, start, table.source, {"method": "ncm"})
-            found.append(Cell(weights, "", "", settings.seed, settings))
+            found.append(Cell(weights, "", "", settings.seed, settings, _identity(settings)))
     for method, entry in table.methods.items():
         own = {"method": method, **{k: v for k, v in entry.items() if k not in ("weights", "data", "seeds")}}
         for data in entry.get("data", table.data):
@@ -128,19 +143,24 @@ def cells(table: Table) -> list[Cell]:
             per_class = table.data[data].get("per_class", 0)
             for weights in entry.get("weights", table.weights):
                 settings = _settings(table, table.weights[weights], fields, own)
+                identity = _identity(settings)
                 for seed in entry.get("seeds", table.seeds):
                     of_seed = dataclasses.replace(settings, seed=seed)
-                    found.append(Cell(weights, data, method, seed, of_seed, per_class, table.share))
+                    found.append(Cell(weights, data, method, seed, of_seed, identity, per_class, table.share))
     return found
 
 
 def _settings(table: Table, start: dict[str, Any], data: dict[str, Any], changes: dict[str, Any]) -> Finetune:
-    entries = {"holdout": 0, **table.base, **start, **changes}
+    entries = {"holdout": 0, **table.base, **{k: v for k, v in start.items() if k != "control"}, **changes}
     entries["data"] = {**table.base.get("data", {}), **data}
     settings = parse_entries(Finetune, entries)
-    if not settings.holdout:  # the test images are looked at once, at the end
-        settings = dataclasses.replace(settings, eval_every=settings.epochs)
-    return settings
+    # without a holdout the test images are looked at once, at the end; and no cell goes on from a checkpoint
+    looks = settings.eval_every if settings.holdout else settings.epochs
+    return dataclasses.replace(settings, eval_every=looks, save_every=settings.epochs)
+
+
+def _identity(settings: Finetune) -> str:
+    return find_model(settings.model, settings.pretrained).identity
 
 
 def run_cell(cell: Cell, work: str) -> dict[str, Any]:
@@ -155,6 +175,15 @@ def run_cell(cell: Cell, work: str) -> dict[str, Any]:
     check_classes(train, test)
     rows = _rows(cell, train)
     if settings.method in PROBES:
+        chosen, _ = training_rows(
+            train.labels[rows],
+            train.label_names,
+            shots=settings.shots,
+            long_tail=settings.data.long_tail,
+            limit=settings.data.limit,
+            seed=cell.seed,
+        )
+        rows = rows[chosen]
         features = _cached(settings, settings.data.train_split, train, Path(work))[torch.from_numpy(rows)]
         train = train.subset(rows)
         labels = torch.from_numpy(train.labels)
@@ -165,24 +194,21 @@ def run_cell(cell: Cell, work: str) -> dict[str, Any]:
         found = {"top1": 100 * float((predicted == test.labels).mean()), "tuned": probe.tuned, "chosen": probe.chosen}
         found["total"] = _backbone_size(settings) + probe.tuned
         return {**names, **found, "images": len(train), **_collapse(features, train)}
-    output = Path(work) / "runs" / hashlib.sha256(cell.key.encode()).hexdigest()[:16]
+    output = Path(work) / "runs" / cell.file_name
     shutil.rmtree(output, ignore_errors=True)  # of a cell that was killed
-    train = train.subset(rows)
-    tuned = fine_tune(dataclasses.replace(settings, output=str(output)), train, test)
+    tuned = fine_tune(dataclasses.replace(settings, output=str(output)), train.subset(rows), test)
     if tuned is None:
         raise ValueError("time_budget has no place in a table: a cell is run to its end.")
     top1 = tuned.figures()["top1"]
-    features = backbone_features(tuned.run.plain_model(), train, size=final_size(settings), device=_device())
+    fitted: Any = tuned.run.train_split
+    features = features_of(settings, tuned.run.plain_model(), fitted)
     shutil.rmtree(output, ignore_errors=True)
-    found = {"top1": top1, "tuned": tuned.tuned, "total": tuned.total, "images": len(train)}
-    return {**names, **found, **_collapse(features, train)}
+    found = {"top1": top1, "tuned": tuned.tuned, "total": tuned.total, "images": len(fitted)}
+    return {**names, **found, **_collapse(features, fitted)}
 
 
 def _rows(cell: Cell, train: Images):
-    """Training images of a seed: few of each class, or a share of each."""
-    count = cell.settings.shots or cell.per_class
-    if count and cell.settings.method in PROBES:
-        return few_shot_indices(train.labels, count, cell.seed, train.label_names)
+    """Training images of a seed, before the recipe chooses among them: so many of each class, or a share of each."""
     if cell.per_class:
         return few_shot_indices(train.labels, cell.per_class, cell.seed, train.label_names)
     if cell.share < 1:
@@ -190,14 +216,9 @@ def _rows(cell: Cell, train: Images):
     return torch.arange(len(train)).numpy()
 
 
-def _device() -> torch.device:
-    return make_accelerator().device
-
-
 def _backbone_size(settings: Finetune) -> int:
     with torch.device("meta"):
-        model: Any = make_model(dataclasses.replace(settings, head="learned", pretrained=False), 2)
-    return sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in model.get_classifier().parameters())
+        return backbone_size(make_model(dataclasses.replace(bare(settings), pretrained=False), 2))
 
 
 def _collapse(features: torch.Tensor, split: Images) -> dict[str, float]:
@@ -208,7 +229,7 @@ def _collapse(features: torch.Tensor, split: Images) -> dict[str, float]:
 
 def _cached(settings: Finetune, name: str, split: Images, work: Path) -> torch.Tensor:
     """Features of a whole split, computed once; two processes do not compute the same."""
-    source = find_model(settings.model, settings.pretrained)
+    settings, source = bare(settings), find_model(settings.model, settings.pretrained)
     parts = [settings.data, name, final_size(settings), source.name, source.identity]
     parts += [settings.pretrained or settings.seed, settings.model_args, len(split)]
     file = work / "features" / (hashlib.sha256(repr(parts).encode()).hexdigest()[:16] + ".safetensors")
@@ -216,66 +237,104 @@ def _cached(settings: Finetune, name: str, split: Images, work: Path) -> torch.T
     with open(file.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # falls with the process, whatever ends it
         if not file.is_file():
-            model = make_model(dataclasses.replace(settings, head="learned"), len(split.label_names))
-            features = backbone_features(model, split, size=final_size(settings), device=_device())
+            features = features_of(settings, make_model(settings, len(split.label_names)), split)
             safetensors.torch.save_file({"features": features.contiguous()}, file.with_suffix(".new"))
             os.replace(file.with_suffix(".new"), file)
     return safetensors.torch.load_file(file)["features"]
 
 
+@contextmanager
+def _finished(file: Path) -> Iterator[TextIO]:
+    """`cells.jsonl` for one process at a time, without a line that a kill cut short."""
+    with open(file, "a+") as opened:
+        fcntl.flock(opened, fcntl.LOCK_EX)
+        opened.seek(0)
+        text = opened.read()
+        opened.truncate(len(text[: text.rfind("\n") + 1].encode()))
+        opened.seek(0)
+        yield opened
+
+
 def read_cells(file: Path) -> dict[str, dict[str, Any]]:
-    """Finished cells by key; a line that a kill cut short is dropped from the file."""
-    if not file.is_file():
-        return {}
-    text = file.read_text()
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        file.write_text(whole)
-    return {record["key"]: record for record in map(json.loads, whole.splitlines())}
+    """Finished cells by key."""
+    with _finished(file) as opened:
+        return {record["key"]: record for record in map(json.loads, opened)}
 
 
 def _append(file: Path, record: dict[str, Any]) -> None:
-    with open(file, "a") as opened:
+    with _finished(file) as opened:
         opened.write(json.dumps(record) + "\n")
         opened.flush()
         os.fsync(opened.fileno())
 
 
-def _start_worker(threads: int) -> None:
-    torch.set_num_threads(threads)
+@contextmanager
+def _held(cell: Cell, work: str) -> Iterator[bool]:
+    """Whether no other process has the cell; then this one has it till the end of the block."""
+    folder = Path(work) / "locks"
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / f"{cell.file_name}.lock", "w") as lock:
+        free = True
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # falls with the process, whatever ends it
+        except BlockingIOError:
+            free = False
+        yield free
+
+
+def run_missing(wanted: list[Cell], file: Path, work: str) -> None:
+    """Run the cells that are not finished and that no other process holds. One that fails is told; the others go on."""
+    for cell in wanted:
+        with _held(cell, work) as held:
+            if not held or cell.key in read_cells(file):
+                continue
+            print(cell.key, flush=True)
+            try:
+                _append(file, run_cell(cell, work))
+            except Exception as error:
+                if not isinstance(error, ValueError | OSError | FloatingPointError):  # none that we raise on purpose
+                    traceback.print_exc()
+                print(f"{cell.key} failed: {error}", file=sys.stderr, flush=True)
+
+
+def _run_jobs(jobs: int, *args: Any) -> None:
+    """`run_missing` in several processes."""
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))  # read when a process starts
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=run_missing, args=args) for _ in range(jobs)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
 
 
 def main() -> None:
+    refuse_processes()
     table = parse(Table)
-    if PartialState().num_processes > 1:
-        raise ValueError("Run this script as one process; --jobs n runs n cells at a time.")
-    results = Path(table.results)
+    wanted, results = cells(table), Path(table.results)
     results.mkdir(parents=True, exist_ok=True)
-    file = results / "cells.jsonl"
-    wanted = cells(table)
+    file = results / CELLS
     done = read_cells(file)
-    missing = [] if table.report_only else [cell for cell in wanted if cell.key not in done]
-    print(f"{len(wanted)} cells, {len(wanted) - len(missing)} done.", flush=True)
-    if table.jobs == 1:
-        for i, cell in enumerate(missing):
-            _append(file, run_cell(cell, table.work))
-            print(f"{i + 1} of {len(missing)}: {cell.key}", flush=True)
-    else:
-        context = multiprocessing.get_context("spawn")
-        threads = (max(1, (os.cpu_count() or 1) // table.jobs),)
-        with ProcessPoolExecutor(table.jobs, context, initializer=_start_worker, initargs=threads) as pool:
-            running = {pool.submit(run_cell, cell, table.work): cell for cell in missing}
-            for i, future in enumerate(as_completed(running)):
-                _append(file, future.result())
-                print(f"{i + 1} of {len(missing)}: {running[future].key}", flush=True)
-    done = read_cells(file)
+    print(f"{len(wanted)} cells, {sum(cell.key in done for cell in wanted)} done.", flush=True)
+    failed = []
+    if not table.report_only:
+        if table.jobs == 1:
+            run_missing(wanted, file, table.work)
+        else:
+            _run_jobs(table.jobs, wanted, file, table.work)
+        for cell in wanted:
+            with _held(cell, table.work) as free:  # else another process is at it
+                failed += [cell.key] if free and cell.key not in read_cells(file) else []
+        done = read_cells(file)
     records = [done[cell.key] for cell in wanted if cell.key in done]
-    left = sum(cell.key not in done for cell in wanted)
-    write_report(records, results, control=table.control, order=list(table.weights), left=left)
+    left = len(wanted) - len(records)
+    write_report(records, results, controls=_controls(table), order=list(table.weights), left=left)
     print(f"Table: {results / 'table.md'}")
+    if failed:
+        raise ValueError(f"{len(failed)} cells failed, see above: {', '.join(failed)}.")
 
 
-__all__ = ["Cell", "Table", "cells", "main", "read_cells", "run_cell"]
+__all__ = ["Cell", "Table", "cells", "main", "read_cells", "run_cell", "run_missing"]
 
 if __name__ == "__main__":
     run_script(main)
