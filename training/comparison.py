@@ -163,7 +163,7 @@ def probe(run: Run, data: Data, rows: np.ndarray, strength: float) -> float:
 
 
 def write_table(settings: Comparison) -> None:
-    """`table.md`: for each variant the mean and, in brackets, each seed's figure, from the files of finished cells."""
+    """`table.md` from the files of finished cells: for each variant means over seeds, and of accuracies each seed's."""
     done = [json.loads(file.read_text()) for file in sorted(Path(settings.results).glob("cells/*.json"))]
     columns = {
         "top-1": "top1",
@@ -182,7 +182,7 @@ def write_table(settings: Comparison) -> None:
         for name in settings.variants:
             mine = [cell["results"] for cell in some if cell["variant"] == name]
             if mine:
-                values = [_mean([r[key] for r in mine if key in r]) for key in shown.values()]
+                values = [_mean([r[k] for r in mine if k in r], each=k.endswith("top1")) for k in shown.values()]
                 lines.append(f"| {name} | {len(mine)} | {' | '.join(values)} |")
         planned = [cell for cell in cells(settings) if cell.labels == labels]
         have = {(cell["variant"], cell["seed"]) for cell in some}
@@ -195,9 +195,9 @@ def write_table(settings: Comparison) -> None:
     (Path(settings.results) / "table.md").write_text("\n".join(lines).strip() + "\n")
 
 
-def _mean(values: list[float]) -> str:
-    each = ", ".join(f"{value:.2f}" for value in values)
-    return f"{np.mean(values):.2f} ({each})" if len(values) > 1 else each
+def _mean(values: list[float], each: bool) -> str:
+    mean = f"{np.mean(values):.2f}" if values else ""
+    return f"{mean} ({', '.join(f'{value:.2f}' for value in values)})" if each and len(values) > 1 else mean
 
 
 def main() -> None:
