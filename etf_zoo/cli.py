@@ -137,13 +137,13 @@ def _info(args: argparse.Namespace) -> None:
 
 def _predict(args: argparse.Namespace) -> None:
     import torch
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image, ImageOps, UnidentifiedImageError
     from timm.data import create_transform, resolve_data_config
 
     images = []
     for path in args.images:  # before the model is loaded: a wrong path should fail at once
         try:
-            images.append(Image.open(path).convert("RGB"))
+            images.append(ImageOps.exif_transpose(Image.open(path)).convert("RGB"))  # upright, as in training
         except (UnidentifiedImageError, OSError) as error:
             reason = "is not an image" if isinstance(error, UnidentifiedImageError) else f"cannot be read: {error}"
             raise ValueError(f"{path} {reason}.") from None

@@ -77,7 +77,13 @@ class _Batches:
         source = self.images
         for batch in source.rows.iter(source.batch_size):
             images = [self.transform(image.convert("RGB")) for image in batch[source.image_column]]
-            labels = [self.numbers[label] for label in batch[source.label_column]]
+            own = batch[source.label_column]
+            if wrong := [label for label in own if label is None or not 0 <= label < len(self.numbers)]:
+                raise ValueError(
+                    f"Label {wrong[0]} is none of 0 to {len(self.numbers) - 1}: some images have no label, as "
+                    f"in many test splits on the Hub. Name another with --split."
+                )
+            labels = [self.numbers[label] for label in own]
             yield torch.stack(images), torch.tensor(labels)
 
 

@@ -130,9 +130,11 @@ def convert_checkpoint(
         Figures of `evaluate` under `"before"` and `"after"`; empty without data.
 
     Raises:
-        ValueError: See `load_learned` and `convert_classifier`.
+        ValueError: See `load_learned` and `convert_classifier`; on data without a record.
         RuntimeError: See `load_learned`.
     """
+    if data and not (record and "dataset" in record):
+        raise ValueError("data needs record={'dataset': {'name': ..., 'split': ...}}: the card says what was measured.")
     model: Any = load_learned(source, architecture=architecture)
     cfg = dict(model.pretrained_cfg)
     name = ".".join(filter(None, (cfg.get("architecture"), cfg.get("tag"))))
@@ -286,7 +288,8 @@ def export_plain(model: nn.Module, folder: str | Path, *, half: bool = False) ->
             f"{type(model).__name__} has {len(heads)} heads, each on features of length one, whose logits it averages: "
             f"plain linear layers would weigh them differently and predict something else. Export with --onnx."
         )
-    model = copy.deepcopy(model).eval()
+    model = copy.deepcopy(model).cpu().eval()
+    heads = frame_heads(model)
     plain = without_frames(copy.deepcopy(model), {name: fold_head(head) for name, head in heads.items()})
     cfg: Any = model.pretrained_cfg
     note = "plain: its fixed frame folded into a linear classifier"
@@ -326,6 +329,7 @@ def export_onnx(model: nn.Module, folder: str | Path) -> Path:
     Raises:
         RuntimeError: If onnx or onnxscript is missing, or torch cannot export the model.
     """
+    model = copy.deepcopy(model).cpu().eval()
     try:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
@@ -336,7 +340,7 @@ def export_onnx(model: nn.Module, folder: str | Path) -> Path:
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # of torch, on what it is going to change
-            program = torch.onnx.export(model.eval(), (images,), dynamo=True, verbose=False, **names)
+            program = torch.onnx.export(model, (images,), dynamo=True, verbose=False, **names)
     except Exception as error:  # torch wraps whatever went wrong in a class of its own
         reason = str(error.__cause__ or error).strip().splitlines()[0]
         raise RuntimeError(f"torch cannot export {type(model).__name__} to ONNX: {reason}") from error

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import timm
@@ -106,6 +107,28 @@ def test_evaluate_on_a_folder_of_images(capsys, folder, image_folder, tmp_path):
     assert figures["images"] == 10
     assert 0 <= figures["top1"] <= 100 == figures["top5"]
     assert {"ece", "nc1_pinv", "nc4_agreement", "severity"} <= figures.keys()
+
+
+def test_photos_are_turned_upright(capsys, folder, tmp_path):
+    pixels = np.zeros((40, 40, 3), np.uint8)
+    pixels[:20] = 255
+    upright, turned = tmp_path / "upright.png", tmp_path / "turned.png"
+    Image.fromarray(pixels).save(upright)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held on its side: turn clockwise to look at it
+    Image.fromarray(np.ascontiguousarray(np.rot90(pixels))).save(turned, exif=exif)
+    assert main(["predict", str(folder), str(upright), str(turned), "--json", "--top", "5"]) == 0
+    first, second = (r["predictions"] for r in json.loads(capsys.readouterr().out))
+    assert first == second
+
+
+def test_evaluate_refuses_images_without_labels(capsys, folder, tmp_path):
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list("abcde"))})
+    rows = {"image": [Image.new("RGB", (8, 8))] * 2, "label": [0, -1]}
+    (tmp_path / "data").mkdir()
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "data" / "test-0.parquet")
+    assert main(["evaluate", str(folder), "--data", str(tmp_path / "data"), "--split", "test"]) == 1
+    assert "Label -1 is none of 0 to 4: some images have no label" in capsys.readouterr().err
 
 
 def test_evaluate_refuses_classes_the_model_does_not_know(capsys, folder, image_folder):

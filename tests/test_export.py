@@ -81,6 +81,8 @@ def test_converted_from_files(source, learned, learned_folder, tmp_path):
 
 def test_measured_before_and_after(learned, learned_folder, tmp_path):
     record = {"dataset": {"name": "noise", "split": "test"}, "command": "etf-zoo convert"}
+    with pytest.raises(ValueError, match="data needs record="):
+        convert_checkpoint(str(learned_folder), tmp_path / "exact", data=data)
     exact = convert_checkpoint(str(learned_folder), tmp_path / "exact", data=data, record=record)
     assert exact["after"] == pytest.approx(exact["before"], abs=1e-4)
     nearest = convert_checkpoint(
