@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 from training import checkpoint
 from training.config import parse
 from training.engine import CHECKPOINTS
+from training.export import check_storable
 from training.launching import run_script
 from training.picture import plot
 from training.probes import PROBES
@@ -45,6 +46,8 @@ def _name(settings: Finetune) -> str:
 
 def main() -> None:
     settings = parse(Finetune)
+    if settings.method not in PROBES:
+        check_storable(settings)
     train, test = load_data(settings)
     done: dict[str, Tuned] = {}
     for name, recipe in plan(settings).items():

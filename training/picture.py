@@ -21,7 +21,7 @@ __all__ = ["plot"]
 COLUMNS = 12
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _predictions(run: Run, test: Images) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Class probabilities `(N, K)`, labels `(N,)`, and cosines between centred class means of the features `(K, K)`."""
     device = run.accelerator.device

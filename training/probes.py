@@ -72,7 +72,7 @@ def linear_classifier(model: nn.Module) -> nn.Linear | nn.Conv2d | None:
     return layer if single and len(timm_classifier_names(model)) == 1 else None
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode, in which a model that is moved to a GPU could not be trained any more
 def backbone_features(
     model: nn.Module, split: Images, *, size: int, batch_size: int = 256, device: torch.device | str = "cpu"
 ) -> Tensor:

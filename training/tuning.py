@@ -181,7 +181,7 @@ class Tuning(Run):
 def load_data(settings: Recipe) -> tuple[Images, Images]:
     """Training and test images, checked against each other."""
     accelerator = make_accelerator(settings.precision)
-    with accelerator.main_process_first():  # one process decodes, the others find the array
+    with accelerator.local_main_process_first():  # one process decodes, its neighbours find the array
         train = load_images(settings.data, settings.data.train_split)
         test = load_images(settings.data, settings.data.val_split)
     check_classes(train, test)
@@ -255,7 +255,7 @@ def _probe(settings: Finetune, train: Images, test: Images) -> Tuned:
     top1 = 100 * float(np.mean(probe.predict(tested.numpy()) == test.labels))
     total = backbone_size(model) + probe.tuned
     head, no_folder = "learned", ""
-    if probe.linear is not None:
+    if probe.linear is not None and layer is not None:
         with torch.no_grad():
             layer.weight.copy_(probe.linear[0].view_as(layer.weight))
             layer.bias.copy_(probe.linear[1])

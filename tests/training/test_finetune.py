@@ -10,6 +10,14 @@ from training import finetune
 from training.tuning import Finetune
 
 
+def test_what_no_folder_can_hold_is_refused_at_once(monkeypatch):
+    monkeypatch.setattr(finetune, "load_data", lambda settings: pytest.fail("data was read"))
+    arguments = ["--data", "digits", "--head", "learned", "--model_args.neck", "mlp"]
+    monkeypatch.setattr("sys.argv", ["finetune.py", *arguments])
+    with pytest.raises(ValueError, match="has no model folder"):
+        finetune.main()
+
+
 def test_quick_start(tmp_path, monkeypatch, capsys):
     recipe = finetune.__file__.replace("finetune.py", "recipes/digits.yaml")
     arguments = ["finetune.py", "--config", recipe, "--output", str(tmp_path / "run"), "--epochs", "2"]

@@ -24,7 +24,7 @@ def test_a_defect_keeps_its_traceback():
 
 def test_what_the_system_refuses_is_no_defect(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(SystemExit, match="error: .*Not a directory"):
+    with pytest.raises(SystemExit, match=r"error: .*Not a directory"):
         run_script(lambda: (tmp_path / "file" / "run").mkdir())
 
 
