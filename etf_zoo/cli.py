@@ -66,7 +66,7 @@ def _describe(name: str) -> dict[str, Any]:
     import timm
 
     from .convert import EXACT
-    from .frames import frame_report
+    from .frames.report import frame_report, simplex_report
     from .heads import frame_heads
     from .pretrained import native_tags
     from .variants import is_converted
@@ -95,22 +95,21 @@ def _describe(name: str) -> dict[str, Any]:
         "input": " x ".join(str(n) for n in cfg["input_size"]),
     }
     for head_name, head in frame_heads(model).items():
-        if head.implicit:
-            info[f"head {head_name}"] = {
-                "frame": f"{head.frame}, computed and not stored",
-                "width": head.dim,
-                "largest cosine": -1 / head.dim,
-                "feature norm": head.feature_norm,
-            }
-            continue
-        report = frame_report(head.weight)
+        if head.implicit:  # a simplex of so many classes that its matrix is never formed
+            report, frame, digits = (
+                simplex_report(head.num_classes, head.dim),
+                f"{head.frame}, computed and not stored",
+                9,
+            )
+        else:
+            report, frame, digits = frame_report(head.weight), head.frame, 6
         info[f"head {head_name}"] = {
-            "frame": head.frame,
+            "frame": frame,
             "width": head.dim,
-            "largest cosine": round(report.largest_cosine, 6),
-            "coherence": round(report.coherence, 6),
-            "Rankin bound on the largest cosine": round(report.rankin_bound, 6),
-            "Welch bound on the coherence": round(report.welch_bound, 6),
+            "largest cosine": round(report.largest_cosine, digits),
+            "coherence": round(report.coherence, digits),
+            "Rankin bound on the largest cosine": round(report.rankin_bound, digits),
+            "Welch bound on the coherence": round(report.welch_bound, digits),
             "equiangularity error": float(f"{report.equiangularity_error:.2g}"),
             "tightness error": float(f"{report.tightness_error:.2g}"),
             "feature norm": head.feature_norm,

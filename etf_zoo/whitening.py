@@ -55,8 +55,8 @@ class Whitening(nn.Module):
         group_size: Channels whitened together; the last group takes the rest. 64 is the paper's for ResNets: a batch
             of B images gives B x H x W samples for a 64 x 64 covariance.
         iterations: Newton iterations, 5 in the paper.
-        eps: Added to the variances.
-        momentum: Share of the new statistics in the running ones.
+        eps: Added to the variances; batch norm's default, whose place this takes.
+        momentum: Share of the new statistics in the running ones; batch norm's default too.
         affine: Whether to learn a scale and a shift for each channel.
         channels_last: Whether channels are the last dimension (in the place of a LayerNorm) or dimension 1.
 

@@ -1,6 +1,7 @@
 """The command line, as a person would use it."""
 
 import json
+import math
 from pathlib import Path
 
 import datasets
@@ -11,7 +12,26 @@ from PIL import Image
 
 from etf_zoo import frame_heads
 from etf_zoo.cli import main
+from etf_zoo.frames import frame_report
 from etf_zoo.hub import save_folder
+
+HEAD_FIGURES = [
+    *("frame", "width", "largest cosine", "coherence"),
+    *("Rankin bound on the largest cosine", "Welch bound on the coherence"),
+    *("equiangularity error", "tightness error", "feature norm", "logit scale"),
+]
+
+
+def assert_simplex(head, num_classes, width):
+    cosine = -1 / (num_classes - 1)
+    assert head["width"] == width
+    assert head["largest cosine"] == pytest.approx(cosine, abs=1e-6)
+    assert head["coherence"] == pytest.approx(-cosine, abs=1e-6)
+    assert head["Rankin bound on the largest cosine"] == pytest.approx(cosine, abs=1e-6)
+    welch = -cosine if width == num_classes - 1 else 0
+    assert head["Welch bound on the coherence"] == pytest.approx(welch, abs=1e-6)
+    assert head["equiangularity error"] < 1e-5
+    assert head["tightness error"] < 1e-4
 
 
 @pytest.fixture
@@ -38,11 +58,14 @@ def test_info_of_a_twin_a_tag_and_a_folder(capsys, folder):
     assert main(["info", "mobilenetv3_small_100_etf", "--json"]) == 0
     info = json.loads(capsys.readouterr().out)
     assert info["classes"] == 200
-    assert info["head classifier"]["largest cosine"] == pytest.approx(-1 / 199, abs=1e-6)
+    assert_simplex(info["head classifier"], 200, 1024)
+    assert info["head classifier"]["frame"] == "auto"
+    assert info["head classifier"]["logit scale"] == pytest.approx(199 / 200 * math.log(199 * 999), rel=1e-3)
     assert main(["info", str(folder)]) == 0
     out = capsys.readouterr().out
     assert "apache-2.0" in out
-    assert "logit scale" in out
+    figures = [line.removeprefix("  ").split("  ")[0] for line in out.splitlines() if line.startswith("  ")]
+    assert figures == HEAD_FIGURES
     assert main(["info", "vit_tiny_r_s16_p8_224_etf"]) == 0
     assert "converted, such as" in capsys.readouterr().out
     assert main(["info", "resnet10t_etf.c3_in1k"]) == 0  # without a download
@@ -50,7 +73,27 @@ def test_info_of_a_twin_a_tag_and_a_folder(capsys, folder):
     assert "converted from hf-hub:timm/resnet10t.c3_in1k (apache-2.0)" in out
     assert "helmert" in out
     assert main(["info", "resnet10t_etf.c3_in1k", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["head fc"]["largest cosine"] == pytest.approx(-1 / 999, abs=1e-6)
+    assert_simplex(json.loads(capsys.readouterr().out)["head fc"], 1000, 999)
+
+
+def test_info_of_frames_that_are_no_simplex_and_of_one_never_formed(capsys, tmp_path):
+    model = timm.create_model("test_resnet_etf", num_classes=1000, frame="random")
+    assert main(["info", str(save_folder(model, tmp_path)), "--json"]) == 0
+    head, report = json.loads(capsys.readouterr().out)["head fc"], frame_report(model.fc.weight)
+    assert head["largest cosine"] == pytest.approx(report.largest_cosine, abs=1e-6)
+    assert head["coherence"] == pytest.approx(report.coherence, abs=1e-6)
+    assert head["Rankin bound on the largest cosine"] == 0 < head["largest cosine"]
+    assert head["Welch bound on the coherence"] == pytest.approx(report.welch_bound, abs=1e-6)
+    assert 0 < head["Welch bound on the coherence"] < head["coherence"]
+    assert head["equiangularity error"] == pytest.approx(report.equiangularity_error, rel=0.1)
+    assert head["tightness error"] == pytest.approx(report.tightness_error, rel=0.1)
+    assert main(["info", "test_vit_etf.r160_in1k", "--json"]) == 0
+    assert_simplex(json.loads(capsys.readouterr().out)["head head"], 1000, 999)
+    assert main(["info", "vit_tiny_patch16_224_etf.augreg_in21k", "--json"]) == 0  # 21,843 classes
+    implicit = json.loads(capsys.readouterr().out)["head head"]
+    assert_simplex(implicit, 21843, 21842)
+    assert implicit["frame"] == "helmert, computed and not stored"
+    assert list(implicit) == HEAD_FIGURES
 
 
 def test_predict_shows_label_names(capsys, folder, image):

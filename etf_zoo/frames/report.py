@@ -1,4 +1,9 @@
-"""How good a frame is: its cosines beside the bounds no frame can beat."""
+"""How good a frame is: its cosines beside the bounds no frame can beat.
+
+The bounds: L. R. Welch, Lower bounds on the maximum cross correlation of signals, IEEE Transactions on Information
+Theory 20 (1974), pages 397 to 399; R. A. Rankin, The closest packing of spherical caps in n dimensions, Proceedings of
+the Glasgow Mathematical Association 2 (1955), pages 139 to 144.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["FrameReport", "frame_report"]
+from .simplex import check_simplex_fits
+
+__all__ = ["FrameReport", "frame_report", "simplex_report"]
 
 
 @dataclass(frozen=True)
@@ -20,8 +27,10 @@ class FrameReport:
         dim: d.
         largest_cosine: Largest cosine between two different rows; what a classifier's margin depends on.
         coherence: Largest absolute cosine.
-        welch_bound: No frame of K > d vectors has a smaller coherence; 0 for K <= d.
-        rankin_bound: No K vectors in d dimensions have a smaller largest cosine: -1/(K-1) for K <= d + 1, else 0.
+        welch_bound: No frame of K > d vectors has a smaller coherence than sqrt((K-d) / (d (K-1))) (Welch 1974); 0 for
+            K <= d.
+        rankin_bound: No K vectors in d dimensions have a smaller largest cosine: -1/(K-1) for K <= d + 1, else 0
+            (Rankin 1955), which is reached up to K = 2 d.
         equiangularity_error: Largest deviation of a cosine from -1/(K-1), 0 for a simplex ETF.
         tightness_error: Relative spread of the nonzero eigenvalues of W^T W, 0 for a tight frame (in its span).
     """
@@ -71,8 +80,36 @@ def frame_report(weight: Tensor) -> FrameReport:
         dim=dim,
         largest_cosine=largest,
         coherence=max(abs(largest), abs(smallest)),
-        welch_bound=math.sqrt((k - dim) / (dim * (k - 1))) if k > dim else 0.0,
+        welch_bound=_welch(k, dim),
         rankin_bound=ideal if k <= dim + 1 else 0.0,
         equiangularity_error=max(abs(largest - ideal), abs(smallest - ideal)),
         tightness_error=((spectrum.max() - spectrum.min()) / spectrum.mean()).item(),
     )
+
+
+def simplex_report(num_classes: int, dim: int) -> FrameReport:
+    """What `frame_report` finds of a simplex ETF, in closed form and without the matrix.
+
+    Args:
+        num_classes: K.
+        dim: d, at least K - 1.
+
+    Raises:
+        ValueError: If the simplex does not fit.
+    """
+    check_simplex_fits(num_classes, dim)
+    ideal = -1 / (num_classes - 1)
+    return FrameReport(
+        num_classes=num_classes,
+        dim=dim,
+        largest_cosine=ideal,
+        coherence=-ideal,
+        welch_bound=_welch(num_classes, dim),
+        rankin_bound=ideal,
+        equiangularity_error=0.0,
+        tightness_error=0.0,
+    )
+
+
+def _welch(k: int, dim: int) -> float:
+    return math.sqrt((k - dim) / (dim * (k - 1))) if k > dim else 0.0

@@ -42,8 +42,9 @@ def spherical_code(
         seed: Seed of the first start; restart r uses seed + r.
         restarts: How many starts to choose the best of; by default 8 for small codes, where local optima abound, and 1
             (from `quick_code`) otherwise.
-        steps: L-BFGS steps a stage.
-        stages: Values of beta.
+        steps: L-BFGS steps a stage. 60, with 12 stages, is twice what the known optima of 12 points in 3 to 120 points
+            in 4 dimensions need; at a quarter of it, or at a third of the stages, some are missed.
+        stages: Values of beta, from about 4 sqrt(dim) to 1e6; of 12 each is about three times the one before.
 
     Returns:
         Float32 `(num_classes, dim)`, unit rows.

@@ -48,7 +48,8 @@ class SeparatingConeLoss(nn.Module):
 
     Args:
         radius: r in degrees, in [0, 90): how far from its axis a feature may lie at no cost. Above half the angle
-            between two prototypes (45 for many classes) cones overlap. Nonnegative features stay some 45 degrees from
+            between two prototypes (45 for many classes) cones overlap; 30, a choice and not tuned, leaves as much as a
+            cone's radius between two of them. Nonnegative features stay some 45 degrees from
             a randomly turned prototype: use `orientation="blocks"`.
         logit_scale: s; better the head's own, `head.logit_scale.item()`. 16 is a little above `FrameClassifier`'s
             "auto" (11 for a simplex of 100 classes, 14 for 1000).

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import math
 
@@ -5,6 +6,7 @@ import pytest
 import torch
 
 from etf_zoo.frames import frame_report, orthogonal_simplices, random_frame, simplex_etf
+from etf_zoo.frames.report import simplex_report
 
 
 def slow_cosines(weight):
@@ -40,6 +42,14 @@ def test_simplex_meets_its_bounds():
     full = frame_report(simplex_etf(10, 9))  # K = d + 1: Welch's bound is met
     assert full.coherence == pytest.approx(full.welch_bound, abs=1e-6)
     assert full.welch_bound == pytest.approx(1 / 9)
+
+
+@pytest.mark.parametrize(("num_classes", "dim"), [(2, 1), (10, 9), (10, 40)])
+def test_simplex_in_closed_form(num_classes, dim):
+    measured, known = frame_report(simplex_etf(num_classes, dim)), simplex_report(num_classes, dim)
+    assert dataclasses.asdict(known) == pytest.approx(dataclasses.asdict(measured), abs=1e-5)
+    with pytest.raises(ValueError, match="at least 9 dimensions"):
+        simplex_report(10, 8)
 
 
 def test_orthoplex_and_untight_frames():
