@@ -95,16 +95,11 @@ def _describe(name: str) -> dict[str, Any]:
         "input": " x ".join(str(n) for n in cfg["input_size"]),
     }
     for head_name, head in frame_heads(model).items():
-        if head.implicit:  # a simplex of so many classes that its matrix is never formed
-            report, frame, digits = (
-                simplex_report(head.num_classes, head.dim),
-                f"{head.frame}, computed and not stored",
-                9,
-            )
-        else:
-            report, frame, digits = frame_report(head.weight), head.frame, 6
+        # an implicit head is a simplex of so many classes that its matrix is never formed
+        report = simplex_report(head.num_classes, head.dim) if head.implicit else frame_report(head.weight)
+        digits = 9 if head.implicit else 6
         info[f"head {head_name}"] = {
-            "frame": frame,
+            "frame": f"{head.frame}, computed and not stored" if head.implicit else head.frame,
             "width": head.dim,
             "largest cosine": round(report.largest_cosine, digits),
             "coherence": round(report.coherence, digits),

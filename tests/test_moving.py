@@ -105,10 +105,14 @@ def test_forward_moves_nothing_and_depends_on_no_batch():
 def test_no_gradient_flows_into_observe():
     head = make_head()
     x = torch.randn(6, 8, requires_grad=True)
-    head(x).sum().backward()
-    head.observe(head.embed(x), torch.arange(5).repeat(2)[:6])
-    assert not head.weight.requires_grad
+    for _ in range(2):
+        head.observe(head.embed(x), torch.arange(5).repeat(2)[:6])
+    for name, buffer in head.named_buffers():
+        assert (buffer.requires_grad, buffer.grad_fn) == (False, None), name  # what it keeps holds no graph
     assert not list(head.parameters())
+    head(x).square().sum().backward()
+    (expected,) = torch.autograd.grad((head.logit_scale * F.normalize(x, dim=1) @ head.weight.T).square().sum(), x)
+    assert torch.allclose(x.grad, expected, atol=1e-5)  # the frame is a constant for the gradient
 
 
 @pytest.mark.parametrize("update_every", [1, 3])

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -46,6 +48,46 @@ def test_residual_neck_against_its_formula():
         inner = F.prelu(batch_norm(h @ layer[0].weight.T), layer[2].weight)
         h = h + F.prelu(batch_norm(inner @ layer[3].weight.T), layer[5].weight)
     torch.testing.assert_close(neck(x), h)
+
+
+def gradients(neck):
+    return torch.cat([p.grad.float().flatten() for p in neck.parameters()])
+
+
+@pytest.mark.parametrize("name", ["mlp", "residual"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 0.02), (torch.bfloat16, 0.15)])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_half_precision(name, dtype, tolerance, autocast):
+    """Outputs and gradients are those of float32, but for rounding; gradients also turn at the kinks of ReLU."""
+    torch.manual_seed(0)
+    reference, _ = build_neck(name, 8, 5)
+    neck = copy.deepcopy(reference)
+    x, direction = features(256, 8).to(dtype), features(256, 8)
+    expected = reference(x.float())
+    if autocast:
+        with torch.autocast("cpu", dtype):
+            y = neck(x.float())
+    else:
+        y = neck.to(dtype)(x)
+    assert y.dtype == dtype
+    torch.testing.assert_close(y.float(), expected, atol=tolerance * expected.std().item(), rtol=tolerance)
+    for out in (expected, y):
+        out.backward(direction.to(out.dtype))
+    assert torch.isfinite(gradients(neck)).all()
+    assert F.cosine_similarity(gradients(neck), gradients(reference), dim=0) > 1 - tolerance
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_gradcheck_of_the_mlp_neck(training):
+    torch.manual_seed(0)
+    neck = mlp_neck(4, 3, hidden_features=6).double().train(training)
+    x = features(7, 4).double().requires_grad_()
+    assert torch.autograd.gradcheck(neck, (x,))
+    weights = tuple(p.detach().clone().requires_grad_() for p in neck.parameters())
+    names = [name for name, _ in neck.named_parameters()]
+    assert torch.autograd.gradcheck(
+        lambda *values: torch.func.functional_call(neck, dict(zip(names, values, strict=True)), x.detach()), weights
+    )
 
 
 @pytest.mark.parametrize("name", ["mlp", "residual"])
