@@ -86,5 +86,5 @@ def test_streams(tmp_path):
     data = Data(str(source), streaming=True, workers=0, train_images=32, shuffle_buffer=8)
     whole = check_resumes(tmp_path, data=data, batch_size=8)
     assert whole.evaluate()["images"] == 3
-    with pytest.raises(ValueError, match="counts of the classes, which a stream does not have"):
+    with pytest.raises(ValueError, match="need the class counts, which a stream does not have"):
         run(tmp_path, "scaled", data=data, batch_size=8, loss=Loss(name="dot_regression", class_scaling=True))
