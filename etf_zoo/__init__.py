@@ -1,9 +1,10 @@
 """Fixed-frame (simplex ETF) twins of every timm architecture. Importing this registers them."""
 
 from . import frames, vit  # noqa: F401  vit is in timm's registry before the twins are made
+from .attach import attach_frame
 from .classifier import FrameClassifier
 from .convert import convert_classifier
-from .heads import attach_frame, frame_heads
+from .heads import frame_heads
 from .pretrained import native_tags, read_weights
 from .skip import add_skip
 from .variants import register_variants

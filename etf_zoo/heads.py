@@ -1,4 +1,4 @@
-"""Fixed-frame heads in the place of a model's classifiers: `attach_frame` for a model in hand."""
+"""Fixed-frame heads in the place of a model's classifiers; `attach_frame` is in attach.py."""
 
 from __future__ import annotations
 
@@ -16,24 +16,25 @@ from torch import Tensor, nn
 
 from .classifier import FrameClassifier
 from .frames.named import CUSTOM, HELMERT
-from .moving import MOVING_ARGS, MovingFrameClassifier
-from .switches import read_switch
+from .moving import MovingFrameClassifier
 
 __all__ = [
     "HEAD_ARGS",
     "SKIP_CONNECTION",
     "as_names",
-    "attach_frame",
     "base_name",
     "become",
     "become_twin",
     "frame_heads",
     "head_defaults",
     "is_conversion",
+    "leaf_of",
     "narrowest",
+    "no_classifier",
     "replace_leaves",
     "split_head",
     "timm_classifier_names",
+    "unchanged_on_error",
     "without_frames",
 ]
 
@@ -93,7 +94,7 @@ class _FrameModel(nn.Module):
         _classifier_names: tuple[str, ...]
 
     def reset_classifier(self, num_classes: int, *args, **kwargs):
-        with _unchanged_on_error(self):
+        with unchanged_on_error(self):
             super().reset_classifier(num_classes, *args, **kwargs)  # type: ignore[misc]
             if is_conversion(self._frame_args):
                 self._frame_args = {}  # a conversion belongs to the classifier it converted: start afresh
@@ -138,7 +139,7 @@ def frame_heads(model: nn.Module) -> dict[str, FrameClassifier]:
 
 
 @contextmanager
-def _unchanged_on_error(model: nn.Module) -> Iterator[None]:
+def unchanged_on_error(model: nn.Module) -> Iterator[None]:
     """Put every module of a model back as it was if the block raises; for changes of structure, not of tensors."""
     tables = ("_modules", "_parameters", "_buffers")
     before = [
@@ -155,7 +156,8 @@ def _unchanged_on_error(model: nn.Module) -> Iterator[None]:
         raise
 
 
-def _leaf(model: nn.Module, name: str) -> nn.Module | None:
+def leaf_of(model: nn.Module, name: str) -> nn.Module | None:
+    """A module by its name; None where the model has none of that name."""
     try:
         return model.get_submodule(name)
     except AttributeError:  # VOLO's aux_head is None, features_only drops the head
@@ -255,7 +257,7 @@ def replace_leaves(
     shared: dict[int, FrameClassifier] = {}  # heads of one width have one frame: compute it once
     replaced = 0
     for name in names:
-        leaf = _leaf(model, name)
+        leaf = leaf_of(model, name)
         if leaf is None or isinstance(leaf, nn.Identity):
             continue
         own = None if weights is None else split_head(weights, [name], strip=True)[1]
@@ -291,88 +293,12 @@ def _linear_names(model: nn.Module) -> list[str]:
 
 def narrowest(model: nn.Module, names: Iterable[str]) -> int:
     """Least number of features that meets one of the named classifiers, 0 without any."""
-    return min(filter(None, (_width(_leaf(model, name)) for name in names)), default=0)
+    return min(filter(None, (_width(leaf_of(model, name)) for name in names)), default=0)
 
 
 def as_names(classifier: str | Iterable[str] | None) -> tuple[str, ...]:
     """Names of classifiers as timm's cfgs give them: none, one or several."""
     return (classifier,) if isinstance(classifier, str) else tuple(classifier or ())
-
-
-def attach_frame(
-    model: nn.Module,
-    num_classes: int | None = None,
-    *,
-    frame: str | Tensor = "auto",
-    neck: str | nn.Module | None = None,
-    feature_norm: str = "l2",
-    logit_scale: float | str = "auto",
-    orientation: str = "auto",
-    frame_seed: int = 0,
-    hierarchy: Tensor | None = None,
-    gamma: float = 2.0,
-    moving: bool | Mapping[str, Any] = False,
-    classifier: str | Iterable[str] | None = None,
-) -> nn.Module:
-    """Put a fixed frame in the place of a model's classifier, in place.
-
-    A timm model becomes what its `_etf` twin is: `reset_classifier` gives a frame again. Any other module works too,
-    if `classifier` names its linear layer.
-
-    Args:
-        model: A timm model, or any module.
-        num_classes: Number of classes; the model's own by default.
-        frame: See `FrameClassifier`, as the next five. A tensor serves its own number of classes: after
-            `reset_classifier` to another one the frame is `"auto"`, and back at the first it is the tensor again.
-        neck: See `FrameClassifier`.
-        feature_norm: See `FrameClassifier`.
-        logit_scale: See `FrameClassifier`.
-        orientation: See `FrameClassifier`.
-        frame_seed: `seed` of `FrameClassifier`. Several heads (distilled models) share it, so their frames agree.
-        hierarchy: See `FrameClassifier`; like a frame given as a tensor, it serves its own number of classes.
-        gamma: See `FrameClassifier`.
-        moving: Whether the frame follows the class means (2411.01248), or the `momentum`, `update_every` and `delta` of
-            `MovingFrameClassifier`; the others, `{}` all of them, have their defaults.
-        classifier: Name(s) of the linear layer(s) to replace; for timm models known.
-
-    Returns:
-        The same model.
-
-    Raises:
-        ValueError: If the classifier cannot be found or is not linear, the frame does not fit, or `moving` is neither
-            a bool nor a mapping of those arguments.
-    """
-    args = {
-        "frame": frame,
-        "neck": neck,
-        "feature_norm": feature_norm,
-        "logit_scale": logit_scale,
-        "orientation": orientation,
-        "frame_seed": frame_seed,
-        "hierarchy": hierarchy,
-        "gamma": gamma,
-        "moving": read_switch("moving", moving, MOVING_ARGS),
-    }
-    if classifier is not None or not isinstance(getattr(model, "pretrained_cfg", None), dict):
-        names = as_names(classifier)
-        if not names:
-            raise ValueError(_no_classifier(model))
-        if num_classes is None:
-            leaf = _leaf(model, names[0])
-            num_classes = getattr(leaf, "out_features", getattr(leaf, "out_channels", None))
-            if num_classes is None:
-                raise ValueError(f"Cannot tell the number of classes of {names[0]!r}: pass num_classes.")
-        with _unchanged_on_error(model):
-            replace_leaves(model, num_classes, names, args)
-        return model
-    names = timm_classifier_names(model)
-    num_classes = int(model.num_classes) if num_classes is None else num_classes  # type: ignore[arg-type]
-    with _unchanged_on_error(model):
-        if num_classes != model.num_classes:
-            model.reset_classifier(num_classes)  # type: ignore[operator]
-        if num_classes > 0:
-            replace_leaves(model, num_classes, names, args)
-    return become_twin(model, args, names)
 
 
 def timm_classifier_names(model: nn.Module) -> tuple[str, ...]:
@@ -383,7 +309,7 @@ def timm_classifier_names(model: nn.Module) -> tuple[str, ...]:
     """
     names = as_names(getattr(model, "pretrained_cfg", {}).get("classifier"))
     if not names:
-        raise ValueError(_no_classifier(model))
+        raise ValueError(no_classifier(model))
     return names
 
 
@@ -411,7 +337,8 @@ def without_frames(model: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Modu
     return model
 
 
-def _no_classifier(model: nn.Module) -> str:
+def no_classifier(model: nn.Module) -> str:
+    """What an error says of a model whose classifier is not known."""
     return (
         f"Cannot tell which layer of {type(model).__name__} classifies. Name it with classifier='...'; "
         f"its last linear layers: {', '.join(_linear_names(model)) or 'none'}."

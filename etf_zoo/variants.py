@@ -20,6 +20,7 @@ from timm.models._pretrained import DefaultCfg
 from timm.models._registry import get_arch_pretrained_cfgs, get_pretrained_cfg
 from torch import Tensor, nn
 
+from .attach import attach_frame
 from .convert import convert_classifier
 from .download import check_cached, hub_errors
 from .frames.named import CUSTOM
@@ -29,7 +30,6 @@ from .heads import (
     SKIP_CONNECTION,
     SUFFIX,
     as_names,
-    attach_frame,
     base_name,
     become_twin,
     frame_heads,
@@ -41,7 +41,7 @@ from .heads import (
 )
 from .moving import MOVING_ARGS
 from .switches import read_switch
-from .whitening import WHITENING_ARGS, whiten_last_norm
+from .whitening import WHITENING_ARGS, whiten
 
 __all__ = ["classifies", "is_converted", "register_variants", "without_classifier"]
 
@@ -180,8 +180,7 @@ def _create_twin(
         if whitening and kwargs["num_classes"] == cfg.num_classes:
             raise ValueError(_contradiction(name, ["whitening"]))
         model = _create_converted(name, cfg, state_dict, own_args, head_args, building)
-        if whitening:
-            _whiten(model, whitening)
+        whiten(model, whitening)
         return model
 
     names = as_names(cfg.classifier)
@@ -212,14 +211,14 @@ def _create_twin(
         return model
     model.pretrained_cfg["num_classes"] = cfg.num_classes
 
-    if whitening and held:
-        _whiten(model, whitening)
+    if held:
+        whiten(model, whitening)
     if state_dict is not None:
         _check_backbone(model, backbone, names, same_classes)
     if held:
         model.load_state_dict(whitened, strict=False)
-    elif whitening:
-        _whiten(model, whitening)
+    else:
+        whiten(model, whitening)
     if not same_classes and num_classes > 0:  # what the tag was trained with need not fit another number of classes
         if "frame" not in own_args and is_conversion(head_args):
             head_args = {key: value for key, value in head_args.items() if key in own_args}
@@ -234,10 +233,6 @@ def _create_twin(
         head_args["frame"] = next(iter(heads)).weight.clone() if heads else "auto"
     update_model_args(model, **{key: value for key, value in saved_args.items() if key not in HEAD_ARGS})
     return become_twin(model, head_args, names)
-
-
-def _whiten(model: nn.Module, whitening: bool | dict[str, Any]) -> None:
-    whiten_last_norm(model, **(whitening if isinstance(whitening, dict) else {}))
 
 
 def _has_frame(state_dict: Mapping[str, Tensor], names: Iterable[str]) -> bool:

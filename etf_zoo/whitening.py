@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from timm.layers import norm as timm_norm
 from timm.layers import norm_act as timm_norm_act
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 from .classifier import FrameClassifier
 from .switches import read_switch
 
-__all__ = ["WHITENING_ARGS", "Whitening", "newton_whitening", "whiten_last_norm"]
+__all__ = ["WHITENING_ARGS", "Whitening", "newton_whitening", "whiten", "whiten_last_norm"]
 
 # Arguments of `whiten_last_norm`: which norm, and what stands in its place.
 WHITENING_ARGS = ("name", "group_size", "iterations", "eps", "momentum", "affine")
@@ -169,6 +171,17 @@ _NORMS = (
     *_CHANNELS_FIRST,
     *_CHANNELS_LAST,
 )
+
+
+def whiten(model: nn.Module, whitening: Any) -> None:
+    """`whiten_last_norm` as a `whitening` argument says: not for False, by its arguments for a mapping; in place.
+
+    Raises:
+        ValueError: See `read_switch` and `whiten_last_norm`.
+    """
+    switch = read_switch("whitening", whitening, WHITENING_ARGS)
+    if switch:
+        whiten_last_norm(model, **(switch if isinstance(switch, dict) else {}))
 
 
 def whiten_last_norm(model: nn.Module, *, name: str = "", **kwargs) -> str:

@@ -8,7 +8,6 @@ finished cell is one JSON file in `results`, from which the table is written.
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import json
 import os
 import sys
@@ -24,9 +23,10 @@ from torch import nn
 
 from training import checkpoint
 from training.config import Data, Recipe, final_size, parse
-from training.data import AnySplit, find_source, limited_rows, load_hierarchy, load_split
+from training.data import AnySplit, find_source, limited, load_hierarchy, load_split
 from training.engine import CHECKPOINTS, Run, make_model
 from training.launching import refuse_processes, run_script
+from training.locks import held
 from training.log import METRICS
 from training.longtail import long_tail_indices
 from training.parsing import merged, parse_entries
@@ -151,9 +151,9 @@ def probe(run: Run, data: Data, rows: np.ndarray, strength: float) -> float:
         rows: Of the training split, those left by a long tail.
         strength: scikit-learn's C.
     """
-    train: Any = load_split(data, data.train_split)
+    train = load_split(data, data.train_split)
     val: Any = load_split(data, data.val_split)
-    train = train.subset(rows[limited_rows(len(rows), data.limit, run.recipe.seed)])
+    train: Any = limited(train.subset(rows), data.limit, run.recipe.seed)
     x, test = (
         backbone_features(run.plain_model(), split, size=final_size(run.recipe), device=run.accelerator.device)
         for split in (train, val)
@@ -205,16 +205,10 @@ def main() -> None:
     settings = parse(Comparison)
     folder = Path(settings.results) / "cells"
     folder.mkdir(parents=True, exist_ok=True)
-    locks = Path(settings.base.output)
-    locks.mkdir(parents=True, exist_ok=True)
     for cell in [] if settings.table_only else cells(settings):
         file = folder / f"{cell.name}.json"
-        with open(locks / f"{cell.name}.lock", "w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # falls with the process, whatever ends it
-            except BlockingIOError:
-                continue
-            if file.is_file():
+        with held(Path(settings.base.output) / f"{cell.name}.lock") as free:
+            if not free or file.is_file():
                 continue
             print(cell.name, flush=True)
             new = file.with_suffix(".new")

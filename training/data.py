@@ -15,7 +15,7 @@ from etf_zoo.frames import Hierarchy
 
 from . import loader
 from .augment import IMAGENET, Colours, augment, erase, mix, normalise
-from .config import Augment, Data
+from .config import Augment, Data, Recipe
 from .readers import find_source
 from .resident import Split, cache, read_prepared
 from .sources import Rows, Stream, choose_split, open_rows, open_stream
@@ -29,6 +29,8 @@ __all__ = [
     "batch_generator",
     "eval_batches",
     "find_source",
+    "frame_tree",
+    "limited",
     "limited_rows",
     "load_hierarchy",
     "load_split",
@@ -80,6 +82,11 @@ def load_hierarchy(data: Data, label_names: list[str]) -> Tensor:
     if not file.is_file():
         raise ValueError(f"A hierarchy frame needs {file}: a JSON object {{child: parent}} over the label names.")
     return Hierarchy.from_json(file).distances(label_names)
+
+
+def frame_tree(recipe: Recipe, label_names: list[str]) -> Tensor | None:
+    """Distances `(K, K)` that a recipe's `frame: hierarchy` is made from; None for any other frame."""
+    return load_hierarchy(recipe.data, label_names) if recipe.model_args.get("frame") == "hierarchy" else None
 
 
 def _digits(size: int, split: str) -> Split:
@@ -190,6 +197,11 @@ def train_batches(
         if settings.erase:
             images = erase(images, settings.erase, generator, rank=rank, world=world)
         yield images, labels
+
+
+def limited(split: AnySplit, limit: int, seed: int) -> AnySplit:
+    """What `data.limit` leaves of a split."""
+    return split.subset(limited_rows(len(split), limit, seed)) if limit else split
 
 
 def limited_rows(count: int, limit: int, seed: int) -> np.ndarray:

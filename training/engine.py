@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import fcntl
 import math
 import os
-import shutil
-import subprocess
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -27,8 +23,9 @@ from etf_zoo.evaluation import measure
 from . import checkpoint
 from .augment import colours_of
 from .config import Recipe, changes, final_size, save_recipe, seconds, size_at
-from .data import AnySplit, eval_batches, limited_rows, load_hierarchy, load_split, train_batches
-from .launching import Repeatable, gather_in, in_step, is_sharded, make_accelerator, sync_buffers
+from .data import AnySplit, eval_batches, frame_tree, limited, load_split, train_batches
+from .launching import Repeatable, checkout_commit, gather_in, in_step, is_sharded, make_accelerator, sync_buffers
+from .locks import held
 from .log import Log, forget_after, progress
 from .longtail import long_tail_indices
 from .model import make_model, make_optimizer
@@ -75,8 +72,7 @@ class Run:
 
         if model is None:
             names = self.train_split.label_names
-            tree = load_hierarchy(recipe.data, names) if recipe.model_args.get("frame") == "hierarchy" else None
-            model = make_model(recipe, len(names), tree)
+            model = make_model(recipe, len(names), frame_tree(recipe, names))
         self.colours = colours_of(model)
         set_seed(recipe.seed, device_specific=True)  # what is drawn in training, such as dropout, differs by process
         whole = is_sharded(self.accelerator) and self.accelerator.is_main_process
@@ -95,7 +91,7 @@ class Run:
             self.model,
             self.optimizer,
             steps_per_epoch=self.steps_per_epoch,
-            class_counts=self._class_counts(),
+            class_counts=limited(self.train_split, recipe.data.limit, recipe.seed).class_counts(),
         )
         if is_sharded(self.accelerator):
             gather_in(self.model)
@@ -105,20 +101,12 @@ class Run:
         self.saved = (0, time.monotonic())  # step and time of the last checkpoint
         self.spent = 0.0  # seconds trained by earlier sessions of this run
         self.ended: float | None = None  # when this session's training ended
-        self.commit = _commit()
+        self.commit = checkout_commit()
         if recipe.resume:
             self._resume()
         else:
             self._start_folder()
         self.log = Log(self.folder, recipe.tensorboard and self.accelerator.is_main_process, self.step)
-
-    def _class_counts(self) -> list[int]:
-        """Images of each class that are trained on; empty if not known."""
-        limit = self.recipe.data.limit
-        if not limit:
-            return self.train_split.class_counts()
-        rows = limited_rows(len(self.train_split), limit, self.recipe.seed)
-        return self.train_split.subset(rows).class_counts()
 
     def _check_batch(self) -> None:
         recipe, processes = self.recipe, self.accelerator.num_processes
@@ -210,7 +198,11 @@ class Run:
             self.ended = self.began
             self.plain_model()
             return True
-        with self._alone(), progress(total, self.step, recipe.batch_size, self.accelerator.is_main_process) as bar:
+        main = self.accelerator.is_main_process
+        alone = held(self.folder / ".lock") if main else nullcontext(True)
+        with alone as free, progress(total, self.step, recipe.batch_size, main) as bar:
+            if not free:
+                raise ValueError(f"Another process trains in {self.folder}: choose another --output.")
             self.model.train()
             while self.step < total and not self.enough():
                 stop = self._epoch(bar)
@@ -226,19 +218,6 @@ class Run:
         self.ended = time.monotonic()
         self.plain_model()  # gathered while all processes are here
         return True
-
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Keep other trainings out of the folder."""
-        if not self.accelerator.is_main_process:
-            yield
-            return
-        with open(self.folder / ".lock", "w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # falls with the process, whatever ends it
-            except BlockingIOError:
-                raise ValueError(f"Another process trains in {self.folder}: choose another --output.") from None
-            yield
 
     def enough(self) -> bool:
         """Whether to end after an epoch, before the last; for subclasses."""
@@ -424,12 +403,3 @@ class Run:
             "processes": self.accelerator.num_processes,
             "commit": self.commit,
         }
-
-
-def _commit() -> str:
-    """Commit of the checkout that trains; empty outside one."""
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    if shutil.which("git") is None:
-        return ""
-    found = subprocess.run(git, capture_output=True, text=True, check=False)
-    return found.stdout.strip()

@@ -12,7 +12,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script from a clone
 
 import timm
-from accelerate import PartialState
 from tqdm import tqdm
 
 import etf_zoo  # noqa: F401  registers the twins
@@ -21,7 +20,7 @@ from etf_zoo.frames import Hierarchy
 from training.augment import colours_of
 from training.config import Data, parse
 from training.data import eval_batches, find_source, load_split
-from training.launching import make_accelerator, run_script
+from training.launching import make_accelerator, process_state, run_script
 from training.plots import plot_collapse, plot_confusion, plot_cosines
 
 
@@ -132,7 +131,7 @@ def main() -> None:
     if settings.output and not Path(settings.output).resolve().parent.is_dir():
         raise ValueError(f"There is no folder for --output {settings.output}: make it first.")
     figures = evaluate_model(settings)
-    if not PartialState().is_main_process:
+    if not process_state().is_main_process:
         return
     shown = {
         "images": figures["dataset"]["images"],

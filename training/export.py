@@ -31,7 +31,7 @@ LICENSES = {"tiny_imagenet": "cc-by-nc-4.0", "scikit-learn digits": "cc-by-4.0"}
 def check_storable(recipe: Recipe) -> None:
     """Raise ValueError, before any training, on a model that no folder can hold: timm could not build it."""
     args = recipe.model_args
-    changed = args.get("neck") not in (None, "none") or args.get("whitening", False) is not False
+    changed = args.get("neck") not in (None, "none") or args.get("whitening") not in (None, False)
     if recipe.head == "learned" and changed:
         raise ValueError(
             "A learned head behind a neck or a whitening layer is a control that training/comparison.py measures; it "

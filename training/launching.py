@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
+import subprocess
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
@@ -22,12 +24,14 @@ from .config import PRECISIONS
 
 __all__ = [
     "Repeatable",
+    "checkout_commit",
     "make_accelerator",
     "process_state",
     "refuse_processes",
     "is_sharded",
     "gather_in",
     "in_step",
+    "is_deliberate",
     "sync_buffers",
     "run_script",
 ]
@@ -126,9 +130,26 @@ def sync_buffers(model: nn.Module) -> None:
         torch.distributed.broadcast(buffer, 0)
 
 
+def checkout_commit() -> str:
+    """Commit of the checkout that the script was launched from; empty outside one."""
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    if shutil.which("git") is None:
+        return ""
+    found = subprocess.run(git, capture_output=True, text=True, check=False)
+    return found.stdout.strip()
+
+
+def is_deliberate(error: BaseException) -> bool:
+    """Whether an error says what is wrong by itself: this project raised it on purpose, or the system refused."""
+    if not isinstance(error, ValueError | OSError | RuntimeError | FloatingPointError | ImportError):
+        return False
+    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
+    own = (Path(__file__).resolve().parent, Path(etf_zoo.__file__).resolve().parent)
+    return any(raised_in.is_relative_to(folder) for folder in own) or getattr(error, "errno", None) in SYSTEM
+
+
 def run_script(main: Callable[[], None]) -> None:
     """Run a script. An error that this project raises on purpose ends it with one line, any other with a traceback."""
-    own = [Path(__file__).resolve().parent, Path(etf_zoo.__file__).resolve().parent]
     try:
         main()
     except torch.OutOfMemoryError:
@@ -136,8 +157,7 @@ def run_script(main: Callable[[], None]) -> None:
             "error: The GPU's memory is full. --accumulate 2 (or 4, 8) takes each batch in so many pieces; "
             "training/launch/fsdp.yaml shares the weights among GPUs. Go on with --resume."
         ) from None
-    except (ValueError, OSError, RuntimeError, FloatingPointError, ImportError) as error:
-        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
-        if not any(raised_in.is_relative_to(folder) for folder in own) and getattr(error, "errno", None) not in SYSTEM:
+    except Exception as error:
+        if not is_deliberate(error):
             raise
         raise SystemExit(f"error: {error}") from None

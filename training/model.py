@@ -23,7 +23,7 @@ from etf_zoo.frames import spherical_code
 from etf_zoo.heads import HEAD_ARGS, SKIP_CONNECTION, base_name, split_head
 from etf_zoo.necks import build_neck
 from etf_zoo.pretrained import CONFIG_NAME, cards_folder
-from etf_zoo.whitening import whiten_last_norm
+from etf_zoo.whitening import whiten
 
 from .config import Optim, Recipe
 
@@ -139,8 +139,7 @@ def _make_model(recipe: Recipe, num_classes: int, hierarchy: Tensor | None) -> n
     head_args = {key: args.pop(key) for key in HEAD_ARGS if key in args}
     neck = head_args.get("neck")
     plain = _plain_model(source, args) if recipe.head == "learned" else timm.create_model(source.name, **args)
-    if whitening is not False:
-        whiten_last_norm(plain, **({} if whitening is True else whitening))
+    whiten(plain, whitening)
     if recipe.head != "learned":
         return attach_frame(plain, **head_args)
     if neck not in (None, "none"):

@@ -9,6 +9,7 @@ the taps that meet a pixel give the same numbers but for rounding. What that sav
 from __future__ import annotations
 
 import functools
+import math
 from itertools import product
 
 import torch
@@ -52,20 +53,26 @@ class SmallMapConv2d(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         """As `nn.Conv2d`."""
         if torch.is_grad_enabled() and input.ndim == 4:
-            geometry = (self.kernel_size, self.stride, self.padding)
-            rows, columns = _spans(input.shape[2:], *geometry)  # type: ignore[arg-type]
-            if self.groups == 1 and 0 < len(rows) * len(columns) <= MAX_OUTPUTS:
+            height, width = input.shape[2:]
+            geometry = zip((height, width), self.kernel_size, self.stride, self.padding, strict=True)
+            outputs = [_outputs(*axis) for axis in geometry]  # type: ignore[arg-type]
+            if self.groups == 1 and min(outputs) > 0 and math.prod(outputs) <= MAX_OUTPUTS:
                 return dense_product(input, self.weight, self.bias, self.stride, self.padding)  # type: ignore[arg-type]
-            if self.groups > 1 and rows and columns and input.shape[2] * input.shape[3] <= MAX_INPUTS:
+            if self.groups > 1 and min(outputs) > 0 and height * width <= MAX_INPUTS:
                 return depthwise_product(input, self.weight, self.bias, self.stride, self.padding)  # type: ignore
         return super().forward(input)
+
+
+def _outputs(length: int, taps: int, step: int, pad: int) -> int:
+    """Pixels that a convolution gives along an axis; none where it is not positive."""
+    return (length + 2 * pad - taps) // step + 1
 
 
 def _spans(size: Pair, kernel: Pair, stride: Pair, padding: Pair) -> list[list[tuple[int, int, int]]]:
     """For both axes, for each output pixel: first and end of the input pixels it sees, first tap that meets one."""
     spans = []
     for length, taps, step, pad in zip(size, kernel, stride, padding, strict=True):
-        starts = [i * step - pad for i in range((length + 2 * pad - taps) // step + 1)]
+        starts = [i * step - pad for i in range(_outputs(length, taps, step, pad))]
         firsts = [min(max(s, 0), length) for s in starts]
         spans.append([(f, max(min(s + taps, length), f), max(-s, 0)) for s, f in zip(starts, firsts, strict=True)])
     return spans

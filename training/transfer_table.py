@@ -17,7 +17,7 @@ import shutil
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -29,7 +29,8 @@ import torch
 
 from etf_zoo.metrics import NeuralCollapse
 from training.config import final_size, parse
-from training.launching import refuse_processes, run_script
+from training.launching import is_deliberate, refuse_processes, run_script
+from training.locks import held
 from training.model import find_model, make_model
 from training.parsing import parse_entries
 from training.probes import PROBES, backbone_size, fit_probe
@@ -233,9 +234,7 @@ def _cached(settings: Finetune, name: str, split: Images, work: Path) -> torch.T
     parts = [settings.data, name, final_size(settings), source.name, source.identity]
     parts += [settings.pretrained or settings.seed, settings.model_args, len(split)]
     file = work / "features" / (hashlib.sha256(repr(parts).encode()).hexdigest()[:16] + ".safetensors")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with open(file.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # falls with the process, whatever ends it
+    with held(file.with_suffix(".lock"), wait=True):
         if not file.is_file():
             features = features_of(settings, make_model(settings, len(split.label_names)), split)
             safetensors.torch.save_file({"features": features.contiguous()}, file.with_suffix(".new"))
@@ -268,31 +267,22 @@ def _append(file: Path, record: dict[str, Any]) -> None:
         os.fsync(opened.fileno())
 
 
-@contextmanager
-def _held(cell: Cell, work: str) -> Iterator[bool]:
+def _held(cell: Cell, work: str) -> AbstractContextManager[bool]:
     """Whether no other process has the cell; then this one has it till the end of the block."""
-    folder = Path(work) / "locks"
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / f"{cell.file_name}.lock", "w") as lock:
-        free = True
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # falls with the process, whatever ends it
-        except BlockingIOError:
-            free = False
-        yield free
+    return held(Path(work) / "locks" / f"{cell.file_name}.lock")
 
 
 def run_missing(wanted: list[Cell], file: Path, work: str) -> None:
     """Run the cells that are not finished and that no other process holds. One that fails is told; the others go on."""
     for cell in wanted:
-        with _held(cell, work) as held:
-            if not held or cell.key in read_cells(file):
+        with _held(cell, work) as free:
+            if not free or cell.key in read_cells(file):
                 continue
             print(cell.key, flush=True)
             try:
                 _append(file, run_cell(cell, work))
             except Exception as error:
-                if not isinstance(error, ValueError | OSError | FloatingPointError):  # none that we raise on purpose
+                if not is_deliberate(error):
                     traceback.print_exc()
                 print(f"{cell.key} failed: {error}", file=sys.stderr, flush=True)
 
@@ -322,10 +312,11 @@ def main() -> None:
             run_missing(wanted, file, table.work)
         else:
             _run_jobs(table.jobs, wanted, file, table.work)
-        for cell in wanted:
-            with _held(cell, table.work) as free:  # else another process is at it
-                failed += [cell.key] if free and cell.key not in read_cells(file) else []
         done = read_cells(file)
+        for cell in wanted:
+            if cell.key not in done:
+                with _held(cell, table.work) as free:  # else another process is at it
+                    failed += [cell.key] if free and cell.key not in read_cells(file) else []
     records = [done[cell.key] for cell in wanted if cell.key in done]
     left = len(wanted) - len(records)
     write_report(records, results, controls=_controls(table), order=list(table.weights), left=left)

@@ -17,7 +17,7 @@ from etf_zoo import attach_frame
 from etf_zoo.heads import HEAD_ARGS
 
 from .config import HEADS, Recipe, final_size
-from .data import load_hierarchy
+from .data import frame_tree
 from .engine import Run
 from .export import export_run
 from .launching import is_sharded, make_accelerator
@@ -226,8 +226,7 @@ def features_of(settings: Finetune, model: nn.Module, split: Images) -> torch.Te
 
 def _train(settings: Finetune, train: Images, held: Images | None, test: Images) -> Tuned | None:
     names = train.label_names
-    tree = load_hierarchy(settings.data, names) if settings.model_args.get("frame") == "hierarchy" else None
-    model = make_model(settings, len(names), tree)
+    model = make_model(settings, len(names), frame_tree(settings, names))
     if settings.head == "warm":
         features = features_of(settings, model, train)
         warm_head(model, features, torch.from_numpy(train.labels), names, settings.model_args)

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .simplex import check_sizes, haar_columns
+from .simplex import check_room, haar_columns
 
 __all__ = ["Hierarchy", "hierarchy_cosines", "hierarchy_frame"]
 
@@ -205,12 +205,8 @@ def hierarchy_frame(distance: Tensor, dim: int, *, gamma: float = 2.0, seed: int
 
 def check_hierarchy_fits(num_classes: int, dim: int) -> None:
     """Raise ValueError, naming the way out, unless a hierarchy-aware frame fits `dim` dimensions."""
-    check_sizes(num_classes, dim)
-    if dim < num_classes - 1:
-        raise ValueError(
-            f"A hierarchy-aware frame of {num_classes} classes needs at least {num_classes - 1} dimensions, got {dim}. "
-            f"Use neck='residual', whose output is {num_classes - 1} wide."
-        )
+    way_out = f"Use neck='residual', whose output is {num_classes - 1} wide."
+    check_room("hierarchy-aware frame", num_classes, dim, way_out)
 
 
 def check_gamma(gamma: float) -> None:

@@ -82,12 +82,21 @@ def check_sizes(num_classes: int, dim: int) -> None:
 
 def check_simplex_fits(num_classes: int, dim: int) -> None:
     """Raise ValueError, naming the ways out, unless a simplex of `num_classes` vectors fits `dim` dimensions."""
+    check_room(
+        "simplex ETF",
+        num_classes,
+        dim,
+        f"Use frame='auto' (the best known frame for {dim} dimensions), or neck='mlp' or neck='residual', which widen "
+        f"the features to {num_classes - 1}.",
+    )
+
+
+def check_room(what: str, num_classes: int, dim: int, way_out: str) -> None:
+    """Raise ValueError, naming the way out, unless there are the K - 1 dimensions that a frame needs."""
     check_sizes(num_classes, dim)
     if dim < num_classes - 1:
         raise ValueError(
-            f"A simplex ETF of {num_classes} classes needs at least {num_classes - 1} dimensions, got {dim}. "
-            f"Use frame='auto' (the best known frame for {dim} dimensions), or neck='mlp' or neck='residual', "
-            f"which widen the features to {num_classes - 1}."
+            f"A {what} of {num_classes} classes needs at least {num_classes - 1} dimensions, got {dim}. {way_out}"
         )
 
 
