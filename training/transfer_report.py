@@ -14,7 +14,7 @@ from scipy import stats
 
 from .plots import COLOURS, GRID, INK
 
-__all__ = ["paired_difference", "rank_correlations", "rows", "write_report"]
+__all__ = ["paired_difference", "rank_correlations", "rows", "summary", "write_report"]
 
 Record = dict[str, Any]
 NC1 = "nc1_pinv"
@@ -104,7 +104,7 @@ def _spearman(pairs: list[tuple[float, float]]) -> float:
 def write_report(
     records: Sequence[Record], folder: Path, *, controls: Mapping[str, str], order: Sequence[str], left: int = 0
 ) -> None:
-    """Write `table.md`, `table.csv`, `accuracy.png` and `nc1.png`.
+    """Write `table.md`, `summary.md` for the README, `table.csv`, `accuracy.png` and `nc1.png`.
 
     Args:
         records: Finished cells.
@@ -129,9 +129,7 @@ def write_report(
     head = ["data", "method", "weights", "n", "top-1 (%)", "minus control", "tuned (%)", "NC1 source", "NC1 target"]
     lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for r in table:
-        difference = "" if not r["pairs"] else f"{r['minus_control']:+.2f}"
-        if math.isfinite(r["half_interval"]):
-            difference += f" ± {r['half_interval']:.2f}"
+        difference = _difference(r)
         if r["pairs"] not in (0, r["n"]):
             difference += f" (n = {r['pairs']})"
         cells = [r["data"], r["method"], r["weights"], str(r["n"]), f"{r['top1']:.2f}", difference]
@@ -149,8 +147,30 @@ def write_report(
             sides = [f"{_short(r[side])} | {r[f'n_{side}']}" for side in ("source", "target")]
             lines.append(f"| {r['data']} | {r['method']} | {' | '.join(sides)} |")
     (folder / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (folder / "summary.md").write_text("\n".join(summary(table, order)) + "\n", encoding="utf-8")
     plot_accuracy(table, folder / "accuracy.png", order)
     plot_nc1(table, folder / "nc1.png", order)
+
+
+def summary(table: Sequence[Record], order: Sequence[str]) -> list[str]:
+    """Lines of a Markdown table with a column for each weights: accuracy, and behind it the difference to the control."""
+    cells: dict[tuple[str, str], dict[str, str]] = {}
+    most = max(r["n"] for r in table)
+    for r in table:
+        parts = [f"{r['top1']:.2f}"]
+        parts += [f"({_difference(r)})"] if r["pairs"] else []
+        parts += [f"n = {r['n']}"] if r["n"] < most else []
+        cells.setdefault((r["data"], r["method"]), {})[r["weights"]] = " ".join(parts)
+    lines = [f"| data | method | {' | '.join(order)} |", "|---" * (2 + len(order)) + "|"]
+    return lines + [f"| {d} | {m} | {' | '.join(c.get(w, '') for w in order)} |" for (d, m), c in cells.items()]
+
+
+def _difference(row: Record) -> str:
+    """Of a row to its control; empty without one."""
+    if not row["pairs"]:
+        return ""
+    interval = f" ± {row['half_interval']:.2f}" if math.isfinite(row["half_interval"]) else ""
+    return f"{row['minus_control']:+.2f}{interval}"
 
 
 def _short(value: float) -> str:

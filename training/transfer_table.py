@@ -24,6 +24,7 @@ from typing import Any, TextIO
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script from a clone
 
+import numpy as np
 import safetensors.torch
 import torch
 
@@ -52,10 +53,10 @@ class Table:
         weights: Name -> fields of a fine-tuning recipe that say where to start: `model`, `pretrained`; and `control`:
             name of the weights that these are compared with, seed by seed; none by default.
         source: Data set the weights were pretrained on, for NC1 at the source; fields of `data`, empty for none.
-        data: Name -> fields of `data`, and `per_class`: so many training images of each class.
+        data: Name -> fields of `data`, and `per_class`: so many training images of each class, the same for all seeds.
         methods: Name -> fields of a fine-tuning recipe, `method` being the name itself by default; and `weights`,
             `data`, `seeds`: which of them, all by default.
-        seeds: Seeds. A seed chooses the training images and is that of the fine-tuning.
+        seeds: Seeds. A seed chooses its `share` of the training images and is that of the fine-tuning.
         share: Share of each class's training images that a seed trains on, so that seeds differ in methods without
             chance of their own; 1 for all.
         base: Fields of a fine-tuning recipe that all share.
@@ -105,7 +106,7 @@ class Cell:
         settings: The whole recipe.
         identity: Of the weights, see `training.model.Source`.
         per_class: Training images of each class; 0 for all.
-        share: See `Table`.
+        share: Of them that the seed trains on, see `Table`.
     """
 
     weights: str
@@ -174,7 +175,9 @@ def run_cell(cell: Cell, work: str) -> dict[str, Any]:
         return {**names, **_collapse(features, test)}
     train = load_images(settings.data, settings.data.train_split)
     check_classes(train, test)
-    rows = _rows(cell, train)
+    if cell.per_class:
+        train = train.subset(few_shot_indices(train.labels, cell.per_class, 0, train.label_names))
+    rows = np.arange(len(train)) if cell.share == 1 else holdout_indices(train.labels, 1 - cell.share, cell.seed)[0]
     if settings.method in PROBES:
         chosen, _ = training_rows(
             train.labels[rows],
@@ -206,15 +209,6 @@ def run_cell(cell: Cell, work: str) -> dict[str, Any]:
     shutil.rmtree(output, ignore_errors=True)
     found = {"top1": top1, "tuned": tuned.tuned, "total": tuned.total, "images": len(fitted)}
     return {**names, **found, **_collapse(features, fitted)}
-
-
-def _rows(cell: Cell, train: Images):
-    """Training images of a seed, before the recipe chooses among them: so many of each class, or a share of each."""
-    if cell.per_class:
-        return few_shot_indices(train.labels, cell.per_class, cell.seed, train.label_names)
-    if cell.share < 1:
-        return holdout_indices(train.labels, 1 - cell.share, cell.seed)[0]
-    return torch.arange(len(train)).numpy()
 
 
 def _backbone_size(settings: Finetune) -> int:

@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState
 from training import transfer_table
 from training.data import limited_rows
 from training.longtail import long_tail_counts
-from training.subsets import load_images
+from training.subsets import few_shot_indices, load_images
 from training.transfer_report import paired_difference, rank_correlations, rows, write_report
 from training.transfer_table import Table, cells, read_cells, run_cell
 
@@ -181,7 +181,7 @@ def test_probes_and_trainings_have_the_same_images(tmp_path, monkeypatch, method
     assert found["images"] == len(features) == len(split)
     if "limit" in choice:
         train = load_images(cell.settings.data, "train")
-        of_class = transfer_table._rows(cell, train)
+        of_class = few_shot_indices(train.labels, 20, 0, train.label_names)  # of each class, the same for all seeds
         assert sorted(split.index) == sorted(of_class[limited_rows(200, 70, 3)])
     else:
         assert split.class_counts() == long_tail_counts(10, 20, 0.2)
@@ -292,6 +292,11 @@ def test_report(records, tmp_path, monkeypatch):
     assert "| x | m | d | 2 | 40.50 | +20.00 (n = 1) |" in text
     assert "| x | m | 1 | 3 | -1 | 4 |" in text
     assert "smallest two-sided p is 1/3 over 3 weights" in text
+    assert (tmp_path / "summary.md").read_text().splitlines() == [
+        "| data | method | a | b | c | d |",
+        "|---|---|---|---|---|---|",
+        "| x | m | 10.50 | 31.00 (+20.50 ± 6.35) | 20.00 n = 1 | 40.50 (+20.00) |",
+    ]
     assert drawn == [("NC1 at the source", 3), ("NC1 at the target", 4)]  # side by side
     drawn.clear()
     write_report(records[3:], tmp_path, controls={}, order="abcd")
