@@ -153,7 +153,7 @@ def write_report(
 
 
 def summary(table: Sequence[Record], order: Sequence[str]) -> list[str]:
-    """Lines of a Markdown table with a column for each weights: accuracy, and behind it what it has over the control."""
+    """Lines of a Markdown table with a column for each weights: accuracy, and what it has over the control."""
     cells: dict[tuple[str, str], dict[str, str]] = {}
     most = max(r["n"] for r in table)
     for r in table:
