@@ -39,8 +39,9 @@ def _order(path: Path) -> tuple[str, str, bool]:
 
 def rendered(readme: str) -> str:
     """The README with fresh tables."""
-    compared = {name: RESULTS / f"cifar100_{name}" / "table.md" for name in ("heads", "longtail")}
-    contents = {name: file.read_text(encoding="utf-8").strip() for name, file in compared.items()}
+    files = {name: RESULTS / f"cifar100_{name}" / "table.md" for name in ("heads", "longtail")}
+    files["transfer"] = RESULTS / "transfer" / "summary.md"
+    contents = {name: file.read_text(encoding="utf-8").strip() for name, file in files.items()}
     for name, content in {"results": table(), **contents}.items():
         begin, end = f"<!-- {name}: python training/readme.py -->", f"<!-- end of {name} -->"
         before, rest = readme.split(begin)

@@ -132,8 +132,11 @@ class Cell:
 
 
 def cells(table: Table) -> list[Cell]:
-    """All cells, the collapse at the source first, then by method, data set, weights and seed."""
-    found = []
+    """All cells: the collapse at the source, then by seed, method, data set and weights.
+
+    A table that time cuts short then has all its rows before it has all their seeds.
+    """
+    found, measured = [], []
     if table.source:
         for weights, start in table.weights.items():
             settings = _settings(table, start, table.source, {"method": "ncm"})
@@ -148,8 +151,8 @@ def cells(table: Table) -> list[Cell]:
                 identity = _identity(settings)
                 for seed in entry.get("seeds", table.seeds):
                     of_seed = dataclasses.replace(settings, seed=seed)
-                    found.append(Cell(weights, data, method, seed, of_seed, identity, per_class, table.share))
-    return found
+                    measured.append(Cell(weights, data, method, seed, of_seed, identity, per_class, table.share))
+    return found + sorted(measured, key=lambda cell: cell.seed)
 
 
 def _settings(table: Table, start: dict[str, Any], data: dict[str, Any], changes: dict[str, Any]) -> Finetune:
