@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from scipy import stats
 
 from .plots import COLOURS, GRID, INK
@@ -223,6 +224,7 @@ def plot_nc1(table: Sequence[Record], path: Path, order: Sequence[str]) -> None:
     if not panels:
         return
     figure, axes = _panels(len(panels), min(len(panels), 4 if len(sides) == 2 else 3), 3.2)
+    spans = {side: [r[f"nc1_{side}"] for r in table if math.isfinite(r[f"nc1_{side}"])] for side in sides}
     for ax, (method, side) in zip(axes, panels, strict=False):
         for r in table:
             if r["method"] == method and math.isfinite(r[f"nc1_{side}"]):
@@ -230,6 +232,8 @@ def plot_nc1(table: Sequence[Record], path: Path, order: Sequence[str]) -> None:
                 label = f"{r['weights']}, {r['data']}"
                 ax.plot(r[f"nc1_{side}"], r["top1"], marker, color=_colour(r["weights"], order), label=label)
         ax.set_xscale("log")
+        ax.set_xlim(min(spans[side]) / 1.3, max(spans[side]) * 1.3)  # narrow spans of one's own get crowded ticks
+        ax.xaxis.set_minor_formatter(NullFormatter())
         ax.set_title(method, loc="left", fontsize=10, color=INK)
         ax.set(xlabel=f"NC1 at the {side}", ylabel="top-1 (%)")
     handles = {label: h for ax in axes for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
