@@ -165,7 +165,7 @@ def _create_twin(
     described = bool(merged or (tag_args and not replaced))
     saved_args = {**tag_args, **merged}
     own_args = {k: v for k, v in kwargs.items() if k not in merged or not _same(v, merged[k])}
-    kwargs = {**saved_args, "num_classes": cfg.num_classes, **kwargs}  # the overlay's, where it replaces a tag's weights
+    kwargs = {**saved_args, "num_classes": cfg.num_classes, **kwargs}  # the overlay's own where it has some
     head_args = {key: kwargs.pop(key) for key in HEAD_ARGS if key in kwargs}
     if "moving" in head_args:
         head_args["moving"] = read_switch("moving", head_args["moving"], MOVING_ARGS)
