@@ -130,10 +130,7 @@ def write_report(
     head = ["data", "method", "weights", "n", "top-1 (%)", "minus control", "tuned (%)", "NC1 source", "NC1 target"]
     lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for r in table:
-        difference = _difference(r)
-        if r["pairs"] not in (0, r["n"]):
-            difference += f" (n = {r['pairs']})"
-        cells = [r["data"], r["method"], r["weights"], str(r["n"]), f"{r['top1']:.2f}", difference]
+        cells = [r["data"], r["method"], r["weights"], str(r["n"]), f"{r['top1']:.2f}", _difference(r)]
         cells += [_short(r["tuned_percent"]), _short(r["nc1_source"]), _short(r["nc1_target"])]
         lines.append(f"| {' | '.join(cells)} |")
     correlations = [r for r in rank_correlations(table) if math.isfinite(r["source"]) or math.isfinite(r["target"])]
@@ -154,24 +151,24 @@ def write_report(
 
 
 def summary(table: Sequence[Record], order: Sequence[str]) -> list[str]:
-    """Lines of a Markdown table with a column for each weights: accuracy, and what it has over the control."""
+    """Lines of a Markdown table with a column for each weights: accuracy; what it has over the control."""
     cells: dict[tuple[str, str], dict[str, str]] = {}
     most = max(r["n"] for r in table)
     for r in table:
-        parts = [f"{r['top1']:.2f}"]
-        parts += [f"({_difference(r)})"] if r["pairs"] else []
-        parts += [f"n = {r['n']}"] if r["n"] < most else []
-        cells.setdefault((r["data"], r["method"]), {})[r["weights"]] = " ".join(parts)
+        seeds = f" (n = {r['n']})" if r["n"] < most else ""
+        difference = f"; {_difference(r)}" if r["pairs"] else ""
+        cells.setdefault((r["data"], r["method"]), {})[r["weights"]] = f"{r['top1']:.2f}{seeds}{difference}"
     lines = [f"| data | method | {' | '.join(order)} |", "|---" * (2 + len(order)) + "|"]
     return lines + [f"| {d} | {m} | {' | '.join(c.get(w, '') for w in order)} |" for (d, m), c in cells.items()]
 
 
 def _difference(row: Record) -> str:
-    """Of a row to its control; empty without one."""
+    """Of a row to its control, with the number of pairs where that is not the row's n; empty without a control."""
     if not row["pairs"]:
         return ""
     interval = f" ± {row['half_interval']:.2f}" if math.isfinite(row["half_interval"]) else ""
-    return f"{row['minus_control']:+.2f}{interval}"
+    pairs = f" (n = {row['pairs']})" if row["pairs"] != row["n"] else ""
+    return f"{row['minus_control']:+.2f}{interval}{pairs}"
 
 
 def _short(value: float) -> str:

@@ -295,7 +295,7 @@ def test_report(records, tmp_path, monkeypatch):
     assert (tmp_path / "summary.md").read_text().splitlines() == [
         "| data | method | a | b | c | d |",
         "|---|---|---|---|---|---|",
-        "| x | m | 10.50 | 31.00 (+20.50 ± 6.35) | 20.00 n = 1 | 40.50 (+20.00) |",
+        "| x | m | 10.50 | 31.00; +20.50 ± 6.35 | 20.00 (n = 1) | 40.50; +20.00 (n = 1) |",
     ]
     assert drawn == [("NC1 at the source", 3), ("NC1 at the target", 4)]  # side by side
     drawn.clear()
