@@ -56,6 +56,7 @@ def make_accelerator(precision: str = "") -> Accelerator:
     accelerator = Accelerator(mixed_precision=mixed, cpu=not torch.accelerator.is_available())
     if precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("fp16 needs a GPU: set --precision bf16 or fp32.")
+    torch.backends.cudnn.benchmark = accelerator.device.type == "cuda"  # sizes stay the same for many steps
     if accelerator.distributed_type == DistributedType.MULTI_CPU and os.environ.get("ACCELERATE_USE_FSDP") == "true":
         # accelerate turns FSDP on for GPUs only; gloo shards as well, which is how FSDP is tried without one
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
