@@ -10,7 +10,6 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from .config import Data
@@ -28,6 +28,7 @@ from .sources import Chosen, Rows
 __all__ = ["Split", "cache", "read_prepared", "write_prepared"]
 
 META = "meta.json"  # written last: a folder that has it is complete
+PIECE = 512  # images that a worker process decodes and sends at a time
 
 
 @dataclass
@@ -199,17 +200,38 @@ def _write_header(file: Any, count: int, size: int) -> None:
     np.lib.format.write_array_header_1_0(file, header)
 
 
-def _decoded(rows: Rows, size: int) -> Iterator[tuple[int, np.ndarray | Unreadable]]:
-    def one(row: int) -> np.ndarray | Unreadable:
+class _Pieces(Dataset):
+    """A split decoded in pieces: for each row of one its image `(size, size, 3)` or what is wrong with it."""
+
+    def __init__(self, rows: Rows, size: int):
+        self.rows, self.size = rows, size
+
+    def __len__(self) -> int:
+        return -(-len(self.rows) // PIECE)
+
+    def __getitem__(self, piece: int) -> list[tuple[int, np.ndarray | Unreadable]]:
+        start = piece * PIECE
+        return [(row, self._one(row)) for row in range(start, min(start + PIECE, len(self.rows)))]
+
+    def _one(self, row: int) -> np.ndarray | Unreadable:
         try:
-            return square(decode(rows.encoded(row)), size)
+            return square(decode(self.rows.encoded(row)), self.size)
         except Unreadable as error:
             return error
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # Pillow decodes outside the interpreter's lock
-        for start in range(0, len(rows), 1024):
-            chunk = range(start, min(start + 1024, len(rows)))
-            yield from zip(chunk, pool.map(one, chunk), strict=True)
+
+def _as_they_are(piece: Any) -> Any:
+    return piece
+
+
+def _decoded(rows: Rows, size: int) -> Iterator[tuple[int, np.ndarray | Unreadable]]:
+    pieces = _Pieces(rows, size)
+    workers = min(8, os.cpu_count() or 1, len(pieces) - 1)  # processes: Pillow holds the lock for much of the work
+    loader = DataLoader(
+        pieces, batch_size=None, num_workers=max(workers, 0), collate_fn=_as_they_are, generator=torch.Generator()
+    )
+    for piece in loader:
+        yield from piece
 
 
 def square(image: Image.Image, size: int) -> np.ndarray:

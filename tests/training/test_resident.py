@@ -55,7 +55,9 @@ def test_what_a_kill_left_is_cleared_after_a_day(tmp_path):
     assert [name for name in entries(tmp_path) if name.startswith(".writing")] == [".writing-new"]
 
 
-def test_broken_images_are_left_out_and_said(tmp_path):
+@pytest.mark.parametrize("piece", [512, 2])  # in this process, and by workers
+def test_broken_images_are_left_out_and_said(tmp_path, monkeypatch, piece):
+    monkeypatch.setattr("training.resident.PIECE", piece)
     write_parquet(tmp_path / "made", {"train": [0, 1, 0, 1, 2]}, names=["x", "y", "z"], broken=(1, 4))
     said = r"2 of 5 images of .*made cannot be read: row 1 of train \(.*\), row 4 of train"
     for _ in range(2):  # decoded, and found decoded
