@@ -3,18 +3,25 @@
 The models are those of `training/recipes/zoo_gpu.yaml` or, without an accelerator, `zoo_cpu.yaml`; all of them, or
 those named. Run again, it goes on where it stopped; what is finished is only exported and measured anew. Results land
 in `model_cards/<arch>_etf.<tag>` and `model_cards/<arch>_control.<tag>`.
+
+`--jobs 2` trains two at a time, a model beside its control: each with its share of the cores, or all on one GPU, which
+small models leave waiting for the processor. What they print then goes to `log.txt` in the folder of each run.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
+import multiprocessing
+import os
 import shutil
 import sys
 import time
 from dataclasses import dataclass, field
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +37,7 @@ from training import checkpoint
 from training.config import Recipe, parse, seconds
 from training.engine import CHECKPOINTS, Run
 from training.export import check_storable, export_run
-from training.launching import process_state, run_script
+from training.launching import process_state, refuse_processes, run_script
 from training.parsing import merged, parse_entries
 from training.readme import ROOT, write_tables
 
@@ -79,47 +86,94 @@ def entry_of(zoo: Zoo, name: str) -> Entry:
     return Entry(recipe, heads, keep, seeds or [recipe.seed])
 
 
-def train_and_export(recipe: Recipe, folder: Path, *, keep: bool, figures_only: bool) -> None:
-    """One model: train it, or go on, and write its folder unless the time budget runs out first.
+@dataclass(frozen=True)
+class Job:
+    """One run of the list.
 
-    Args:
+    Attributes:
         recipe: What to train.
         folder: Where the model goes.
         keep: Whether with its weights.
         figures_only: Write the figures alone, as one of several seeds.
     """
-    output = Path(recipe.output)
-    run = Run(dataclasses.replace(recipe, resume=checkpoint.exists(output / CHECKPOINTS)))
-    if not run.fit():
-        return  # the time is up
-    exported = output / "model"
-    stored = folder.name if recipe.head == "frame" else f"model_cards/{folder.name}"  # timm knows the first by name
-    export_run(run, exported, name=stored if keep else str(exported))
-    if run.accelerator.is_main_process:
-        if figures_only:
-            folder.mkdir(parents=True, exist_ok=True)
-            shutil.copy(exported / METRICS_NAME, folder / f"metrics_seed{recipe.seed}.json")
-        else:
-            ignored = shutil.ignore_patterns() if keep else shutil.ignore_patterns(WEIGHTS_NAME)
-            shutil.copytree(exported, folder, ignore=ignored, dirs_exist_ok=True)
+
+    recipe: Recipe
+    folder: Path
+    keep: bool
+    figures_only: bool
 
 
-def train(entry: Entry, cards: Path, until: float = math.inf) -> None:
-    """All runs of a model and its controls, seed by seed, and their cards; `until` is by `time.monotonic`."""
-    tag = f"{base_name(entry.recipe.model)}_{{}}.{entry.recipe.tag}"
+def folders_of(entry: Entry, cards: Path) -> dict[str, Path]:
+    """Where a model and its controls go, by kind of head."""
+    name = f"{base_name(entry.recipe.model)}_{{}}.{entry.recipe.tag}"
+    return {head: cards / name.format(kind) for head, kind in KINDS.items()}
+
+
+def jobs_of(entry: Entry, cards: Path) -> list[Job]:
+    """All runs of a model and its controls, seed by seed."""
+    jobs = []
     for seed in entry.seeds:
         for head in entry.heads:
-            folder, own = cards / tag.format(KINDS[head]), seed == entry.recipe.seed
+            folder, own = folders_of(entry, cards)[head], seed == entry.recipe.seed
             output = f"{entry.recipe.output}/{folder.name}" + ("" if own else f"_seed{seed}")
-            (left,) = broadcast_object_list([until - time.monotonic()])  # by the main process's clock: all stop or none
-            if left <= 0:
-                break
-            budget = f"{left:.0f}s" if math.isfinite(left) else ""
-            recipe = dataclasses.replace(entry.recipe, head=head, seed=seed, output=output, time_budget=budget)
-            train_and_export(recipe, folder, keep=own and (head == "frame" or head in entry.keep), figures_only=not own)
-    if process_state().is_main_process:
-        folders = [cards / tag.format(kind) for kind in KINDS.values()]
-        stand_beside([folder for folder in folders if (folder / METRICS_NAME).is_file()])
+            recipe = dataclasses.replace(entry.recipe, head=head, seed=seed, output=output)
+            jobs.append(Job(recipe, folder, own and (head == "frame" or head in entry.keep), not own))
+    return jobs
+
+
+def train(job: Job, until: float = math.inf) -> None:
+    """Train a model, or go on, and write its folder, unless it is `until` (by `time.time`) first."""
+    (left,) = broadcast_object_list([until - time.time()])  # by the main process's clock: all stop or none
+    if left <= 0:
+        return
+    budget = f"{left:.0f}s" if math.isfinite(left) else ""
+    output = Path(job.recipe.output)
+    run = Run(dataclasses.replace(job.recipe, time_budget=budget, resume=checkpoint.exists(output / CHECKPOINTS)))
+    if not run.fit():
+        return  # the time is up
+    exported, name = output / "model", job.folder.name
+    stored = name if job.recipe.head == "frame" else f"model_cards/{name}"  # timm knows the first by name
+    export_run(run, exported, name=stored if job.keep else str(exported))
+    if run.accelerator.is_main_process:
+        if job.figures_only:
+            job.folder.mkdir(parents=True, exist_ok=True)
+            shutil.copy(exported / METRICS_NAME, job.folder / f"metrics_seed{job.recipe.seed}.json")
+        else:
+            ignored = shutil.ignore_patterns() if job.keep else shutil.ignore_patterns(WEIGHTS_NAME)
+            shutil.copytree(exported, job.folder, ignore=ignored, dirs_exist_ok=True)
+
+
+def _train_logged(job: Job, until: float) -> None:
+    """`train` in a process of its own."""
+    folder = Path(job.recipe.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "log.txt", "a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        run_script(lambda: train(job, until))
+
+
+def train_side_by_side(jobs: list[Job], count: int, until: float = math.inf) -> None:
+    """Train several at a time.
+
+    Raises:
+        ValueError: At the end, if some failed; the others go on.
+    """
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // count))  # read when a process starts
+    context = multiprocessing.get_context("spawn")
+    waiting, running, failed = list(jobs), {}, []
+    while waiting or running:
+        while waiting and len(running) < count:
+            job = waiting.pop(0)
+            process = context.Process(target=_train_logged, args=(job, until))
+            process.start()
+            running[process.sentinel] = process, job
+            print(f"{job.recipe.output} begins", flush=True)
+        for sentinel in connection.wait(list(running)):
+            process, job = running.pop(sentinel)
+            process.join()
+            failed += [job.recipe.output] if process.exitcode else []
+            print(f"{job.recipe.output} {'failed' if process.exitcode else 'ends'}", flush=True)
+    if failed:
+        raise ValueError(f"{len(failed)} of {len(jobs)} runs failed, see above and log.txt in {', '.join(failed)}.")
 
 
 def stand_beside(folders: list[Path]) -> None:
@@ -144,10 +198,13 @@ def main() -> None:
     parser.add_argument("--heads", nargs="+", choices=KINDS, help="some of the model and its controls")
     parser.add_argument("--seeds", nargs="+", type=int, help="others than the list's")
     parser.add_argument("--time-budget", default="", help="such as 9m: save and stop")
+    parser.add_argument("--jobs", type=int, default=1, help="how many to train at a time")
     parser.add_argument("--output", default="", help="folder for the runs; by default the list's")
     parser.add_argument("--cards", type=Path, default=ROOT / "model_cards", help="folder for the models")
     args = parser.parse_args()
-    until = time.monotonic() + seconds(args.time_budget)
+    until = time.time() + seconds(args.time_budget)
+    if args.jobs > 1:
+        refuse_processes()
     processes = process_state()
     zoo = parse(Zoo, ["--config", str(args.list or default_list())])
     if args.data:
@@ -160,8 +217,17 @@ def main() -> None:
     for entry in entries:
         for head in entry.heads:
             check_storable(dataclasses.replace(entry.recipe, head=head))
-    for entry in entries:
-        train(entry, args.cards, until)
+    jobs = [job for entry in entries for job in jobs_of(entry, args.cards)]
+    try:
+        if args.jobs > 1:
+            train_side_by_side(jobs, args.jobs, until)
+        else:
+            for job in jobs:
+                train(job, until)
+    finally:
+        if processes.is_main_process:
+            for entry in entries:
+                stand_beside([f for f in folders_of(entry, args.cards).values() if (f / METRICS_NAME).is_file()])
     if processes.is_main_process and args.cards == ROOT / "model_cards":
         write_tables()
 

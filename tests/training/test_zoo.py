@@ -70,6 +70,27 @@ def test_time_budget(listed):
     assert (listed("--heads", "frame") / "test_resnet_etf.e1_digits" / WEIGHTS_NAME).is_file()
 
 
+def test_side_by_side(listed, tmp_path, capfd):
+    cards = listed("--heads", "frame", "learned", "--jobs", "2")
+    assert len(list(cards.iterdir())) == 2
+    for folder in cards.iterdir():
+        assert len(figures(folder)["references"]) == 1
+        assert "epoch 1" in (tmp_path / "runs" / folder.name / "log.txt").read_text()
+    beside = figures(cards / "test_resnet_etf.e1_digits")["results"]["loss"]
+    shutil.rmtree(tmp_path / "runs")
+    listed("--heads", "frame")
+    alone = figures(cards / "test_resnet_etf.e1_digits")["results"]["loss"]
+    assert beside == pytest.approx(alone, rel=1e-2)  # another number of threads adds up in another order
+
+
+def test_side_by_side_the_others_go_on(listed, tmp_path):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "test_resnet_control.e1_digits").write_text("a file in the place of a folder")
+    with pytest.raises(ValueError, match=r"1 of 2 runs failed, see above and log.txt in .*test_resnet_control"):
+        listed("--heads", "learned", "frame", "--jobs", "2")
+    assert (tmp_path / "cards" / "test_resnet_etf.e1_digits" / WEIGHTS_NAME).is_file()
+
+
 def test_errors():
     some = zoo.Zoo(Recipe(), {"a": {"heads": ["frame", "learnt"]}, "b": {"optim": {"rate": 1}}})
     with pytest.raises(ValueError, match=r"no model 'c', only a, b"):
