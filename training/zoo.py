@@ -35,6 +35,7 @@ from etf_zoo.heads import base_name
 from etf_zoo.pretrained import WEIGHTS_NAME
 from training import checkpoint
 from training.config import Recipe, parse, seconds
+from training.data import load_split
 from training.engine import CHECKPOINTS, Run
 from training.export import check_storable, export_run
 from training.launching import process_state, refuse_processes, run_script
@@ -155,8 +156,12 @@ def train_side_by_side(jobs: list[Job], count: int, until: float = math.inf) -> 
     """Train several at a time.
 
     Raises:
-        ValueError: At the end, if some failed; the others go on.
+        ValueError: On wrong data, before any begins. At the end, if some failed; the others go on.
     """
+    sources = [job.recipe.data for job in jobs]
+    for data in (d for i, d in enumerate(sources) if d not in sources[:i]):  # decoded once, not by each process
+        load_split(data, data.train_split)
+        load_split(data, data.val_split)
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // count))  # read when a process starts
     context = multiprocessing.get_context("spawn")
     waiting, running, failed = list(jobs), {}, []
@@ -203,6 +208,8 @@ def main() -> None:
     parser.add_argument("--cards", type=Path, default=ROOT / "model_cards", help="folder for the models")
     args = parser.parse_args()
     until = time.time() + seconds(args.time_budget)
+    if args.jobs < 1:
+        raise ValueError(f"--jobs is at least 1, got {args.jobs}.")
     if args.jobs > 1:
         refuse_processes()
     processes = process_state()

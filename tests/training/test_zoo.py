@@ -91,7 +91,9 @@ def test_side_by_side_the_others_go_on(listed, tmp_path):
     assert (tmp_path / "cards" / "test_resnet_etf.e1_digits" / WEIGHTS_NAME).is_file()
 
 
-def test_errors():
+def test_errors(listed):
+    with pytest.raises(ValueError, match="--jobs is at least 1, got 0"):
+        listed("--jobs", "0")
     some = zoo.Zoo(Recipe(), {"a": {"heads": ["frame", "learnt"]}, "b": {"optim": {"rate": 1}}})
     with pytest.raises(ValueError, match=r"no model 'c', only a, b"):
         zoo.entry_of(some, "c")
