@@ -45,14 +45,16 @@ def make_accelerator(precision: str = "") -> Accelerator:
     """accelerate's Accelerator, for the way that the script was launched.
 
     Args:
-        precision: `fp32`, `bf16` or `fp16`. Empty where nothing is trained: accelerate allows a process one precision,
-            so it is what a training before had, else `fp32`.
+        precision: `fp32`, `bf16` or `fp16`. Empty where nothing is trained: then it is what a training before had,
+            else `fp32`. Accelerators of another precision that were made before are not to be used after that.
 
     Raises:
         ValueError: On fp16 without a GPU.
     """
     process_state()
     mixed = PRECISIONS[precision] if precision else None if AcceleratorState._shared_state else "no"
+    if precision and AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed:
+        AcceleratorState._reset_state()  # accelerate allows a process one precision; a list of runs may have several
     accelerator = Accelerator(mixed_precision=mixed, cpu=not torch.accelerator.is_available())
     if precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("fp16 needs a GPU: set --precision bf16 or fp32.")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from training.config import Recipe
-from training.launching import Repeatable, in_step, run_script
+from training.launching import Repeatable, in_step, make_accelerator, run_script
 
 
 def test_own_errors_end_a_script_with_one_line():
@@ -34,6 +34,15 @@ def test_a_full_gpu_gets_advice():
 
     with pytest.raises(SystemExit, match="--accumulate 2"):
         run_script(full)
+
+
+def test_one_precision_after_another():
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        accelerator = make_accelerator(precision)
+        with accelerator.autocast():
+            product = torch.ones(2, 2, device=accelerator.device) @ torch.ones(2, 2, device=accelerator.device)
+        assert product.dtype == dtype
+        assert make_accelerator().mixed_precision == accelerator.mixed_precision
 
 
 class Processes:

@@ -8,7 +8,6 @@ import os
 import numpy as np
 import pytest
 import yaml
-from accelerate.state import AcceleratorState
 
 from training import transfer_table
 from training.data import limited_rows
@@ -194,14 +193,10 @@ def test_a_training_reports_the_images_that_it_was_given(tmp_path, monkeypatch):
     assert [found["images"]] == seen == [100]
 
 
-def test_half_precision(tmp_path):
-    AcceleratorState._reset_state(reset_partial_state=True)
-    try:
-        for method in ("ncm", "head"):
-            found = run_cell(one_cell(method, base={**TABLE["base"], "precision": "bf16"}), str(tmp_path))
-            assert found["nc1_pinv"] > 0
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
+def test_cells_of_several_precisions(tmp_path):
+    for method, precision in (("ncm", "fp32"), ("head", "bf16"), ("ncm", "bf16"), ("head", "fp32")):
+        found = run_cell(one_cell(method, base={**TABLE["base"], "precision": precision}), str(tmp_path))
+        assert found["nc1_pinv"] > 0
 
 
 def test_a_model_with_two_classifiers(tmp_path):
