@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 import warnings
 import zlib
@@ -12,7 +13,7 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
-__all__ = ["Corrupt", "Unreadable", "decode", "encoded"]
+__all__ = ["Corrupt", "Unreadable", "decode", "decoders", "encoded"]
 
 
 class Unreadable(ValueError):
@@ -63,6 +64,12 @@ def decode(data: bytes) -> Image.Image:
         Image.DecompressionBombError,
     ) as error:
         raise Unreadable(str(error).replace("<_io.BytesIO object at ", "<")) from error
+
+
+def decoders(most: int) -> int:
+    """How many worker processes are of use, up to so many: one for each core that this process may run on."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(min(most, cores), 0)
 
 
 @dataclass

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
-import os
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from .config import Augment, Data
-from .decode import Corrupt, Unreadable, decode, encoded
+from .decode import Corrupt, Unreadable, decode, decoders, encoded
 from .sources import Rows, Stream
 
 __all__ = ["eval_transform", "row_batches", "stream_batches", "train_transform"]
@@ -121,7 +120,7 @@ def row_batches(
     batches = DataLoader(
         _Images(rows, transform, key),
         batch_sampler=[part.tolist() for part in parts],
-        num_workers=min(rows.settings.workers, len(parts), os.cpu_count() or 1),
+        num_workers=decoders(min(rows.settings.workers, len(parts))),
         collate_fn=_collate,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # else it draws from the global one, and a resumed run draws once more

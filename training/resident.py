@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from .config import Data
-from .decode import Corrupt, Unreadable, decode
+from .decode import Corrupt, Unreadable, decode, decoders
 from .sources import Chosen, Rows
 
 __all__ = ["Split", "cache", "read_prepared", "write_prepared"]
@@ -226,9 +226,9 @@ def _as_they_are(piece: Any) -> Any:
 
 def _decoded(rows: Rows, size: int) -> Iterator[tuple[int, np.ndarray | Unreadable]]:
     pieces = _Pieces(rows, size)
-    workers = min(8, os.cpu_count() or 1, len(pieces) - 1)  # processes: Pillow holds the lock for much of the work
+    workers = decoders(min(8, len(pieces) - 1))  # processes: Pillow holds the lock for much of the work
     loader = DataLoader(
-        pieces, batch_size=None, num_workers=max(workers, 0), collate_fn=_as_they_are, generator=torch.Generator()
+        pieces, batch_size=None, num_workers=workers, collate_fn=_as_they_are, generator=torch.Generator()
     )
     for piece in loader:
         yield from piece
