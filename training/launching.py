@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import multiprocessing
 import os
 import shutil
 import subprocess
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
+from multiprocessing.context import SpawnContext
 from pathlib import Path
 
 import torch
@@ -28,6 +30,7 @@ __all__ = [
     "make_accelerator",
     "process_state",
     "refuse_processes",
+    "side_by_side",
     "is_sharded",
     "gather_in",
     "in_step",
@@ -77,6 +80,12 @@ def refuse_processes() -> None:
     """Raise ValueError in a script that several processes would get into one another's way in."""
     if process_state().num_processes > 1:
         raise ValueError("Run this script as one process (--num_processes 1); started twice, it shares the work.")
+
+
+def side_by_side(count: int) -> SpawnContext:
+    """What starts processes of which so many run at a time, each on its share of the cores."""
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // count))  # read when a process starts
+    return multiprocessing.get_context("spawn")
 
 
 def is_sharded(accelerator: Accelerator) -> bool:

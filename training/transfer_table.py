@@ -11,7 +11,6 @@ import dataclasses
 import fcntl
 import hashlib
 import json
-import multiprocessing
 import os
 import shutil
 import sys
@@ -30,7 +29,7 @@ import torch
 
 from etf_zoo.metrics import NeuralCollapse
 from training.config import final_size, parse
-from training.launching import is_deliberate, refuse_processes, run_script
+from training.launching import is_deliberate, refuse_processes, run_script, side_by_side
 from training.locks import held
 from training.model import find_model, make_model
 from training.parsing import parse_entries
@@ -286,8 +285,7 @@ def run_missing(wanted: list[Cell], file: Path, work: str) -> None:
 
 def _run_jobs(jobs: int, *args: Any) -> None:
     """`run_missing` in several processes."""
-    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))  # read when a process starts
-    context = multiprocessing.get_context("spawn")
+    context = side_by_side(jobs)
     workers = [context.Process(target=run_missing, args=args) for _ in range(jobs)]
     for worker in workers:
         worker.start()

@@ -15,8 +15,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import multiprocessing
-import os
 import shutil
 import sys
 import time
@@ -38,7 +36,7 @@ from training.config import Recipe, parse, seconds
 from training.data import load_split
 from training.engine import CHECKPOINTS, Run
 from training.export import check_storable, export_run
-from training.launching import process_state, refuse_processes, run_script
+from training.launching import process_state, refuse_processes, run_script, side_by_side
 from training.parsing import merged, parse_entries
 from training.readme import ROOT, write_tables
 
@@ -162,8 +160,7 @@ def train_side_by_side(jobs: list[Job], count: int, until: float = math.inf) -> 
     for data in (d for i, d in enumerate(sources) if d not in sources[:i]):  # decoded once, not by each process
         load_split(data, data.train_split)
         load_split(data, data.val_split)
-    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // count))  # read when a process starts
-    context = multiprocessing.get_context("spawn")
+    context = side_by_side(count)
     waiting, running, failed = list(jobs), {}, []
     while waiting or running:
         while waiting and len(running) < count:

@@ -70,7 +70,7 @@ def test_time_budget(listed):
     assert (listed("--heads", "frame") / "test_resnet_etf.e1_digits" / WEIGHTS_NAME).is_file()
 
 
-def test_side_by_side(listed, tmp_path, capfd):
+def test_side_by_side(listed, tmp_path):
     cards = listed("--heads", "frame", "learned", "--jobs", "2")
     assert len(list(cards.iterdir())) == 2
     for folder in cards.iterdir():
