@@ -58,6 +58,12 @@ class Processes:
         return tensor + float(self.others >= 0)
 
 
+def test_attention_leaves_cudnn_alone():
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    make_accelerator("fp32")
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
 def test_batches_in_step():
     own = [(torch.ones(2, 3, 4, 4), torch.tensor([1, 2]))]
     batches = list(in_step(lambda: own, (0, 3, 4, 4), Processes(3)))
