@@ -43,7 +43,7 @@ from .moving import MOVING_ARGS
 from .switches import read_switch
 from .whitening import WHITENING_ARGS, whiten
 
-__all__ = ["classifies", "is_converted", "register_variants", "without_classifier"]
+__all__ = ["classifies", "default_tag", "is_converted", "register_variants", "without_classifier"]
 
 # Encoders of timm whose pretrained cfg names a classifier that the module does not have.
 _NO_CLASSIFIER = ("gemma4_vit_167m_enc", "gemma4_vit_570m_enc", "mobilenetv5_300m_enc")
@@ -280,6 +280,11 @@ def _create_converted(
     return model
 
 
+def default_tag(name: str) -> str:
+    """Tag of the weights that a twin has when asked for none, native before converted; empty if it has none."""
+    return next((tag for tag, cfg in default_cfgs[name].cfgs.items() if tag and cfg.has_weights), "")
+
+
 def _resolve_cfg(
     name: str, pretrained: bool, given: str | dict | PretrainedCfg | None, tags: Mapping[str, Mapping[str, Any]]
 ) -> tuple[PretrainedCfg, Mapping[str, Any]]:
@@ -289,8 +294,8 @@ def _resolve_cfg(
     if isinstance(given, PretrainedCfg) and (given.has_weights or given.state_dict or not pretrained):
         return given, tags.get(f"{name}.{given.tag}", {}) if given.tag else {}
     tag = given if isinstance(given, str) else ""
-    if not tag and pretrained:  # native before converted
-        tag = next((t for t, known in default_cfgs[name].cfgs.items() if t and known.has_weights), "")
+    if not tag and pretrained:
+        tag = default_tag(name)
     cfg = get_pretrained_cfg(f"{name}.{tag}" if tag else name)
     if cfg is None:
         raise RuntimeError(f"{name} is not registered. Call etf_zoo.register() after adding models to timm.")

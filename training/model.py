@@ -23,6 +23,7 @@ from etf_zoo.frames import spherical_code
 from etf_zoo.heads import HEAD_ARGS, SKIP_CONNECTION, base_name, split_head
 from etf_zoo.necks import build_neck
 from etf_zoo.pretrained import CONFIG_NAME, cards_folder
+from etf_zoo.variants import default_tag
 from etf_zoo.whitening import whiten
 
 from .config import Optim, Recipe
@@ -81,8 +82,8 @@ def find_model(model: str, pretrained: bool = True) -> Source:
         hint = f" Did you mean {', '.join(near)}?" if near else ""
         raise ValueError(f"There is no model or folder {model!r}.{hint}")
     name = model
-    if pretrained and not tag and architecture.endswith("_etf"):  # with weights, the first tag that has some
-        name = next(iter(timm.list_pretrained(f"{architecture}.*")), model)
+    if pretrained and not tag and architecture.endswith("_etf") and (default := default_tag(architecture)):
+        name = f"{architecture}.{default}"
     try:
         cfg: Any = get_pretrained_cfg(name)
     except RuntimeError:
