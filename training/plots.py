@@ -17,7 +17,8 @@ from torch import Tensor
 __all__ = ["tree_order", "plot_cosines", "plot_confusion", "plot_collapse"]
 
 INK, MUTED, GRID = "#1f2328", "#6b7280", "#e5e7eb"
-COLOURS = ("#2563a8", "#c2571a", "#3a7d44", "#8a4f9e", "#1f2328", "#c9a227")  # told apart by colour-blind readers
+# told apart by colour-blind readers
+COLOURS = ("#2563a8", "#c2571a", "#3a7d44", "#8a4f9e", "#1f2328", "#c9a227", "#6ec1f0", "#d98cb8")
 SHADE = 0.4  # exponent from share to shade: one mistake in a hundred has to be seen
 NAMED_CLASSES = 40  # more class names than this would not be readable
 # Panels of plot_collapse: title, log scale, (name in metrics.jsonl, label) of its curves.
