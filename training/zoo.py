@@ -51,7 +51,8 @@ class Zoo:
         base: What their recipes share.
         models: Name -> what it changes in the recipe, and besides it: `heads`, of the model and its controls; `keep`,
             the controls whose weights are kept (of the others only the figures are); `seeds`: of others than the
-            recipe's own only the figures are kept.
+            recipe's own only the figures are kept; `beside`, other models of the list that its cards and theirs compare
+            with each other, and which name it in turn.
     """
 
     base: Recipe = field(default_factory=Recipe)
@@ -66,6 +67,7 @@ class Entry:
     heads: list[str]
     keep: list[str]
     seeds: list[int]
+    beside: list[str]
 
 
 def entry_of(zoo: Zoo, name: str) -> Entry:
@@ -80,9 +82,9 @@ def entry_of(zoo: Zoo, name: str) -> Entry:
     heads, keep = changes.pop("heads", ["frame", "learned"]), changes.pop("keep", [])
     if unknown := {*heads, *keep} - KINDS.keys():
         raise ValueError(f"{name}: heads and keep are of {', '.join(KINDS)}, not {', '.join(sorted(unknown))}.")
-    seeds = changes.pop("seeds", None)
+    seeds, beside = changes.pop("seeds", None), changes.pop("beside", [])
     recipe = parse_entries(Recipe, merged(dataclasses.asdict(zoo.base), changes))
-    return Entry(recipe, heads, keep, seeds or [recipe.seed])
+    return Entry(recipe, heads, keep, seeds or [recipe.seed], beside)
 
 
 @dataclass(frozen=True)
@@ -217,7 +219,9 @@ def main() -> None:
     for name in args.names or zoo.models:
         entry = entry_of(zoo, name)
         recipe = dataclasses.replace(entry.recipe, output=args.output or entry.recipe.output)
-        entries.append(Entry(recipe, args.heads or entry.heads, entry.keep, args.seeds or entry.seeds))
+        heads, seeds = args.heads or entry.heads, args.seeds or entry.seeds
+        entries.append(dataclasses.replace(entry, recipe=recipe, heads=heads, seeds=seeds))
+    beside = [[entry_of(zoo, name) for name in entry.beside] for entry in entries]  # wrong names end it here
     for entry in entries:
         for head in entry.heads:
             check_storable(dataclasses.replace(entry.recipe, head=head))
@@ -230,8 +234,9 @@ def main() -> None:
                 train(job, until)
     finally:
         if processes.is_main_process:
-            for entry in entries:
-                stand_beside([f for f in folders_of(entry, args.cards).values() if (f / METRICS_NAME).is_file()])
+            for entry, others in zip(entries, beside, strict=True):
+                folders = [f for e in [entry, *others] for f in folders_of(e, args.cards).values()]
+                stand_beside([f for f in folders if (f / METRICS_NAME).is_file()])
     if processes.is_main_process and args.cards == ROOT / "model_cards":
         write_tables()
 

@@ -57,6 +57,23 @@ def test_model_and_controls(listed, tmp_path):
     assert len((folders["etf"] / "metrics.jsonl").read_text().splitlines()) == 1
 
 
+def test_models_beside_each_other(listed, tmp_path):
+    file = tmp_path / "list.yaml"
+    models = yaml.safe_load(file.read_text())
+    tiny = models["models"]["tiny"]
+    tiny["beside"] = ["scale"]
+    models["models"]["scale"] = {**tiny, "model_args": {"logit_scale": 30.0}, "tag": "e1s30_digits", "beside": ["tiny"]}
+    file.write_text(yaml.safe_dump(models))
+    cards = listed("--heads", "frame")
+    for folder, other in (("e1_digits", "e1s30_digits"), ("e1s30_digits", "e1_digits")):
+        references = figures(cards / f"test_resnet_etf.{folder}")["references"]
+        assert [entry["model"] for entry in references] == [f"test_resnet_etf.{other}"]
+    models["models"]["scale"]["beside"] = ["huge"]
+    file.write_text(yaml.safe_dump(models))
+    with pytest.raises(ValueError, match="has no model 'huge', only scale, tiny"):
+        listed("--heads", "frame")
+
+
 def test_other_seeds_leave_figures_alone(listed):
     cards = listed("--heads", "frame", "--seeds", "0", "1")
     (folder,) = cards.iterdir()
