@@ -282,7 +282,7 @@ def _create_converted(
 
 def default_tag(name: str) -> str:
     """Tag of the weights that a twin has when asked for none, native before converted; empty if it has none."""
-    return next((tag for tag, cfg in default_cfgs[name].cfgs.items() if tag and cfg.has_weights), "")
+    return next((tag for tag, cfg in default_cfgs.get(name, DefaultCfg()).cfgs.items() if tag and cfg.has_weights), "")
 
 
 def _resolve_cfg(

@@ -24,7 +24,7 @@ def table(folder: Path = ROOT / "model_cards") -> str:
             top1 += f" (mean of {len(every)} seeds {statistics.mean(every):.2f} ± {statistics.stdev(every):.2f})"
         head = {"frame": "fixed frame", "random": "fixed random frame", "learned": "learned (control)"}[recipe["head"]]
         scale = recipe["model_args"].get("logit_scale")
-        if recipe["head"] != "learned" and isinstance(scale, float):
+        if recipe["head"] != "learned" and isinstance(scale, int | float):
             head += f", logit scale {scale:g}"
         lines.append(
             f"| [`{name}`](model_cards/{name}) | {head} | {metrics['dataset']['name']}, {metrics['dataset']['split']} "
