@@ -63,7 +63,7 @@ def make_accelerator(precision: str = "") -> Accelerator:
         raise ValueError("fp16 needs a GPU: set --precision bf16 or fp32.")
     torch.backends.cudnn.benchmark = accelerator.device.type == "cuda"  # sizes stay the same for many steps
     # Its gradients are not finite where attention logits are far below 0 and tokens are 64 more than a multiple of 128
-    # (pytorch issue 196678, there with a mask). Two trainings of a ViT ended so at 64 pixels, on an H200 with torch 2.11.
+    # (pytorch issue 196678, there with a mask). Two trainings of a ViT ended so at 64 pixels: an H200, torch 2.11.
     torch.backends.cuda.enable_cudnn_sdp(False)
     if accelerator.distributed_type == DistributedType.MULTI_CPU and os.environ.get("ACCELERATE_USE_FSDP") == "true":
         # accelerate turns FSDP on for GPUs only; gloo shards as well, which is how FSDP is tried without one
