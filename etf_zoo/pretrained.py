@@ -22,7 +22,6 @@ WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
 RECORD_NAME = "hub.json"  # where a model folder was published
 SOURCES = ("auto", "embedded", "hub")
-PREFERRED = ("resnet18_etf.e23s30_tiny",)  # of several native models of an architecture, the default
 
 
 def cards_folder() -> Path:
@@ -68,12 +67,12 @@ def native_tags(folder: Path | None = None) -> dict[str, tuple[PretrainedCfg, di
             the package's own by default.
 
     Returns:
-        Only models whose weights file is there, or can be downloaded; the former first, and among them `PREFERRED`
-        ones, as the first tag of an architecture is its default.
+        Only models whose weights file is there, or can be downloaded; the former first, as the first tag of an
+        architecture is its default.
     """
     tags = {}
     files = (folder or cards_folder()).glob(f"*_etf.*/{CONFIG_NAME}")
-    for config_file in sorted(files, key=_rank):
+    for config_file in sorted(files, key=lambda path: (not path.with_name(WEIGHTS_NAME).is_file(), path)):
         weights = config_file.with_name(WEIGHTS_NAME)
         if weights.is_file():
             source = {"file": str(weights)}
@@ -96,11 +95,6 @@ def native_tags(folder: Path | None = None) -> dict[str, tuple[PretrainedCfg, di
         )
         tags[name] = (cfg, config.get("model_args", {}))
     return tags
-
-
-def _rank(config_file: Path) -> tuple[bool, bool, Path]:
-    there = config_file.with_name(WEIGHTS_NAME).is_file()
-    return not there, config_file.parent.name not in PREFERRED, config_file
 
 
 def read_weights(cfg: Mapping[str, Any], cache_dir: Any = None) -> dict[str, Tensor]:

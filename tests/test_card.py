@@ -34,7 +34,7 @@ def test_card_of_a_folder(folder):
     (folder / "metrics.json").write_text(json.dumps(METRICS))
     card = ModelCard.load(write_card(folder))
     assert card.data.license == "apache-2.0"
-    assert card.data.library_name == "timm"
+    assert card.data.to_dict()["library_name"] == "timm"
     assert card.data.eval_results[0].metric_value == 12.35 or card.data.eval_results[0].metric_value == 12.34
     assert "| top-1 (%) | 12.35 | 11.00 |" in card.text or "| top-1 (%) | 12.34 | 11.00 |" in card.text
     assert "orientation `blocks`" in card.text

@@ -53,11 +53,6 @@ def test_embedded_weights_load_offline_and_are_exactly_the_file(name):
     )
 
 
-def test_of_several_weights_the_preferred_are_the_default():
-    assert {"resnet18_etf.e23_tiny", "resnet18_etf.e23s30_tiny"} <= set(EMBEDDED)
-    assert timm.create_model("resnet18_etf", pretrained=True).pretrained_cfg["tag"] == "e23s30_tiny"
-
-
 @torch.no_grad()
 def test_adapting_to_other_classes_channels_and_uses():
     reference = timm.create_model(MOBILE, pretrained=True).eval()

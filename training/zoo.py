@@ -50,9 +50,9 @@ class Zoo:
     Attributes:
         base: What their recipes share.
         models: Name -> what it changes in the recipe, and besides it: `heads`, of the model and its controls; `keep`,
-            the controls whose weights are kept (of the others only the figures are); `seeds`: of others than the
-            recipe's own only the figures are kept; `beside`, other models of the list that its cards and theirs compare
-            with each other, and which name it in turn.
+            those whose weights are kept, by default the model's (of the others only the figures are); `seeds`: of
+            others than the recipe's own only the figures are kept; `beside`, other models of the list that its cards
+            and theirs compare with each other, and which name it in turn.
     """
 
     base: Recipe = field(default_factory=Recipe)
@@ -79,7 +79,7 @@ def entry_of(zoo: Zoo, name: str) -> Entry:
     if name not in zoo.models:
         raise ValueError(f"The list has no model {name!r}, only {', '.join(zoo.models)}.")
     changes = dict(zoo.models[name])
-    heads, keep = changes.pop("heads", ["frame", "learned"]), changes.pop("keep", [])
+    heads, keep = changes.pop("heads", ["frame", "learned"]), changes.pop("keep", ["frame"])
     if unknown := {*heads, *keep} - KINDS.keys():
         raise ValueError(f"{name}: heads and keep are of {', '.join(KINDS)}, not {', '.join(sorted(unknown))}.")
     seeds, beside = changes.pop("seeds", None), changes.pop("beside", [])
@@ -118,7 +118,7 @@ def jobs_of(entry: Entry, cards: Path) -> list[Job]:
             folder, own = folders_of(entry, cards)[head], seed == entry.recipe.seed
             output = f"{entry.recipe.output}/{folder.name}" + ("" if own else f"_seed{seed}")
             recipe = dataclasses.replace(entry.recipe, head=head, seed=seed, output=output)
-            jobs.append(Job(recipe, folder, own and (head == "frame" or head in entry.keep), not own))
+            jobs.append(Job(recipe, folder, own and head in entry.keep, not own))
     return jobs
 
 

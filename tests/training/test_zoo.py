@@ -18,7 +18,7 @@ def listed(tmp_path, monkeypatch):
     """Calls the script on a list with one small model."""
     monkeypatch.setattr(zoo, "ROOT", tmp_path)  # nothing of the project's is written
     file = tmp_path / "list.yaml"
-    tiny = {"model": "test_resnet_etf", "keep": ["learned"], "tag": "e1_digits", "batch_size": 64}
+    tiny = {"model": "test_resnet_etf", "keep": ["frame", "learned"], "tag": "e1_digits", "batch_size": 64}
     base = {"data": {"source": "digits", "val_split": "test", "size": 16}, "epochs": 1, "sizes": [[0, 16]]}
     base |= {"output": str(tmp_path / "runs"), "tensorboard": False}
     file.write_text(yaml.safe_dump({"base": base, "models": {"tiny": tiny}}))
