@@ -177,8 +177,15 @@ def _plain_model(source: Source, args: dict[str, Any]) -> nn.Module:
 
 
 def make_optimizer(settings: Optim, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimiser, by timm's factory; weight decay and layer decay by timm's groups."""
+    """The optimiser, by timm's factory; weight decay and layer decay by timm's groups.
+
+    Muon leaves a learned classifier to its AdamW, as its author advises for output layers; else a model with a frame,
+    which has none, would be compared with one trained in another way.
+    """
     extra: dict[str, Any] = {"betas": tuple(settings.betas)} if settings.betas else {}
+    if "muon" in settings.name:
+        names = model.pretrained_cfg.get("classifier") or ()  # type: ignore[union-attr]
+        extra["fallback_list"] = [f"{name}.*" for name in ([names] if isinstance(names, str) else names)]
     return create_optimizer_v2(
         model,
         opt=settings.name,

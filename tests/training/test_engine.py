@@ -259,6 +259,17 @@ def test_learning_rate_by_layer():
     assert all("lr_scale" not in group for group in make_optimizer(Optim(), model).param_groups)
 
 
+def test_muon_leaves_a_learned_classifier_to_adamw():
+    def by_adamw(head):
+        model = make_model(dataclasses.replace(RECIPE, head=head), 10)
+        groups = make_optimizer(Optim(name="muon"), model).param_groups
+        chosen = {id(p) for group in groups if group.get("use_fallback") for p in group["params"]}
+        return {name for name, p in model.named_parameters() if id(p) in chosen}
+
+    assert by_adamw("learned") == {"classifier.weight", "classifier.bias"}
+    assert by_adamw("frame") == set()
+
+
 def test_schedule_ends_at_the_smallest_rate(tmp_path):
     recipe = {"optim": Optim(lr=0.1, min_lr=0.01, warmup_epochs=0.5), "epochs": 1, "batch_size": 16}
     ended = run(tmp_path, "run", **recipe)
