@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from etf_zoo import attach_frame, frame_heads
 from etf_zoo.frames import spherical_code
-from etf_zoo.heads import HEAD_ARGS, SKIP_CONNECTION, base_name, split_head
+from etf_zoo.heads import HEAD_ARGS, SKIP_CONNECTION, base_name, split_head, timm_classifier_names
 from etf_zoo.necks import build_neck
 from etf_zoo.pretrained import CONFIG_NAME, cards_folder
 from etf_zoo.variants import default_tag
@@ -184,8 +184,7 @@ def make_optimizer(settings: Optim, model: nn.Module) -> torch.optim.Optimizer:
     """
     extra: dict[str, Any] = {"betas": tuple(settings.betas)} if settings.betas else {}
     if "muon" in settings.name:
-        names = model.pretrained_cfg.get("classifier") or ()  # type: ignore[union-attr]
-        extra["fallback_list"] = [f"{name}.*" for name in ([names] if isinstance(names, str) else names)]
+        extra["fallback_list"] = [f"{name}.*" for name in timm_classifier_names(model)]
     return create_optimizer_v2(
         model,
         opt=settings.name,
