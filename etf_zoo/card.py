@@ -1,9 +1,10 @@
-"""The model card: `README.md` of a model folder, made from its `config.json` and `metrics.json` and nothing else."""
+"""The model card: `README.md` of a model folder, made from its `config.json` and `metrics*.json` and nothing else."""
 
 from __future__ import annotations
 
 import json
 import math
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from timm.models import get_pretrained_cfg
 
 from .pretrained import CONFIG_NAME, WEIGHTS_NAME, cards_folder, recorded_location
 
-__all__ = ["CARD_NAME", "METRICS_NAME", "card_problems", "render_card", "write_card"]
+__all__ = ["CARD_NAME", "METRICS_NAME", "card_problems", "render_card", "top1_of_seeds", "write_card"]
 
 CARD_NAME = "README.md"
 METRICS_NAME = "metrics.json"
@@ -106,6 +107,22 @@ def _results(metrics: dict[str, Any], name: str) -> str:
     if len(columns) == 1:
         lines += ["", "No control was trained beside it, so the figures say nothing about the frame."]
     return "\n".join(lines)
+
+
+def top1_of_seeds(folder: Path) -> list[float]:
+    """Top-1 (%) of a folder's model, and of the same recipe with other seeds, whose figures alone are there."""
+    files = [folder / METRICS_NAME, *sorted(folder.glob("metrics_seed*.json"))]
+    return [_read(file)["results"]["top1"] for file in files]
+
+
+def _seeds(folder: Path) -> str:
+    if not any(folder.glob("metrics_seed*.json")):
+        return ""
+    found = top1_of_seeds(folder)
+    return (
+        f"Top-1 over {len(found)} seeds, of which this is the first: {', '.join(f'{top1:.2f}' for top1 in found)} %; "
+        f"mean {statistics.mean(found):.2f}, standard deviation {statistics.stdev(found):.2f}."
+    )
 
 
 def _data_name(name: str) -> str:
@@ -242,6 +259,7 @@ def render_card(folder: str | Path, *, repo_id: str | None = None) -> str:
         mean=tuple(round(x, 3) for x in cfg["mean"]),
         std=tuple(round(x, 3) for x in cfg["std"]),
         results=_results(metrics, name),
+        seeds=_seeds(folder),
         measured=_measured(cfg, metrics),
         made=_made(config, metrics),
         recipe="\n".join(f"{key}: {json.dumps(value)}" for key, value in recipe.items() if value not in ("", {}, [])),

@@ -71,6 +71,17 @@ def test_figures_stand_in_the_model_index_and_without_control_it_says_so(measure
     assert "No control was trained beside it" in render_card(measured)
 
 
+def test_other_seeds_stand_under_the_table(measured):
+    assert "seeds" not in render_card(measured)
+    for seed, top1 in ((2, 14.0), (1, 12.0)):
+        change(measured, f"metrics_seed{seed}.json", results={"top1": top1})
+    change(measured, "metrics.json", results={**METRICS["results"], "top1": 10.0})
+    assert (
+        "Top-1 over 3 seeds, of which this is the first: 10.00, 12.00, 14.00 %; mean 12.00, standard deviation 2.00."
+        in render_card(measured)
+    )
+
+
 def test_path_of_the_data_stays_at_home(measured):
     for name, shown in [("/home/me/data/birds", "birds"), ("./birds", "birds"), ("org/birds", "org/birds")]:
         change(measured, "metrics.json", dataset={**METRICS["dataset"], "name": name})

@@ -6,6 +6,8 @@ import json
 import statistics
 from pathlib import Path
 
+from etf_zoo.card import top1_of_seeds
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "training" / "results"
 
@@ -17,10 +19,8 @@ def table(folder: Path = ROOT / "model_cards") -> str:
         metrics = json.loads(path.read_text(encoding="utf-8"))
         results, training, recipe = metrics["results"], metrics["training"], metrics["training"]["recipe"]
         name = path.parent.name
-        top1, seeds = f"{results['top1']:.2f}", sorted(path.parent.glob("metrics_seed*.json"))
-        if seeds:
-            others = [json.loads(seed.read_text(encoding="utf-8"))["results"]["top1"] for seed in seeds]
-            every = [results["top1"], *others]
+        top1, every = f"{results['top1']:.2f}", top1_of_seeds(path.parent)
+        if len(every) > 1:
             top1 += f" (mean of {len(every)} seeds {statistics.mean(every):.2f} ± {statistics.stdev(every):.2f})"
         head = {"frame": "fixed frame", "random": "fixed random frame", "learned": "learned (control)"}[recipe["head"]]
         scale = recipe["model_args"].get("logit_scale")
