@@ -15,7 +15,7 @@ from scipy import stats
 
 from .plots import COLOURS, GRID, INK
 
-__all__ = ["paired_difference", "rank_correlations", "rows", "summary", "write_report"]
+__all__ = ["over_runs", "paired_difference", "rank_correlations", "rows", "summary", "write_report"]
 
 Record = dict[str, Any]
 NC1 = "nc1_pinv"
@@ -82,6 +82,25 @@ def rows(records: Sequence[Record], controls: Mapping[str, str], order: Sequence
     return found
 
 
+def over_runs(table: Sequence[Record], kinds: Mapping[str, str]) -> list[Record]:
+    """One row for each data set, method and kind of weights, over its pretraining runs, `kinds` of whose weights it is.
+
+    A run's own row is a mean over seeds; here the interval of the difference is one over runs.
+    """
+    groups: dict[tuple[str, str, str], list[Record]] = {}
+    for r in table:
+        if r["weights"] in kinds:
+            groups.setdefault((r["data"], r["method"], kinds[r["weights"]]), []).append(r)
+    found = []
+    for (data, method, kind), mine in groups.items():
+        differences = {i: r["minus_control"] for i, r in enumerate(mine) if r["pairs"]}
+        row = {"data": data, "method": method, "weights": kind, "n": len(mine)}
+        row["top1"] = float(np.mean([r["top1"] for r in mine]))
+        names = ("minus_control", "half_interval", "pairs")
+        found.append(row | dict(zip(names, paired_difference(differences, dict.fromkeys(differences, 0)), strict=True)))
+    return found
+
+
 def rank_correlations(table: Sequence[Record]) -> list[Record]:
     """Spearman's rank correlation of NC1 with accuracy over the weights, for each data set and method."""
     found = []
@@ -103,7 +122,13 @@ def _spearman(pairs: list[tuple[float, float]]) -> float:
 
 
 def write_report(
-    records: Sequence[Record], folder: Path, *, controls: Mapping[str, str], order: Sequence[str], left: int = 0
+    records: Sequence[Record],
+    folder: Path,
+    *,
+    controls: Mapping[str, str],
+    kinds: Mapping[str, str],
+    order: Sequence[str],
+    left: int = 0,
 ) -> None:
     """Write `table.md`, `summary.md` for the README, `table.csv`, `accuracy.png` and `nc1.png`.
 
@@ -111,6 +136,7 @@ def write_report(
         records: Finished cells.
         folder: Where to.
         controls: Name of weights -> name of those that they are compared with.
+        kinds: Name of weights -> what other pretraining runs of the same recipe share with them.
         order: Names of the weights in the order to show.
         left: Cells that have not been run.
     """
@@ -133,6 +159,12 @@ def write_report(
         cells = [r["data"], r["method"], r["weights"], str(r["n"]), f"{r['top1']:.2f}", _difference(r)]
         cells += [_short(r["tuned_percent"]), _short(r["nc1_source"]), _short(r["nc1_target"])]
         lines.append(f"| {' | '.join(cells)} |")
+    if kinds:
+        lines += ["", "Over pretraining runs, each a mean over its seeds; an interval is over the runs.", ""]
+        lines += ["| data | method | weights | runs | top-1 (%) | minus control |", "|---" * 6 + "|"]
+        for r in over_runs(table, kinds):
+            cells = [r["data"], r["method"], r["weights"], str(r["n"]), f"{r['top1']:.2f}", _difference(r)]
+            lines.append(f"| {' | '.join(cells)} |")
     correlations = [r for r in rank_correlations(table) if math.isfinite(r["source"]) or math.isfinite(r["target"])]
     if correlations:
         lines += [

@@ -50,7 +50,8 @@ class Table:
         results: Folder of `cells.jsonl`, the table and the plots.
         work: Folder of cached features, of locks, and of runs while they last.
         weights: Name -> fields of a fine-tuning recipe that say where to start: `model`, `pretrained`; and `control`:
-            name of the weights that these are compared with, seed by seed; none by default.
+            name of the weights that these are compared with, seed by seed; none by default; and `kind`, which several
+            pretraining runs of one recipe share: the table then also has what they are together.
         source: Data set the weights were pretrained on, for NC1 at the source; fields of `data`, empty for none.
         data: Name -> fields of `data`, and `per_class`: so many training images of each class, the same for all seeds.
         methods: Name -> fields of a fine-tuning recipe, `method` being the name itself by default; and `weights`,
@@ -91,6 +92,11 @@ class Table:
 def _controls(table: Table) -> dict[str, str]:
     """Name of weights -> name of their control, for those that have one."""
     return {name: entry["control"] for name, entry in table.weights.items() if entry.get("control")}
+
+
+def _kinds(table: Table) -> dict[str, str]:
+    """Name of weights -> the kind they are of, for those that have one."""
+    return {name: entry["kind"] for name, entry in table.weights.items() if entry.get("kind")}
 
 
 @dataclass(frozen=True)
@@ -155,7 +161,8 @@ def cells(table: Table) -> list[Cell]:
 
 
 def _settings(table: Table, start: dict[str, Any], data: dict[str, Any], changes: dict[str, Any]) -> Finetune:
-    entries = {"holdout": 0, **table.base, **{k: v for k, v in start.items() if k != "control"}, **changes}
+    fields = {k: v for k, v in start.items() if k not in ("control", "kind")}
+    entries = {"holdout": 0, **table.base, **fields, **changes}
     entries["data"] = {**table.base.get("data", {}), **data}
     settings = parse_entries(Finetune, entries)
     # without a holdout the test images are looked at once, at the end; and no cell goes on from a checkpoint
@@ -314,7 +321,7 @@ def main() -> None:
                     failed += [cell.key] if free and cell.key not in read_cells(file) else []
     records = [done[cell.key] for cell in wanted if cell.key in done]
     left = len(wanted) - len(records)
-    write_report(records, results, controls=_controls(table), order=list(table.weights), left=left)
+    write_report(records, results, controls=_controls(table), kinds=_kinds(table), order=list(table.weights), left=left)
     print(f"Table: {results / 'table.md'}")
     if failed:
         raise ValueError(f"{len(failed)} cells failed, see above: {', '.join(failed)}.")

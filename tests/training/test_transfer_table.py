@@ -279,7 +279,7 @@ def test_rows_and_rank_correlations(records):
 def test_report(records, tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr("matplotlib.axes.Axes.set_xlabel", lambda ax, label, **k: drawn.append((label, len(ax.lines))))
-    write_report(records, tmp_path, controls=CONTROLS, order="abcd")
+    write_report(records, tmp_path, controls=CONTROLS, kinds={}, order="abcd")
     text = (tmp_path / "table.md").read_text()
     assert "| weights | n | top-1 (%) | minus control |" in text
     assert "Controls: of b: a; of d: c." in text
@@ -294,6 +294,18 @@ def test_report(records, tmp_path, monkeypatch):
     ]
     assert drawn == [("NC1 at the source", 3), ("NC1 at the target", 4)]  # side by side
     drawn.clear()
-    write_report(records[3:], tmp_path, controls={}, order="abcd")
+    write_report(records[3:], tmp_path, controls={}, kinds={}, order="abcd")
     assert drawn == [("NC1 at the target", 4)]
     assert "Controls" not in (tmp_path / "table.md").read_text()
+    assert "Over pretraining runs" not in (tmp_path / "table.md").read_text()
+
+
+def test_report_over_pretraining_runs(records, tmp_path):
+    """Two runs with a frame, b and d, and their controls a and c."""
+    kinds = {"a": "learned", "b": "frame", "c": "learned", "d": "frame"}
+    write_report(records, tmp_path, controls=CONTROLS, kinds=kinds, order="abcd")
+    text = (tmp_path / "table.md").read_text()
+    assert "| x | m | frame | 2 | 35.75 | +20.25 ± 3.18 |" in text  # t(0.975, 1) = 12.7062 of differences 20.5 and 20
+    assert "| x | m | learned | 2 | 15.25 |  |" in text
+    write_report(records, tmp_path, controls={"b": "a"}, kinds=kinds, order="abcd")
+    assert "| x | m | frame | 2 | 35.75 | +20.50 (n = 1) |" in (tmp_path / "table.md").read_text()
