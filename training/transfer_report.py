@@ -216,6 +216,8 @@ def _panels(count: int, columns: int, height: float, shared: bool = False):
         ax.grid(axis="y", color=GRID, linewidth=0.8)
         ax.set_axisbelow(True)
         ax.spines[["top", "right"]].set_visible(False)
+    for ax in axes[max(0, count - columns) : count]:  # the lowest of each column, also above a hidden one
+        ax.tick_params(labelbottom=True)
     return figure, axes
 
 
