@@ -20,8 +20,10 @@ RECIPES = sorted((ROOT / "training" / "recipes").glob("*.yaml"))
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_every_recipe_reads(path, tmp_path, monkeypatch):
     (tmp_path / "model_cards").symlink_to(ROOT / "model_cards")
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "zoo").symlink_to(ROOT / "model_cards")  # as if the models without weights had been trained
+    (tmp_path / "runs" / "zoo").mkdir(parents=True)
+    for card in (ROOT / "model_cards").iterdir():  # as if the models without weights had been trained
+        for end in ("", *(file.stem.removeprefix("metrics") for file in card.glob("metrics_seed*.json"))):
+            (tmp_path / "runs" / "zoo" / f"{card.name}{end}").symlink_to(card)
     monkeypatch.chdir(tmp_path)
     text = path.read_text()
     if "variants:" in text:
