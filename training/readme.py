@@ -7,6 +7,7 @@ import statistics
 from pathlib import Path
 
 from etf_zoo.card import top1_of_seeds
+from etf_zoo.pretrained import WEIGHTS_NAME
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "training" / "results"
@@ -14,7 +15,7 @@ RESULTS = ROOT / "training" / "results"
 
 def table(folder: Path = ROOT / "model_cards") -> str:
     """Markdown table of every model and control, pairs together."""
-    lines = ["| model | head | data | top-1 (%) | top-5 (%) | epochs, size | hours, device |", "|---" * 7 + "|"]
+    lines = ["| model | head | weights | data | top-1 (%) | top-5 (%) | epochs, size | hours, device |", "|---" * 8 + "|"]
     for path in sorted(folder.glob("*/metrics.json"), key=_order):
         metrics = json.loads(path.read_text(encoding="utf-8"))
         results, training, recipe = metrics["results"], metrics["training"], metrics["training"]["recipe"]
@@ -26,8 +27,10 @@ def table(folder: Path = ROOT / "model_cards") -> str:
         scale = recipe["model_args"].get("logit_scale")
         if recipe["head"] != "learned" and isinstance(scale, int | float):
             head += f", logit scale {scale:g}"
+        kept = (path.parent / WEIGHTS_NAME).is_file()
+        weights = ("embedded" if recipe["head"] == "frame" else "in this repository") if kept else "not kept"
         lines.append(
-            f"| [`{name}`](model_cards/{name}) | {head} | {metrics['dataset']['name']}, {metrics['dataset']['split']} "
+            f"| [`{name}`](model_cards/{name}) | {head} | {weights} | {metrics['dataset']['name']}, {metrics['dataset']['split']} "
             f"| {top1} | {results['top5']:.2f} | {recipe['epochs']}, {metrics['dataset']['size']} px "
             f"| {training['hours']}, {training['device']} |"
         )

@@ -8,7 +8,9 @@ from training.readme import ROOT, rendered, table
 def test_results_table_is_up_to_date():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert readme == rendered(readme)
-    assert "| fixed frame |" in readme
+    assert "| fixed frame | embedded |" in readme
+    assert "| learned (control) | in this repository |" in readme  # ResNet-18's
+    assert "| learned (control) | not kept |" in readme
 
 
 def test_seeds_are_averaged(tmp_path):
