@@ -15,11 +15,12 @@ RESULTS = ROOT / "training" / "results"
 
 def table(folder: Path = ROOT / "model_cards") -> str:
     """Markdown table of every model and control, pairs together."""
-    lines = ["| model | head | weights | data | top-1 (%) | top-5 (%) | epochs, size | hours, device |", "|---" * 8 + "|"]
+    head = ["model", "head", "weights", "data", "top-1 (%)", "top-5 (%)", "epochs, size", "hours, device"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for path in sorted(folder.glob("*/metrics.json"), key=_order):
         metrics = json.loads(path.read_text(encoding="utf-8"))
         results, training, recipe = metrics["results"], metrics["training"], metrics["training"]["recipe"]
-        name = path.parent.name
+        name, dataset = path.parent.name, metrics["dataset"]
         top1, every = f"{results['top1']:.2f}", top1_of_seeds(path.parent)
         if len(every) > 1:
             top1 += f" (mean of {len(every)} seeds {statistics.mean(every):.2f} ± {statistics.stdev(every):.2f})"
@@ -30,8 +31,8 @@ def table(folder: Path = ROOT / "model_cards") -> str:
         kept = (path.parent / WEIGHTS_NAME).is_file()
         weights = ("embedded" if recipe["head"] == "frame" else "in this repository") if kept else "not kept"
         lines.append(
-            f"| [`{name}`](model_cards/{name}) | {head} | {weights} | {metrics['dataset']['name']}, {metrics['dataset']['split']} "
-            f"| {top1} | {results['top5']:.2f} | {recipe['epochs']}, {metrics['dataset']['size']} px "
+            f"| [`{name}`](model_cards/{name}) | {head} | {weights} | {dataset['name']}, {dataset['split']} "
+            f"| {top1} | {results['top5']:.2f} | {recipe['epochs']}, {dataset['size']} px "
             f"| {training['hours']}, {training['device']} |"
         )
     return "\n".join(lines)
