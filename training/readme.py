@@ -15,8 +15,8 @@ RESULTS = ROOT / "training" / "results"
 
 def table(folder: Path = ROOT / "model_cards") -> str:
     """Markdown table of every model and control, pairs together."""
-    head = ["model", "head", "weights", "data", "top-1 (%)", "top-5 (%)", "epochs, size", "hours, device"]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    columns = ["model", "head", "weights", "data", "top-1 (%)", "top-5 (%)", "epochs, size", "hours, device"]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for path in sorted(folder.glob("*/metrics.json"), key=_order):
         metrics = json.loads(path.read_text(encoding="utf-8"))
         results, training, recipe = metrics["results"], metrics["training"], metrics["training"]["recipe"]
