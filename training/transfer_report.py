@@ -49,6 +49,10 @@ def paired_difference(own: dict[int, float], control: dict[int, float]) -> tuple
     return float(differences.mean()), float(half), n
 
 
+def _compared(own: dict[int, float], control: dict[int, float]) -> Record:
+    return dict(zip(("minus_control", "half_interval", "pairs"), paired_difference(own, control), strict=True))
+
+
 def rows(records: Sequence[Record], controls: Mapping[str, str], order: Sequence[str]) -> list[Record]:
     """One row for each data set, method and weights, which `controls` gives the weights to compare with."""
     source = {r["weights"]: r.get(NC1, math.nan) for r in records if not r["method"]}
@@ -73,8 +77,7 @@ def rows(records: Sequence[Record], controls: Mapping[str, str], order: Sequence
         }
         row["control"] = controls.get(weights, "")
         other = groups.get((data, method, row["control"]), {})
-        names = ("minus_control", "half_interval", "pairs")
-        row |= dict(zip(names, paired_difference(top1, {s: r["top1"] for s, r in other.items()}), strict=True))
+        row |= _compared(top1, {s: r["top1"] for s, r in other.items()})
         row["tuned_percent"] = float(np.mean([100 * r["tuned"] / r["total"] for r in mine.values()]))
         row["nc1_source"] = source.get(weights, math.nan)
         row["nc1_target"] = float(np.mean([r.get(NC1, math.nan) for r in mine.values()]))
@@ -96,8 +99,7 @@ def over_runs(table: Sequence[Record], kinds: Mapping[str, str]) -> list[Record]
         differences = {i: r["minus_control"] for i, r in enumerate(mine) if r["pairs"]}
         row = {"data": data, "method": method, "weights": kind, "n": len(mine)}
         row["top1"] = float(np.mean([r["top1"] for r in mine]))
-        names = ("minus_control", "half_interval", "pairs")
-        found.append(row | dict(zip(names, paired_difference(differences, dict.fromkeys(differences, 0)), strict=True)))
+        found.append(row | _compared(differences, dict.fromkeys(differences, 0)))
     return found
 
 
@@ -156,15 +158,12 @@ def write_report(
     head = ["data", "method", "weights", "n", "top-1 (%)", "minus control", "tuned (%)", "NC1 source", "NC1 target"]
     lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for r in table:
-        cells = [r["data"], r["method"], r["weights"], str(r["n"]), f"{r['top1']:.2f}", _difference(r)]
-        cells += [_short(r["tuned_percent"]), _short(r["nc1_source"]), _short(r["nc1_target"])]
+        cells = [*_cells(r), _short(r["tuned_percent"]), _short(r["nc1_source"]), _short(r["nc1_target"])]
         lines.append(f"| {' | '.join(cells)} |")
     if kinds:
         lines += ["", "Over pretraining runs, each a mean over its seeds; an interval is over the runs.", ""]
         lines += ["| data | method | weights | runs | top-1 (%) | minus control |", "|---" * 6 + "|"]
-        for r in over_runs(table, kinds):
-            cells = [r["data"], r["method"], r["weights"], str(r["n"]), f"{r['top1']:.2f}", _difference(r)]
-            lines.append(f"| {' | '.join(cells)} |")
+        lines += [f"| {' | '.join(_cells(r))} |" for r in over_runs(table, kinds)]
     correlations = [r for r in rank_correlations(table) if math.isfinite(r["source"]) or math.isfinite(r["target"])]
     if correlations:
         lines += [
@@ -192,6 +191,11 @@ def summary(table: Sequence[Record], order: Sequence[str]) -> list[str]:
         cells.setdefault((r["data"], r["method"]), {})[r["weights"]] = f"{r['top1']:.2f}{seeds}{difference}"
     lines = [f"| data | method | {' | '.join(order)} |", "|---" * (2 + len(order)) + "|"]
     return lines + [f"| {d} | {m} | {' | '.join(c.get(w, '') for w in order)} |" for (d, m), c in cells.items()]
+
+
+def _cells(row: Record) -> list[str]:
+    """What the table of weights and that of their kinds both show of a row."""
+    return [row["data"], row["method"], row["weights"], str(row["n"]), f"{row['top1']:.2f}", _difference(row)]
 
 
 def _difference(row: Record) -> str:

@@ -79,7 +79,7 @@ class Table:
     def __post_init__(self):
         if not (self.weights and self.data and self.methods and self.seeds) or self.jobs < 1 or not 0 < self.share <= 1:
             raise ValueError("A table needs weights, data, methods and seeds; jobs positive, share in (0, 1].")
-        for name, control in _controls(self).items():
+        for name, control in _named(self, "control").items():
             if control == name or control not in self.weights:
                 others = ", ".join(other for other in self.weights if other != name)
                 raise ValueError(f"The control {control!r} of {name!r} is not among the other weights: {others}.")
@@ -89,14 +89,9 @@ class Table:
                     raise ValueError(f"Method {name!r} names {key} that there are not: {', '.join(sorted(unknown))}.")
 
 
-def _controls(table: Table) -> dict[str, str]:
-    """Name of weights -> name of their control, for those that have one."""
-    return {name: entry["control"] for name, entry in table.weights.items() if entry.get("control")}
-
-
-def _kinds(table: Table) -> dict[str, str]:
-    """Name of weights -> the kind they are of, for those that have one."""
-    return {name: entry["kind"] for name, entry in table.weights.items() if entry.get("kind")}
+def _named(table: Table, key: str) -> dict[str, str]:
+    """Name of weights -> their `control` or `kind`, for those that have one."""
+    return {name: entry[key] for name, entry in table.weights.items() if entry.get(key)}
 
 
 @dataclass(frozen=True)
@@ -321,7 +316,8 @@ def main() -> None:
                     failed += [cell.key] if free and cell.key not in read_cells(file) else []
     records = [done[cell.key] for cell in wanted if cell.key in done]
     left = len(wanted) - len(records)
-    write_report(records, results, controls=_controls(table), kinds=_kinds(table), order=list(table.weights), left=left)
+    controls, kinds = _named(table, "control"), _named(table, "kind")
+    write_report(records, results, controls=controls, kinds=kinds, order=list(table.weights), left=left)
     print(f"Table: {results / 'table.md'}")
     if failed:
         raise ValueError(f"{len(failed)} cells failed, see above: {', '.join(failed)}.")
