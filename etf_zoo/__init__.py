@@ -1,13 +1,14 @@
 """Fixed-frame (simplex ETF) twins of every timm architecture. Importing this registers them."""
 
-from . import frames, vit  # noqa: F401  vit is in timm's registry before the twins are made
-from .attach import attach_frame
-from .classifier import FrameClassifier
-from .convert import convert_classifier
-from .heads import frame_heads
-from .pretrained import native_tags, read_weights
-from .skip import add_skip
-from .variants import register_variants
+from . import frames
+from .layers.classifier import FrameClassifier
+from .models import vit  # noqa: F401  in timm's registry before the twins are made
+from .models.attach import attach_frame
+from .models.convert import convert_classifier
+from .models.heads import frame_heads
+from .models.skip import add_skip
+from .models.variants import register_variants
+from .weights.native import native_tags, read_weights
 
 __version__ = "0.1.0"
 __all__ = ["FrameClassifier", "add_skip", "attach_frame", "convert_classifier", "frame_heads", "frames", "register"]

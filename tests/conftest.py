@@ -10,9 +10,8 @@ import timm
 import torch
 
 import etf_zoo  # noqa: F401  registers the twins
-from etf_zoo.hub import save_folder
-
-from .loopback_hub import LoopbackHub
+from etf_zoo.sharing.folder import save_folder
+from tests.loopback_hub import LoopbackHub
 
 TINY = "mobilenetv3_small_050_etf"
 

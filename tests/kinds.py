@@ -45,7 +45,7 @@ def shared(kind: str, *, twin: bool = True, **kwargs) -> nn.Module:
 
 
 def build(kind: str, **kwargs) -> nn.Module:
-    """The same model for one test to change; a copy, as initialising takes far longer."""
+    """The same model for one test to change; a copy, as initializing takes far longer."""
     with torch.no_grad():
         return copy.deepcopy(shared(kind, **kwargs))
 

@@ -17,7 +17,7 @@ from typing import Any
 import huggingface_hub
 from huggingface_hub import constants
 
-from .loopback_server import READ_TOKEN, WRITE_TOKEN, Fault, Handler, Repo, Request, is_lfs, sha256
+from tests.loopback_server import READ_TOKEN, WRITE_TOKEN, Fault, Handler, Repo, Request, is_lfs, sha256
 
 __all__ = ["READ_TOKEN", "WRITE_TOKEN", "LoopbackHub"]
 

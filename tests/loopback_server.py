@@ -16,7 +16,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import yaml
 
 if TYPE_CHECKING:
-    from .loopback_hub import LoopbackHub
+    from tests.loopback_hub import LoopbackHub
 
 WRITE_TOKEN, READ_TOKEN = "hf_loopback_write", "hf_loopback_read"
 _ROLES = {WRITE_TOKEN: "write", READ_TOKEN: "read"}

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from etf_zoo.pretrained import cards_folder, native_tags
+from etf_zoo.weights.native import cards_folder, native_tags
 
 ROOT = Path(__file__).parents[1]
 LOAD = """
 import sys, timm, etf_zoo
 assert etf_zoo.__file__.startswith(sys.argv[1]), etf_zoo.__file__
-for name in etf_zoo.pretrained.native_tags():
+for name in etf_zoo.weights.native.native_tags():
     print(name, timm.create_model(name, pretrained=True).num_classes)
 """
 

@@ -1,62 +1,7 @@
-"""Decode a data set once: `python training/prepare.py --data.source X --out DIR`.
+"""Write a split as arrays: `accelerate launch training/prepare.py`; the same as `etf-zoo prepare`."""
 
-For machines without network or `datasets`, and for those who keep the arrays at a place of their own. The folder holds
-a numpy array per split and, if there is one, `hierarchy.json`; give it as `--data.source`, with the same size and label
-column.
-"""
-
-from __future__ import annotations
-
-import shutil
-import sys
-from dataclasses import dataclass, field
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script from a clone
-
-from training.config import Data, parse
-from training.launching import run_script
-from training.readers import find_source
-from training.resident import read_prepared, write_prepared
-from training.sources import open_rows
-
-
-@dataclass
-class Preparation:
-    """What to prepare.
-
-    Attributes:
-        data: The data; both splits are read.
-        out: Folder to write, one folder for each split in it.
-    """
-
-    data: Data = field(default_factory=Data)
-    out: str = ""
-
-
-def prepare(settings: Preparation) -> None:
-    """Write both splits, each all or nothing; those that are there already are left as they are.
-
-    Raises:
-        ValueError: On wrong data, or a folder prepared otherwise.
-        OSError: If the disk is full.
-    """
-    data, out = settings.data, Path(settings.out)
-    if not settings.out:
-        raise ValueError("Give --out a folder to write.")
-    if data.streaming or data.source == "digits":
-        raise ValueError("Only data sets that are at hand as a whole are prepared, and digits needs none of it.")
-    for name in (data.train_split, data.val_split):
-        rows = open_rows(data, name, resident=True)
-        folder = out / rows.name
-        if not folder.exists():
-            write_prepared(rows, data.size, folder)
-        split = read_prepared(folder, data)
-        print(f"{folder}: {len(split)} images of {data.size} pixels, {len(split.label_names)} classes")
-    tree = Path(find_source(data.source)) / "hierarchy.json"
-    if tree.is_file():
-        shutil.copy(tree, out / tree.name)
-
+from etf_zoo.trainer.prepare import main
+from etf_zoo.trainer.run.launching import run_script
 
 if __name__ == "__main__":
-    run_script(lambda: prepare(parse(Preparation)))
+    run_script(main)

@@ -152,7 +152,7 @@ def _unique_keys(pairs: list[tuple[str, str]]) -> dict[str, str]:
 
 
 def hierarchy_cosines(distance: Tensor, *, gamma: float = 2.0) -> tuple[Tensor, float]:
-    r"""Wanted cosines between classes and the smallest offset that any frame can realise (2303.05689).
+    r"""Wanted cosines between classes and the smallest offset that any frame can realize (2303.05689).
 
     With :math:`E = \exp(-\gamma D / \max D)` they are :math:`S = (1 - s) E + s J`. S is positive semidefinite down to
     :math:`s^* = -1 / (\mathbf 1^\top E^{-1} \mathbf 1 - 1)`, where it has rank K - 1. (Published code scans a grid of

@@ -49,7 +49,7 @@ def frame_report(weight: Tensor) -> FrameReport:
     """Measure a frame.
 
     Args:
-        weight: `(K, dim)`; rows are normalised first.
+        weight: `(K, dim)`; rows are normalized first.
 
     Returns:
         A `FrameReport`. Computed in float64 by blocks of rows, so 20,000 classes need no 20,000^2 matrix.

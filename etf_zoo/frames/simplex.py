@@ -132,14 +132,14 @@ def simplex_etf(num_classes: int, dim: int, *, orientation: str = "auto", seed: 
 
 
 def nearest_simplex_etf(weight: Tensor, *, previous: Tensor | None = None, delta: float = 1e-3) -> Tensor:
-    r"""Simplex ETF nearest to a matrix: minimises :math:`\|A - cW\|_F` over ETFs W and scales c > 0.
+    r"""Simplex ETF nearest to a matrix: minimizes :math:`\|A - cW\|_F` over ETFs W and scales c > 0.
 
-    Closed form: with H the Helmert basis and :math:`H^\top A = U S V^\top`, the minimiser is
+    Closed form: with H the Helmert basis and :math:`H^\top A = U S V^\top`, the minimizer is
     :math:`W = \sqrt{K/(K-1)}\, H U V^\top`. (2411.01248 reaches it by a Riemannian trust region.)
 
     Args:
         weight: A, `(K, dim)`: a trained classifier or class means. Its row mean and scale do not matter.
-        previous: An earlier solution `(K, dim)`. Where H^T A loses rank the minimiser jumps; adding
+        previous: An earlier solution `(K, dim)`. Where H^T A loses rank the minimizer jumps; adding
             `delta * ||A|| / ||previous||` times this before the decomposition keeps it near the earlier one.
         delta: Strength of that proximal term, relative to the norm of A.
 
@@ -150,7 +150,7 @@ def nearest_simplex_etf(weight: Tensor, *, previous: Tensor | None = None, delta
         ValueError: If `weight` is not a finite matrix with dim >= K - 1, or `previous` has another shape.
 
     Warns:
-        UserWarning: If `weight` has rank below K - 1 (the minimiser is then not unique) and `previous` is not given.
+        UserWarning: If `weight` has rank below K - 1 (the minimizer is then not unique) and `previous` is not given.
     """
     if weight.ndim != 2:
         raise ValueError(f"Expected a matrix (num_classes, dim), got shape {tuple(weight.shape)}.")
@@ -174,7 +174,7 @@ def nearest_simplex_etf(weight: Tensor, *, previous: Tensor | None = None, delta
     )
     if previous is None and rank < k - 1:
         warnings.warn(
-            f"The centred matrix has rank {rank}, below num_classes - 1 = {k - 1}: the nearest simplex ETF is not "
+            f"The centerd matrix has rank {rank}, below num_classes - 1 = {k - 1}: the nearest simplex ETF is not "
             f"unique. Pass previous= to choose the one nearest to an earlier solution.",
             stacklevel=2,
         )

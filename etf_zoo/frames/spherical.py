@@ -27,10 +27,10 @@ def spherical_code(
     steps: int = 60,
     stages: int = 12,
 ) -> Tensor:
-    r"""Unit vectors that minimise their largest pairwise cosine, for more classes than fit a simplex.
+    r"""Unit vectors that minimize their largest pairwise cosine, for more classes than fit a simplex.
 
-    Minimises :math:`\frac1\beta \log \sum_{i<j} \exp(\beta\, w_i \cdot w_j)` over all pairs by L-BFGS in float64 while
-    beta grows from stage to stage. Close to the softmax code of 2310.05351, which minimises the largest distance to
+    Minimizes :math:`\frac1\beta \log \sum_{i<j} \exp(\beta\, w_i \cdot w_j)` over all pairs by L-BFGS in float64 while
+    beta grows from stage to stage. Close to the softmax code of 2310.05351, which minimizes the largest distance to
     the convex hull of the others instead. Up to K = 2 dim the optimum is known and returned at once, see `best_frame`.
 
     Memory is three K x K float64 matrices, time grows with K^2 dim. The result is a local optimum: it is reproducible
@@ -63,20 +63,20 @@ def spherical_code(
         raise ValueError(f"restarts, steps and stages must be positive, got {restarts}, {steps}, {stages}.")
     start = random_frame if small else quick_code
     starts = (start(num_classes, dim, seed=seed + i).double() for i in range(restarts))
-    return min((_optimise(frame, steps, stages) for frame in starts), key=_largest_cosine).float()
+    return min((_optimize(frame, steps, stages) for frame in starts), key=_largest_cosine).float()
 
 
 def _largest_cosine(frame: Tensor) -> float:
     return (frame @ frame.T).fill_diagonal_(-math.inf).max().item()
 
 
-def _optimise(frame: Tensor, steps: int, stages: int) -> Tensor:
+def _optimize(frame: Tensor, steps: int, stages: int) -> Tensor:
     """Anneal from the sharpness at which the start's cosines tell apart to the last one; `(K, dim)` to `(K, dim)`."""
     first = 4 * math.sqrt(frame.shape[1])
     x = frame.clone().requires_grad_()
     for stage in range(stages):
         sharpness = first * (_LAST_SHARPNESS / first) ** (stage / max(1, stages - 1))
-        optimiser = torch.optim.LBFGS(
+        optimizer = torch.optim.LBFGS(
             [x], max_iter=steps, history_size=20, line_search_fn="strong_wolfe", tolerance_grad=1e-9, tolerance_change=0
         )
 
@@ -84,7 +84,7 @@ def _optimise(frame: Tensor, steps: int, stages: int) -> Tensor:
             loss, x.grad = _soft_largest_cosine(x.detach(), sharpness)
             return loss
 
-        optimiser.step(closure)
+        optimizer.step(closure)
         with torch.no_grad():
             x.div_(x.norm(dim=1, keepdim=True))
     return x.detach()

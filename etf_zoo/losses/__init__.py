@@ -1,6 +1,6 @@
 """Losses for fixed frames. Most take `(embeddings, labels, frame)`: `FrameClassifier.embed(features)` and `.weight`."""
 
-from .centre_collapse import CentreCollapseLoss
+from .center_collapse import CenterCollapseLoss
 from .dot_regression import DotRegressionLoss
 from .hierarchy_cosine import HierarchyCosineLoss
 from .separating_cone import SeparatingConeLoss
@@ -12,6 +12,6 @@ __all__ = [
     "HierarchyCosineLoss",
     "SeparatingConeLoss",
     "SquaredLoss",
-    "CentreCollapseLoss",
+    "CenterCollapseLoss",
     "VarianceCovarianceLoss",
 ]

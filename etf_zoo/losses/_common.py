@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..unit import at_least_float32
+from ..frames.numerics import at_least_float32
 
 
 def without_autocast(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ..unit import unit
+from ..frames.numerics import unit
 from ._common import check_inputs, without_autocast
 
 __all__ = ["DotRegressionLoss", "class_lengths", "dot_regression"]
@@ -52,7 +52,7 @@ def dot_regression(
 class DotRegressionLoss(nn.Module):
     r"""Dot-regression loss (2203.09081): :math:`\frac12 (\cos(x, w_y) - 1)^2` in its plain form.
 
-    Its gradient has a pull towards the own prototype and no push from the others, which under imbalance is what tilts
+    Its gradient has a pull toward the own prototype and no push from the others, which under imbalance is what tilts
     a rare class. Two things make it stall. Nonnegative features cannot reach a randomly turned prototype, see
     `orientation="blocks"` and `feature_norm="batch"`. And in its plain form the gradient is smaller than that of
     cross-entropy by about the logit scale (11 for 100 classes): with the same step size training hardly starts. The

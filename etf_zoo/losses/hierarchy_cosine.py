@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..unit import directed_lengths
+from ..frames.numerics import directed_lengths
 from ._common import check_inputs, without_autocast
 
 __all__ = ["HierarchyCosineLoss", "cosine_regression"]
@@ -36,7 +36,7 @@ class HierarchyCosineLoss(nn.Module):
     The second term wants each feature to have its prototype's cosines to *all* prototypes. With a hierarchy frame it
     asks for related classes to stay close; with any other frame of unit rows it is a regression onto that frame.
 
-    Takes embeddings, not logits. The paper's features are not normalised (`feature_norm="none"`, s = 1).
+    Takes embeddings, not logits. The paper's features are not normalized (`feature_norm="none"`, s = 1).
 
     Args:
         alpha: Share of the cosine term, in [0, 1]; 0.4 is what the published code uses for CIFAR-100.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..unit import unit
+from ..frames.numerics import unit
 from ._common import check_inputs, without_autocast
 
 __all__ = ["SeparatingConeLoss", "cone_cosine"]
@@ -34,7 +34,7 @@ def cone_cosine(cosine: Tensor, radius: float) -> Tensor:
 
 
 class SeparatingConeLoss(nn.Module):
-    r"""Cross-entropy of cosines whose pull towards the own prototype ends at the surface of a cone about it.
+    r"""Cross-entropy of cosines whose pull toward the own prototype ends at the surface of a cone about it.
 
     :math:`\mathrm{CE}` of logits :math:`s \min(\cos\theta_y / \cos r, 1)` for the own class and
     :math:`s \cos\theta_c / \cos r` for the others: on the surface the own logit is what it is on the axis in plain

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..unit import at_least_float32
+from ..frames.numerics import at_least_float32
 from ._common import without_autocast
 
 __all__ = ["VarianceCovarianceLoss", "covariance_penalty", "variance_penalty"]
@@ -20,8 +20,8 @@ def variance_penalty(features: Tensor, target: float = 1.0, eps: float = 1e-4) -
 def covariance_penalty(features: Tensor) -> Tensor:
     """Sum of the squared off-diagonal entries of the covariance matrix over d; `(B, d)` to a scalar."""
     batch, dim = features.shape
-    centred = features - features.mean(dim=0)
-    covariance = centred.T @ centred / (batch - 1)
+    centerd = features - features.mean(dim=0)
+    covariance = centerd.T @ centerd / (batch - 1)
     return (covariance - covariance.diagonal().diag()).square().sum() / dim
 
 
@@ -34,7 +34,7 @@ class VarianceCovarianceLoss(nn.Module):
     Args:
         variance: Weight of the variance term.
         covariance: Weight of the covariance term; 1/25 of the variance's, VICReg's ratio.
-        target: Standard deviation below which a feature is penalised, 1 in both papers.
+        target: Standard deviation below which a feature is penalized, 1 in both papers.
 
     Shape:
         features `(B, d)` with B at least 2, to a scalar, float32 at least. Statistics are those of this process's

@@ -17,7 +17,7 @@ def sum_over_processes(tensor: Tensor, processes: Any = None) -> Tensor:
         tensor: Any shape, the same on every process.
         processes: A `torch.distributed` process group; an object like accelerate's `Accelerator` (with `reduce`,
             `num_processes` and `device`); or None for the default group, which is no group at all where
-            `torch.distributed` is not initialised.
+            `torch.distributed` is not initialized.
 
     Returns:
         A tensor on the device of `tensor`; `tensor` itself where there is one process.

@@ -18,7 +18,7 @@ RANKS = (1, 5, 20)
 class MistakeSeverity:
     """Heights of lowest common ancestors (LCA) between true and predicted classes, collected batch by batch.
 
-    The figures of 1912.09393, and the same after conditional risk minimisation (2104.00795): classes are then ranked by
+    The figures of 1912.09393, and the same after conditional risk minimization (2104.00795): classes are then ranked by
     ascending expected height, sum_j softmax_j * distance_jc, instead of descending logit.
 
     Args:
@@ -90,7 +90,7 @@ class MistakeSeverity:
         Returns:
             `severity`: mean LCA height of the mistakes, NaN without any; `hier_dist@k` for k of 1, 5 and 20 up to K:
             mean height of the k first classes, the right one counting 0; `crm_top1`: share of right first classes after
-            conditional risk minimisation; `crm_severity` and `crm_hier_dist@k` likewise.
+            conditional risk minimization; `crm_severity` and `crm_hier_dist@k` likewise.
 
         Raises:
             ValueError: Before any update.

@@ -85,17 +85,17 @@ def test_free_features_under_imbalance_become_the_etf(counts):
     labels = torch.repeat_interleave(torch.arange(4), torch.tensor(sizes))
     x = torch.randn(250, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
     loss = DotRegressionLoss(counts)
-    optimiser = torch.optim.LBFGS(
+    optimizer = torch.optim.LBFGS(
         [x], max_iter=400, tolerance_grad=1e-12, tolerance_change=0, line_search_fn="strong_wolfe"
     )
 
     def closure():
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         value = loss(x, labels, FRAME)
         value.backward()
         return value
 
-    optimiser.step(closure)
+    optimizer.step(closure)
     unit = F.normalize(x.detach(), dim=1)
     means = torch.stack([unit[labels == k].mean(dim=0) for k in range(4)])
     expected = (4 / 3) * (torch.eye(4, dtype=torch.float64) - 0.25)
@@ -109,16 +109,16 @@ def test_learned_prototypes_under_imbalance_do_not():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(402, 6, generator=generator, dtype=torch.float64, requires_grad=True)
     w = torch.randn(4, 6, generator=generator, dtype=torch.float64, requires_grad=True)
-    optimiser = torch.optim.LBFGS([x, w], max_iter=300, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS([x, w], max_iter=300, line_search_fn="strong_wolfe")
 
     def closure():
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         decay = 5e-3 * (x.square().sum() / len(x) + w.square().sum())
         value = F.cross_entropy(x @ w.T, labels) + decay
         value.backward()
         return value
 
-    optimiser.step(closure)
+    optimizer.step(closure)
     assert F.cosine_similarity(w[2], w[3], dim=0) > 0.5  # -1/3 in the ETF
 
 

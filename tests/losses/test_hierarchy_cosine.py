@@ -37,15 +37,15 @@ def test_free_features_take_their_prototypes_cosines():
     labels, frame = torch.arange(4).repeat(5), hierarchy_frame(DISTANCES, 3, gamma=2.0).double()
     x = features(20)[:, :3].clone().requires_grad_()
     loss = HierarchyCosineLoss(1.0)
-    optimiser = torch.optim.LBFGS([x], max_iter=300, tolerance_change=0, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS([x], max_iter=300, tolerance_change=0, line_search_fn="strong_wolfe")
 
     def closure():
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         value = loss(x, labels, frame)
         value.backward()
         return value
 
-    optimiser.step(closure)
+    optimizer.step(closure)
     unit = F.normalize(x.detach(), dim=1)
     wanted = hierarchy_cosines(DISTANCES, gamma=2.0)[0]
     assert torch.allclose(unit @ unit.T, wanted[labels][:, labels], atol=1e-4)

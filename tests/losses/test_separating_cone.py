@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from etf_zoo.classifier import solve_logit_scale
 from etf_zoo.frames import simplex_etf
+from etf_zoo.layers.classifier import solve_logit_scale
 from etf_zoo.losses import SeparatingConeLoss
 from etf_zoo.losses.separating_cone import cone_cosine
 
@@ -74,11 +74,11 @@ def spread_after_training(radius):
     labels = torch.arange(60) % 5
     x = (FRAME[labels] + 0.8 * F.normalize(features(60), dim=1)).requires_grad_()
     loss = SeparatingConeLoss(radius, logit_scale=solve_logit_scale(FRAME))
-    optimiser = torch.optim.SGD([x], lr=5.0)
+    optimizer = torch.optim.SGD([x], lr=5.0)
     for _ in range(1200):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss(x, labels, FRAME).backward()
-        optimiser.step()
+        optimizer.step()
     cosines = F.cosine_similarity(x.detach(), FRAME[labels]).clamp(max=1)
     angles = torch.rad2deg(torch.acos(cosines))
     right = (x.detach() @ FRAME.T).argmax(dim=1) == labels

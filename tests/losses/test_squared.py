@@ -1,4 +1,4 @@
-"""The squared loss beside a plain loop and its minimiser in closed form."""
+"""The squared loss beside a plain loop and its minimizer in closed form."""
 
 import math
 
@@ -16,42 +16,42 @@ def features():
     return torch.randn(5, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
-@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("centerd", [False, True])
 @pytest.mark.parametrize("decay", [0.0, 0.3])
-def test_matches_a_plain_loop(decay, centred):
+def test_matches_a_plain_loop(decay, centerd):
     total = 0.0
     for row, label in zip(features(), LABELS.tolist(), strict=True):
         for c in range(4):
-            target = float(c == label) - (0.25 if centred else 0.0)
+            target = float(c == label) - (0.25 if centerd else 0.0)
             total += 0.5 * (float(row @ FRAME[c]) - target) ** 2
         total += 0.5 * decay * float(row @ row)
-    value = SquaredLoss(decay, centred=centred)(features(), LABELS, FRAME).item()
+    value = SquaredLoss(decay, centerd=centerd)(features(), LABELS, FRAME).item()
     assert math.isclose(value, total / 5, rel_tol=1e-12)
 
 
-@pytest.mark.parametrize("centred", [False, True])
-def test_minimiser_is_the_scaled_prototype(centred):
+@pytest.mark.parametrize("centerd", [False, True])
+def test_minimizer_is_the_scaled_prototype(centerd):
     x = features().requires_grad_()
-    loss = SquaredLoss(0.1, centred=centred)
-    optimiser = torch.optim.LBFGS([x], max_iter=100, tolerance_change=0, line_search_fn="strong_wolfe")
+    loss = SquaredLoss(0.1, centerd=centerd)
+    optimizer = torch.optim.LBFGS([x], max_iter=100, tolerance_change=0, line_search_fn="strong_wolfe")
 
     def closure():
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         value = loss(x, LABELS, FRAME)
         value.backward()
         return value
 
-    optimiser.step(closure)
+    optimizer.step(closure)
     assert torch.allclose(x.detach(), FRAME[LABELS] / (4 / 3 + 0.1), atol=1e-6)
 
 
-def test_centring_matters_for_other_frames():
+def test_centering_matters_for_other_frames():
     frame = random_frame(4, 6).double()
     x = features()
     gradients = []
-    for centred in (False, True):
+    for centerd in (False, True):
         y = x.clone().requires_grad_()
-        SquaredLoss(centred=centred)(y, LABELS, frame).backward()
+        SquaredLoss(centerd=centerd)(y, LABELS, frame).backward()
         gradients.append(y.grad)
     assert not torch.allclose(*gradients, atol=1e-3)
 

@@ -44,11 +44,11 @@ def test_white_features_cost_nothing_and_collapsed_ones_most():
 def test_descent_decorrelates():
     x = (features(64, 1) + 0.3 * features(64, 6)).requires_grad_()
     loss = VarianceCovarianceLoss(1.0, 1.0)
-    optimiser = torch.optim.Adam([x], lr=0.05)
+    optimizer = torch.optim.Adam([x], lr=0.05)
     for _ in range(400):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss(x).backward()
-        optimiser.step()
+        optimizer.step()
     correlation = torch.corrcoef(x.detach().T)
     assert (correlation - torch.eye(6)).abs().max() < 0.05
     assert x.detach().std(dim=0).min() > 0.95

@@ -25,7 +25,7 @@ def test_agrees_on_shared_definitions(sd):
     settings = {"device": "cpu", "dtype": torch.float64}
     sums = accumulate.MeanAccumulator(k, d, **settings)
     sums.accumulate(x, y)
-    means, centre = sums.compute()
+    means, center = sums.compute()
     within = accumulate.CovarAccumulator(k, d, M=means, **settings)
     norms = accumulate.VarNormAccumulator(k, d, M=means, **settings)
     decisions = accumulate.DecAccumulator(k, d, M=means, W=weight, **settings)
@@ -41,15 +41,15 @@ def test_agrees_on_shared_definitions(sd):
     figures = collapse.compute(weight)
 
     exact = {
-        "nc1_pinv": peer.covariance_ratio(covariance, means, centre),
-        "nc1_quotient": peer.covariance_ratio(covariance, means, centre, "quotient"),
-        "nc2_etf_distance": peer.simplex_etf_error(means, centre),
-        "nc3_etf_distance": peer.self_duality_error(weight, means, centre),
-        "nc3_cosine": peer.similarities(weight, means, centre, cos=True).mean().item(),
+        "nc1_pinv": peer.covariance_ratio(covariance, means, center),
+        "nc1_quotient": peer.covariance_ratio(covariance, means, center, "quotient"),
+        "nc2_etf_distance": peer.simplex_etf_error(means, center),
+        "nc3_etf_distance": peer.self_duality_error(weight, means, center),
+        "nc3_cosine": peer.similarities(weight, means, center, cos=True).mean().item(),
         "nc4_agreement": peer.clf_ncc_agreement(decisions),
     }
     assert {name: figures[name] for name in exact} == pytest.approx(exact, rel=1e-10)
     # its grid of pairs is float32 whatever it is given
     assert figures["nc1_cdnv"] == pytest.approx(peer.variability_cdnv(norms.compute()[0], means), rel=1e-5)
-    lengths = peer.mean_norms(means, centre)
+    lengths = peer.mean_norms(means, center)
     assert figures["nc2_equinorm"] == pytest.approx((lengths.std(correction=0) / lengths.mean()).item(), rel=1e-10)

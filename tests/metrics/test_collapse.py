@@ -32,8 +32,8 @@ def reference(x, y, weight=None, bias=None, *, global_mean="balanced"):
     groups = [x[y == c] for c in classes]
     means = torch.stack([group.mean(0) for group in groups])
     p = torch.tensor([len(g) / n for g in groups] if global_mean == "weighted" else [1 / k] * k, dtype=torch.float64)
-    centre = (p[:, None] * means).sum(0)
-    m = means - centre
+    center = (p[:, None] * means).sum(0)
+    m = means - center
     within = sum((g - mu).T @ (g - mu) for g, mu in zip(groups, means, strict=True)) / n
     between = sum(p[c] * torch.outer(m[c], m[c]) for c in range(k))
     cut = max(k, x.shape[1]) * torch.finfo(torch.float64).eps
@@ -75,7 +75,7 @@ def reference(x, y, weight=None, bias=None, *, global_mean="balanced"):
             hits += nearest == int((weight.double() @ row + (0 if bias is None else bias.double())).argmax())
         out["nc4_agreement"] = hits / n
         if bias is not None:
-            out["nc3_bias"] = (w @ centre + bias.double()[classes]).norm()
+            out["nc3_bias"] = (w @ center + bias.double()[classes]).norm()
     return {name: float(value) for name, value in out.items()}
 
 
@@ -232,7 +232,7 @@ def test_the_index_is_what_its_definition_says():
 
 
 def test_weighted_covariances_add_up_to_the_covariance_of_the_features():
-    """Then effective rank is that of the centred features themselves."""
+    """Then effective rank is that of the centerd features themselves."""
     x, y, _, _ = make(0.4)
     singular = torch.linalg.svdvals(x - x.mean(0))
     share = singular / singular.sum()

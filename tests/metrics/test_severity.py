@@ -106,7 +106,7 @@ def test_a_mistake_by_hand():
 
 
 def test_flat_tree_severity_is_one_and_risk_ranks_as_the_logits_do():
-    """With all classes equally far apart, risk is 1 - softmax: conditional risk minimisation changes nothing."""
+    """With all classes equally far apart, risk is 1 - softmax: conditional risk minimization changes nothing."""
     figures = check(torch.ones(8, 8) - torch.eye(8))
     assert figures["severity"] == 1
     plain = {k.removeprefix("crm_"): v for k, v in figures.items() if k.startswith("crm_") and k != "crm_top1"}
@@ -114,7 +114,7 @@ def test_flat_tree_severity_is_one_and_risk_ranks_as_the_logits_do():
     assert figures["crm_top1"] == pytest.approx(1 - figures["hier_dist@1"])
 
 
-def test_minimising_risk_lowers_the_distance_where_the_softmax_tells_the_truth():
+def test_minimizing_risk_lowers_the_distance_where_the_softmax_tells_the_truth():
     g = torch.Generator().manual_seed(5)
     distances = lca_heights(TREE, ["a", "b", "c", "d", "e"])
     logits = torch.randn(20000, 5, generator=g)

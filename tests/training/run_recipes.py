@@ -4,16 +4,13 @@
 """
 
 import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-from training.config import Recipe, parse
-from training.engine import Run
-from training.export import export_run
-from training.launching import run_script
+from etf_zoo.trainer.recipe.config import Recipe, parse
+from etf_zoo.trainer.run.engine import Run
+from etf_zoo.trainer.run.export import export_run
+from etf_zoo.trainer.run.launching import run_script
 
 
 def main():

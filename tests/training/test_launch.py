@@ -17,8 +17,8 @@ import timm
 import torch
 from PIL import Image
 
-from training.config import Augment, Data, Ema, Optim, Recipe, parse, save_recipe
-from training.engine import Run
+from etf_zoo.trainer.recipe.config import Augment, Data, Ema, Optim, Recipe, parse, save_recipe
+from etf_zoo.trainer.run.engine import Run
 
 ROOT = Path(__file__).parents[2]
 DRIVER = ROOT / "tests" / "training" / "run_recipes.py"
@@ -174,7 +174,7 @@ def test_fully_sharded(tmp_path, stand_in):
     done = finish(launched("fsdp.yaml", *options, str(DRIVER), first, second))
     assert "used up at step 1 of 12; saved." in done.stdout
     state = json.loads(next((tmp_path / "sharded").glob("checkpoints/step_*12/state.json")).read_text())
-    assert sum(name.endswith(".distcp") for name in state["files"]) == 4  # model and optimiser, by two processes
+    assert sum(name.endswith(".distcp") for name in state["files"]) == 4  # model and optimizer, by two processes
     sharded = torch.load(tmp_path / "sharded" / "weights.pt")
     one = Run(dataclasses.replace(recipe, output=str(tmp_path / "one")))
     one.fit()

@@ -32,8 +32,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script from a clone
-
 from etf_zoo.metrics import NeuralCollapse
 
 TILE = 64
@@ -69,7 +67,7 @@ def package(features: Tensor, labels: Tensor, weight: Tensor, batch: int, clock:
     sums = accumulate.MeanAccumulator(*weight.shape)
     for x, y in batches:
         sums.accumulate(x, y)
-    means, centre = sums.compute()
+    means, center = sums.compute()
     norms = accumulate.VarNormAccumulator(*weight.shape, M=means)
     covariance = accumulate.CovarAccumulator(*weight.shape, M=means)
     for x, y in batches:
@@ -82,11 +80,11 @@ def package(features: Tensor, labels: Tensor, weight: Tensor, batch: int, clock:
     clock.append(time.process_time())
     within: Any = covariance.compute()  # annotated as a pair by the package, but a matrix
     return {
-        "nc1_pinv": measure.covariance_ratio(within, means, centre),
-        "nc1_quotient": measure.covariance_ratio(within, means, centre, "quotient"),
+        "nc1_pinv": measure.covariance_ratio(within, means, center),
+        "nc1_quotient": measure.covariance_ratio(within, means, center, "quotient"),
         "nc1_cdnv": measure.variability_cdnv(norms.compute()[0], means, tile_size=TILE),
-        "nc2_etf_distance": measure.simplex_etf_error(means, centre),
-        "nc3_etf_distance": measure.self_duality_error(weight, means, centre),
+        "nc2_etf_distance": measure.simplex_etf_error(means, center),
+        "nc3_etf_distance": measure.self_duality_error(weight, means, center),
         "nc4_agreement": measure.clf_ncc_agreement(decisions),
     }
 

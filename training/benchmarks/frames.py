@@ -18,12 +18,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script from a clone
-
 import torch
 
 from etf_zoo.frames import frame_report, hierarchy_frame, quick_code, random_frame, simplex_etf, spherical_code
-from etf_zoo.moving import MovingFrameClassifier
+from etf_zoo.layers.moving import MovingFrameClassifier
 
 # (classes, dimensions) -> the largest cosine of the optimum or best known code; None where there is no table of any
 CODES = {(12, 3): 0.44721, (16, 5): 0.2, (27, 6): 0.25, (56, 7): 1 / 3, (120, 4): 0.80902, (1000, 128): None}

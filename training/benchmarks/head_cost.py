@@ -2,9 +2,9 @@
 
     python training/benchmarks/head_cost.py --out training/benchmarks/head_cost_cpu.json
 
-A step is forward, cross-entropy, backward and the optimiser (SGD with momentum, as timm builds it), from features that
+A step is forward, cross-entropy, backward and the optimizer (SGD with momentum, as timm builds it), from features that
 want a gradient, as a backbone's do. The two take turns; times are medians. Memory is what stays between steps:
-parameters, buffers, gradients and optimiser state; on a GPU also the peak within a step. The frame is one of
+parameters, buffers, gradients and optimizer state; on a GPU also the peak within a step. The frame is one of
 independent random directions: which frame it is changes neither figure, and this one is quick to make.
 """
 
@@ -19,8 +19,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script from a clone
 
 import torch
 from timm.optim import create_optimizer_v2
@@ -61,7 +59,7 @@ class Stepper:
             torch.cuda.synchronize(self.device)
 
     def kept_bytes(self) -> int:
-        """Bytes of parameters, buffers, gradients and optimiser state."""
+        """Bytes of parameters, buffers, gradients and optimizer state."""
         kept = [*self.head.parameters(), *self.head.buffers()]
         kept += [p.grad for p in self.head.parameters() if p.grad is not None]
         if self.optimizer is not None:

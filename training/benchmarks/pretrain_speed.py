@@ -4,7 +4,7 @@
 
 Ours is the engine as `training/pretrain.py` runs it: images decoded once, augmentation of whole batches, channels_last.
 The peer is what timm's `train.py` does with the same model, batch, size, augmentation (random resized crop and flip),
-precision and optimiser: `create_dataset` on a folder of image files, `create_loader` (PIL in worker processes,
+precision and optimizer: `create_dataset` on a folder of image files, `create_loader` (PIL in worker processes,
 prefetcher) and its step. The script's default memory format is contiguous; `--channels-last` is an option of it, so
 both are measured and the ratio to each is given. The three take turns, a few rounds each; the first steps of a turn are
 not counted. Workers of the peer stop between its turns.
@@ -30,8 +30,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script from a clone
-
 import numpy as np
 import timm
 import torch
@@ -41,10 +39,10 @@ from timm.optim import create_optimizer_v2
 from timm.utils import AverageMeter
 from torch import nn
 
-from training.augment import IMAGENET
-from training.config import Data, Optim, Recipe
-from training.data import Split, load_split
-from training.engine import Run
+from etf_zoo.trainer.data.augment import IMAGENET
+from etf_zoo.trainer.data.batches import Split, load_split
+from etf_zoo.trainer.recipe.config import Data, Optim, Recipe
+from etf_zoo.trainer.run.engine import Run
 
 OPTIM = Optim(name="sgd", lr=0.1, weight_decay=4e-5, warmup_epochs=0)
 
@@ -211,7 +209,7 @@ def main() -> None:
             "timm": timm.__version__,
         },
         "settings": {k: v for k, v in vars(args).items() if k != "out"},
-        "optimiser": dataclasses.asdict(OPTIM),
+        "optimizer": dataclasses.asdict(OPTIM),
         "results": results,
     }
     if args.out:

@@ -16,14 +16,12 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script from a clone
-
 import timm
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from training.small_maps import use_products
+from etf_zoo.trainer.run.small_maps import use_products
 
 MODELS = ("resnet18", "resnet50", "mobilenetv3_small_100", "convnext_atto")
 SIZES = (32, 48, 64)

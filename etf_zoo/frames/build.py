@@ -1,0 +1,128 @@
+"""Frames by the names that heads, recipes and saved models know them by."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from .codes import best_frame, quick_code, random_frame
+from .hierarchy import check_gamma, check_hierarchy_fits, check_matrix, hierarchy_frame
+from .orientation import resolve_orientation, turn_to_blocks
+from .simplex import check_simplex_fits, check_sizes, helmert_basis, simplex_etf
+
+__all__ = ["CUSTOM", "FRAMES", "HELMERT", "build_frame", "check_frame", "check_unit_rows"]
+
+FRAMES = ("auto", "simplex", "random", "code", "hierarchy")
+CUSTOM = "custom"  # name of a frame that was given as a tensor
+# Simplex ETF in the Helmert basis, K - 1 wide: what softmax-preserving conversion puts behind its linear neck.
+HELMERT = "helmert"
+
+
+def check_frame(
+    frame: str | Tensor,
+    num_classes: int,
+    dim: int,
+    *,
+    orientation: str = "auto",
+    hierarchy: Tensor | None = None,
+    gamma: float = 2.0,
+) -> None:
+    """Raise the errors of `build_frame` that show without computing; whether distances allow a frame does not.
+
+    Args:
+        frame: See `build_frame`; here `"custom"` passes too, as the frame of a checkpoint that is about to be loaded.
+        num_classes: K.
+        dim: Width of the features that meet the frame.
+        orientation: See `build_frame`.
+        hierarchy: See `build_frame`.
+        gamma: See `build_frame`.
+
+    Raises:
+        ValueError: On an unknown name, a frame that does not fit, or a tensor of wrong shape or without unit rows.
+    """
+    check_sizes(num_classes, dim)
+    if (hierarchy is not None) != (isinstance(frame, str) and frame == "hierarchy"):
+        raise ValueError(
+            "frame='hierarchy' and hierarchy=D, the distances between classes (K, K), go together: "
+            "D = etf_zoo.frames.Hierarchy.from_json(path).distances(class_names)."
+        )
+    if hierarchy is not None:
+        check_matrix(hierarchy)
+        if len(hierarchy) != num_classes:
+            raise ValueError(f"hierarchy has shape {tuple(hierarchy.shape)} for {num_classes} classes.")
+        check_hierarchy_fits(num_classes, dim)
+        check_gamma(gamma)
+    if isinstance(frame, Tensor):
+        if frame.shape != (num_classes, dim):
+            raise ValueError(f"The frame has shape {tuple(frame.shape)}, the head needs ({num_classes}, {dim}).")
+        if not frame.is_meta:
+            check_unit_rows(frame)
+    elif frame == HELMERT:
+        if dim != num_classes - 1:
+            raise ValueError(f"frame={HELMERT!r} is {num_classes - 1} wide, the features are {dim}: use neck='linear'.")
+    elif frame not in (*FRAMES, CUSTOM):
+        raise ValueError(f"Unknown frame {frame!r}. Choose one of {', '.join(FRAMES)}, or pass a tensor (K, dim).")
+    elif frame != CUSTOM:
+        if frame == "simplex":
+            check_simplex_fits(num_classes, dim)
+        resolve_orientation(orientation, num_classes, dim)
+
+
+def build_frame(
+    frame: str | Tensor,
+    num_classes: int,
+    dim: int,
+    *,
+    orientation: str = "auto",
+    seed: int = 0,
+    hierarchy: Tensor | None = None,
+    gamma: float = 2.0,
+) -> Tensor:
+    """Frame by name, or a checked copy of the one given.
+
+    Args:
+        frame: `"auto"`, `"simplex"`, `"random"`, `"code"`, `"hierarchy"`, or a tensor `(num_classes, dim)` with unit
+            rows.
+        num_classes: K.
+        dim: Width of the features that meet the frame.
+        orientation: See `simplex_etf`; the other frames are turned alike, see `turn_to_blocks`.
+        seed: Seed of the frame.
+        hierarchy: Distances between classes `(K, K)`; for `"hierarchy"` and only for it, see `hierarchy_frame`.
+        gamma: Of `hierarchy_frame`.
+
+    Returns:
+        Float32 `(num_classes, dim)`, unit rows.
+
+    Raises:
+        ValueError: On an unknown name, a frame that does not fit, or a tensor of wrong shape or without unit rows.
+    """
+    check_frame(frame, num_classes, dim, orientation=orientation, hierarchy=hierarchy, gamma=gamma)
+    if isinstance(frame, Tensor):
+        return frame.detach().clone().float()
+    if frame == CUSTOM:
+        raise ValueError(
+            f"frame={CUSTOM!r} names a frame that was given as a tensor and that only its weights hold: load them "
+            f"(pretrained=True), pass the tensor itself, or choose one of {', '.join(FRAMES)}."
+        )
+    if frame == HELMERT:
+        return (math.sqrt(num_classes / (num_classes - 1)) * helmert_basis(num_classes)).float()
+    if frame == "auto":
+        return best_frame(num_classes, dim, orientation=orientation, seed=seed)
+    if frame == "simplex":
+        return simplex_etf(num_classes, dim, orientation=orientation, seed=seed)
+    if hierarchy is not None:
+        found = hierarchy_frame(hierarchy, dim, gamma=gamma, seed=seed)
+    else:
+        found = (random_frame if frame == "random" else quick_code)(num_classes, dim, seed=seed)
+    return turn_to_blocks(found) if resolve_orientation(orientation, num_classes, dim) == "blocks" else found
+
+
+def check_unit_rows(frame: Tensor, tolerance: float = 5e-3) -> None:  # bfloat16 rounds by up to 4e-3
+    """Raise ValueError unless all rows of a frame have length 1."""
+    norms = frame.detach().float().norm(dim=1)
+    if not bool((norms - 1).abs().le(tolerance).all()):
+        raise ValueError(
+            f"A frame has unit rows, this matrix has row norms from {norms.min():.4g} to {norms.max():.4g}. It looks "
+            f"like a learned classifier: use etf_zoo.frames.nearest_simplex_etf(matrix), or normalize its rows."
+        )

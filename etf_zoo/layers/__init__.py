@@ -1,0 +1,1 @@
+"""Layers: the fixed-frame classifier and what it is made of."""

@@ -1,0 +1,292 @@
+"""FrameClassifier: the one module that turns features into logits against a fixed frame."""
+
+import math  # no `from __future__ import annotations` here: TorchScript cannot read the class's as strings
+import warnings
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..frames.build import CUSTOM, HELMERT, build_frame, check_frame, check_unit_rows
+from ..frames.numerics import at_least_float32, unit
+from .necks import LastDimBatchNorm, build_neck
+
+__all__ = ["FrameClassifier", "FEATURE_NORMS", "HELMERT_MATRIX_CLASSES", "MAX_LOGIT_SCALE", "solve_logit_scale"]
+
+FEATURE_NORMS = ("l2", "batch", "none")
+HELMERT_MATRIX_CLASSES = 4096  # above, the Helmert frame is a transform in O(K) without a matrix of 67 MB and more
+MAX_LOGIT_SCALE = 100.0
+# Rows of the Gram matrix that solve_logit_scale looks at, so that 100,000 classes need no 100,000^2 matrix.
+_SCALE_ROWS = 1024
+
+
+def solve_logit_scale(frame: Tensor, *, probability: float = 0.999) -> float:
+    """Smallest scale at which every feature lying on its prototype gets `probability` for its class.
+
+    For a simplex this is (K-1)/K ln((K-1) p/(1-p)). Above 1,024 classes a sample of rows stands for all.
+
+    Args:
+        frame: `(K, dim)`, unit rows.
+        probability: Wanted softmax probability p.
+
+    Returns:
+        The scale, at most `MAX_LOGIT_SCALE`.
+
+    Warns:
+        UserWarning: If the frame cannot reach the probability below the cap (two prototypes nearly coincide).
+    """
+    frame = frame.detach().float().cpu()
+    num_classes = frame.shape[0]
+    stride = max(1, math.ceil(num_classes / _SCALE_ROWS))
+    rows = torch.arange(0, num_classes, stride, device="cpu")
+    gaps = 1 - frame[rows] @ frame.T  # (rows, K): how far each other prototype's cosine is below 1
+    gaps[torch.arange(len(rows), device="cpu"), rows] = math.inf
+    wanted = math.log((1 - probability) / probability)
+
+    def worst(scale: float) -> Tensor:  # (rows,): log of the summed odds of all other classes
+        return torch.logsumexp(-scale * gaps, dim=1)
+
+    low, high = 0.0, MAX_LOGIT_SCALE
+    if worst(high).max().item() > wanted:
+        warnings.warn(
+            f"No logit scale up to {MAX_LOGIT_SCALE:g} gives a feature on its prototype probability {probability}: "
+            f"two of the frame's rows have cosine {1 - gaps.min().item():.4f}. Using {MAX_LOGIT_SCALE:g}; "
+            f"a frame with more dimensions or neck='mlp' would help.",
+            stacklevel=3,
+        )
+        return MAX_LOGIT_SCALE
+    guess = math.log(max(num_classes - 1, 1) * probability / (1 - probability))
+    gaps = gaps[torch.topk(worst(min(guess, high)), min(64, len(rows))).indices]  # bisect on the hardest rows only
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if worst(middle).max().item() > wanted else (low, middle)
+    return high
+
+
+def _scaled_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """scale * x W^T in float32 at least, autocast or not."""
+    # a test of its own, as TorchScript skips the block only then
+    if not torch.jit.is_scripting():  # noqa: SIM102
+        if not x.is_meta and torch.is_autocast_enabled(x.device.type):  # which raises for "meta"
+            with torch.autocast(x.device.type, enabled=False):
+                return F.linear(x * scale, weight.to(x.dtype))
+    return F.linear(x * scale, weight.to(x.dtype))
+
+
+def _helmert_product(x: Tensor, scale: Tensor) -> Tensor:
+    """The same for the Helmert frame of K classes and x `(..., K-1)`, in O(K) and without the frame's matrix."""
+    k = x.shape[-1] + 1
+    j = torch.arange(1, k, device=x.device, dtype=x.dtype)
+    x = x * (scale * math.sqrt(k / (k - 1)) / torch.sqrt(j * (j + 1)))
+    sums = x.flip(-1).cumsum(-1).flip(-1)  # row i of the basis: 1 for each later column, -j in the one before
+    return F.pad(sums, (0, 1)) - F.pad(j * x, (1, 0))
+
+
+# Leaves for torch.fx: their branches on dtype and autocast are not for a tracer to follow.
+torch.fx.wrap("at_least_float32")
+torch.fx.wrap("unit")
+torch.fx.wrap("_scaled_product")
+torch.fx.wrap("_helmert_product")
+
+
+class FrameClassifier(nn.Module):
+    r"""Classifier with a fixed frame: features -> [neck] -> [norm] -> logit_scale * x W^T.
+
+    The frame is the persistent float32 buffer `weight`: in the state dict, never trained, left in float32 by
+    `.half()` and `.bfloat16()`. The product runs in float32 under autocast too, so the logits are float32.
+
+    Shape: `(..., in_features)` to `(..., num_classes)`; with `channels_first`, `(B, in_features, ...)` to
+    `(B, num_classes, ...)`, as a 1x1 convolution does.
+
+    Args:
+        in_features: Width of the features.
+        num_classes: Number of classes K.
+        frame: `"auto"` (the best known arrangement: the simplex ETF where it fits), `"simplex"`, `"random"` (the
+            control), `"code"`, `"hierarchy"` (2303.05689, with `hierarchy`), or a tensor `(K, dim)` with unit rows. The
+            attribute `frame` then reads `"custom"`, which is accepted here on the meta device only, where a checkpoint
+            will bring the frame. `"helmert"`, with neck `"linear"` and norm `"none"`, is a converted classifier, see
+            `etf_zoo.models.convert`: above 4,096 classes its frame is computed, not stored, `weight` is `(K, 0)` and
+            `implicit` is true.
+        neck: None, `"mlp"`, `"residual"`, or a module whose output is `dim` wide (then pass the frame as a tensor
+            or let its `out_features` say the width). See `etf_zoo.layers.necks` for why none is linear; `"linear"` and
+            `"center"` are for converted classifiers.
+        feature_norm: `"l2"` (unit features: logits are scaled cosines), `"batch"` (batch norm without affine part,
+            then unit: centers nonnegative features; 2203.09081's code has an affine one and no unit features) or
+            `"none"`.
+        logit_scale: A number; `"auto"` solves for the scale at which a feature on its prototype has probability
+            0.999 (1 with `feature_norm="none"`); `"learnable"` starts there and is trained.
+        orientation: `"auto"`, `"random"` or `"blocks"`, see `simplex_etf`.
+        seed: Seed of the frame.
+        channels_first: Whether features are `(B, in_features, ...)`.
+        hierarchy: Distances between classes `(K, K)`, for `frame="hierarchy"`: `Hierarchy.distances`.
+        gamma: How fast the hierarchy frame's cosines fall with the distance, see `hierarchy_frame`.
+        device: Where to put it. On the meta device nothing is computed.
+
+    Raises:
+        ValueError: On an unknown name or a frame that does not fit.
+    """
+
+    weight: Tensor
+    logit_scale: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        frame: str | Tensor = "auto",
+        neck: str | nn.Module | None = None,
+        feature_norm: str = "l2",
+        logit_scale: float | str = "auto",
+        orientation: str = "auto",
+        seed: int = 0,
+        channels_first: bool = False,
+        hierarchy: Tensor | None = None,
+        gamma: float = 2.0,
+        device: torch.device | str | None = None,
+    ):
+        super().__init__()
+        if feature_norm not in FEATURE_NORMS:
+            raise ValueError(f"Unknown feature_norm {feature_norm!r}. Choose one of {', '.join(FEATURE_NORMS)}.")
+        device = torch.empty(0, device=device).device  # None means the default device, `with torch.device(...)` too
+        self.in_features = in_features
+        self.num_classes = num_classes
+        self.feature_norm = feature_norm
+        self.channels_first = channels_first
+        self.frame = frame if isinstance(frame, str) else CUSTOM
+        _check_conversion(self.frame, neck, feature_norm)
+        self.implicit = self.frame == HELMERT and num_classes > HELMERT_MATRIX_CLASSES
+
+        if isinstance(neck, str):
+            self.neck, self.dim = build_neck(neck, in_features, num_classes, device=device)
+        elif neck is not None:
+            self.neck, self.dim = neck, int(getattr(neck, "out_features", _frame_width(frame, in_features)))
+        else:
+            self.neck, self.dim = None, in_features
+        self.norm = LastDimBatchNorm(self.dim, affine=False, device=device) if feature_norm == "batch" else None
+
+        if device.type == "meta" or self.implicit:
+            check_frame(frame, num_classes, self.dim, orientation=orientation, hierarchy=hierarchy, gamma=gamma)
+            width = 0 if self.implicit else self.dim
+            weight = torch.empty(num_classes, width, dtype=torch.float32, device=device)
+        else:
+            weight = build_frame(
+                frame,
+                num_classes,
+                self.dim,
+                orientation=orientation,
+                seed=seed,
+                hierarchy=hierarchy,
+                gamma=gamma,
+            ).to(device)
+        self.register_buffer("weight", weight)
+        scale = torch.tensor(self._initial_scale(logit_scale), dtype=torch.float32, device=device)
+        if logit_scale == "learnable":
+            self.logit_scale = nn.Parameter(scale)
+        else:
+            self.register_buffer("logit_scale", scale)
+
+    def _initial_scale(self, logit_scale: float | str) -> float:
+        if isinstance(logit_scale, str):
+            if logit_scale not in ("auto", "learnable"):
+                raise ValueError(f"Unknown logit_scale {logit_scale!r}. Give a number, 'auto' or 'learnable'.")
+            if self.feature_norm == "none" or self.weight.is_meta:
+                return 1.0
+            return solve_logit_scale(self.weight)
+        if not (math.isfinite(logit_scale) and logit_scale > 0):
+            raise ValueError(f"logit_scale must be positive and finite, got {logit_scale}.")
+        return float(logit_scale)
+
+    @property
+    def out_features(self) -> int:
+        """Number of classes, under the name `nn.Linear` has for it."""
+        return self.num_classes
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Features on the frame's side of the neck and the norm, what losses on cosines take together with `weight`.
+
+        Args:
+            x: `(..., in_features)`.
+
+        Returns:
+            `(..., dim)`; unit rows in float32 (float64 for float64 input) unless `feature_norm="none"`. A feature too
+            short to have a direction gives a row of zeros, see `etf_zoo.frames.numerics`.
+        """
+        if self.neck is not None:
+            x = self.neck(x)
+        if self.norm is not None:
+            x = self.norm(at_least_float32(x))
+        if self.feature_norm != "none":
+            return unit(x)
+        return at_least_float32(x)
+
+    def project(self, x: Tensor) -> Tensor:
+        """Logits of what `embed` gives: `(..., dim)` to `(..., num_classes)`."""
+        if self.implicit:
+            return _helmert_product(x, self.logit_scale)
+        return _scaled_product(x, self.weight, self.logit_scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.channels_first:
+            x = x.movedim(1, -1)
+        logits = self.project(self.embed(x))
+        return logits.movedim(-1, 1) if self.channels_first else logits
+
+    def _apply(self, fn, recurse=True):
+        # .half() and .bfloat16() move and cast; the frame, the scale and the feature norm's statistics only move.
+        kept = {name: buffer for name, buffer in self.named_buffers() if not name.startswith("neck.")}
+        kept["logit_scale"] = self.logit_scale.detach()  # a learnable scale is cast in place
+        super()._apply(fn, recurse)
+        for name, old in kept.items():
+            owner, _, leaf = name.rpartition(".")
+            module = self.get_submodule(owner)
+            new = getattr(module, leaf)
+            if new.dtype in (torch.float16, torch.bfloat16):
+                wide = old.float().to(new.device)
+                if isinstance(new, nn.Parameter):
+                    new.data = wide
+                else:
+                    setattr(module, leaf, wide)
+        return self
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
+        weight = state_dict.get(prefix + "weight")
+        if weight is not None and weight.shape != self.weight.shape:
+            errors.append(
+                f"the frame {prefix}weight has shape {tuple(weight.shape)} in the checkpoint and "
+                f"{tuple(self.weight.shape)} in the model: create the model with num_classes={weight.shape[0]}, "
+                f"or load the checkpoint without its keys below {prefix!r} to keep the fresh frame."
+            )
+            return
+        if weight is not None and not weight.is_meta and not self.implicit:
+            try:
+                check_unit_rows(weight)
+            except ValueError as error:
+                errors.append(f"{prefix}weight in the checkpoint is not a frame. {error}")
+                return
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_features}, {self.num_classes}, frame={self.frame!r}, dim={self.dim}, "
+            f"feature_norm={self.feature_norm!r}"
+        )
+
+
+def _check_conversion(frame: str, neck: str | nn.Module | None, feature_norm: str) -> None:
+    """Raise ValueError unless the Helmert frame and the linear neck come together, as conversion writes them."""
+    linear = isinstance(neck, str) and neck == "linear"
+    if linear and frame != HELMERT:
+        raise ValueError(
+            "A linear neck in front of a fixed frame is a learned classifier by another name. It is there for "
+            f"converted classifiers only (frame={HELMERT!r}); use neck='mlp' or neck='residual'."
+        )
+    if frame == HELMERT and not (linear and feature_norm == "none"):
+        raise ValueError(
+            f"frame={HELMERT!r} is for converted classifiers and needs neck='linear' and feature_norm='none'. "
+            f"To train with a simplex use frame='simplex' or 'auto'."
+        )
+
+
+def _frame_width(frame: str | Tensor, in_features: int) -> int:
+    return frame.shape[1] if isinstance(frame, Tensor) else in_features

@@ -1,0 +1,133 @@
+"""Necks: small modules between the backbone's features and the frame.
+
+A *linear* neck of width at least K - 1 in front of a frame can absorb any classifier: neck and frame together are
+then a learned classifier by another name. So none is offered for training; `"linear"` is what softmax-preserving
+conversion (`etf_zoo.models.convert`) writes, and `FrameClassifier` takes it with that conversion's frame only.
+Features for transfer are always the backbone's, before any neck.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["LastDimBatchNorm", "mlp_neck", "ResidualNeck", "Center", "build_neck", "NECKS"]
+
+NECKS = ("mlp", "residual")
+
+
+class LastDimBatchNorm(nn.Module):
+    """Batch normalization over the last dimension of `(..., dim)`, statistics over all others.
+
+    Args:
+        dim: Number of features.
+        affine: Whether to learn a scale and a shift.
+    """
+
+    def __init__(self, dim: int, *, affine: bool = True, device=None):
+        super().__init__()
+        self.bn = nn.BatchNorm1d(dim, affine=affine, device=device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(x.flatten(0, -2)).view_as(x)
+
+
+class _LastDimPReLU(nn.PReLU):
+    """PReLU with a slope for each feature of `(..., dim)`; torch's own takes dimension 1 for the features."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.flatten(0, -2)).view_as(input)
+
+
+def mlp_neck(in_features: int, out_features: int, *, hidden_features: int = 2048, device=None) -> nn.Module:
+    """Projector Linear - BN - ReLU - Linear (2302.03004; 2112.00496 for the width).
+
+    Args:
+        in_features: Width of the backbone's features.
+        out_features: Width of the frame.
+        hidden_features: Width between.
+
+    Returns:
+        Module mapping `(..., in_features)` to `(..., out_features)`.
+    """
+    return nn.Sequential(
+        nn.Linear(in_features, hidden_features, bias=False, device=device),
+        LastDimBatchNorm(hidden_features, device=device),
+        nn.ReLU(inplace=True),
+        nn.Linear(hidden_features, out_features, device=device),
+    )
+
+
+class ResidualNeck(nn.Module):
+    """Transformation head of 2303.05689: a linear change of width with batch norm, then two residual layers.
+
+    A residual layer adds twice Linear - BN - PReLU, with a PReLU slope for each channel. In the published code the
+    change of width is a 1x1 convolution before average pooling, which is the same map, and the width is K.
+
+    Maps `(..., in_features)` to `(..., out_features)`; its output takes both signs, as a frame needs.
+
+    Args:
+        in_features: Width of the backbone's features.
+        out_features: Width of the frame.
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, device=None):
+        super().__init__()
+
+        def linear_norm(width: int) -> list[nn.Module]:
+            linear = nn.Linear(width, out_features, bias=False, device=device)
+            return [linear, LastDimBatchNorm(out_features, device=device)]
+
+        def layer() -> nn.Sequential:
+            parts = [[*linear_norm(out_features), _LastDimPReLU(out_features, device=device)] for _ in range(2)]
+            return nn.Sequential(*parts[0], *parts[1])
+
+        self.stem = nn.Sequential(*linear_norm(in_features))
+        self.layers = nn.ModuleList([layer(), layer()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
+
+
+class Center(nn.Module):
+    """Subtracts a stored mean from features `(..., dim)`; not trained, kept in float32 in files.
+
+    Args:
+        dim: Number of features.
+    """
+
+    running_mean: Tensor
+
+    def __init__(self, dim: int, *, device=None):
+        super().__init__()
+        self.out_features = dim
+        self.register_buffer("running_mean", torch.zeros(dim, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x - self.running_mean
+
+
+def build_neck(name: str, in_features: int, num_classes: int, *, device=None) -> tuple[nn.Module, int]:
+    """Build the neck called `name`; its output is as wide as the features, or K - 1 where they are narrower.
+
+    Beside `NECKS` there are `"linear"` (always K - 1 wide) and `"center"`, which conversion writes.
+
+    Returns:
+        The module and its output width.
+
+    Raises:
+        ValueError: On an unknown name.
+    """
+    out_features = max(in_features, num_classes - 1)
+    if name == "mlp":
+        return mlp_neck(in_features, out_features, device=device), out_features
+    if name == "residual":
+        return ResidualNeck(in_features, out_features, device=device), out_features
+    if name == "linear":
+        return nn.Linear(in_features, num_classes - 1, device=device), num_classes - 1
+    if name == "center":
+        return Center(in_features, device=device), in_features
+    raise ValueError(f"Unknown neck {name!r}. Choose one of {', '.join(NECKS)}, or None.")

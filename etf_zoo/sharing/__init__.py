@@ -1,0 +1,1 @@
+"""Model folders, their cards, publishing and export."""

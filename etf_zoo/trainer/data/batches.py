@@ -1,0 +1,237 @@
+"""Splits by recipe, and their batches: resident images here, all others by `training/loader.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from etf_zoo.frames import Hierarchy
+
+from ..data import loader
+from ..recipe.config import Augment, Data, Recipe
+from .augment import IMAGENET, Colors, augment, erase, mix, normalize
+from .readers import find_source
+from .resident import Split, cache, read_prepared
+from .sources import Rows, Stream, choose_split, open_rows, open_stream
+
+__all__ = [
+    "AnySplit",
+    "Rows",
+    "Split",
+    "Stream",
+    "augment",
+    "batch_generator",
+    "eval_batches",
+    "find_source",
+    "frame_tree",
+    "limited",
+    "limited_rows",
+    "load_hierarchy",
+    "load_split",
+    "mix",
+    "normalize",
+    "train_batches",
+]
+
+AnySplit = Split | Rows | Stream
+RESIDENT_SIZE = 128  # what `resident: auto` takes for small
+
+
+def load_split(data: Data, split: str) -> AnySplit:
+    """One split of a data set: an array (see `training/resident.py`), encoded rows, or a stream.
+
+    Args:
+        data: Where the images are.
+        split: Name of the split.
+
+    Raises:
+        ValueError: On a missing data set, split or column, labels that make no classes, or too many broken images.
+        OSError: If the disk is full.
+    """
+    if not data.source:
+        raise ValueError("No data: give --data.source a folder, a Hub name or digits.")
+    if data.source == "digits":
+        return _digits(data.size, split)
+    if prepared := prepared_splits(data.source):
+        return read_prepared(prepared[choose_split(list(prepared), split, data.source)], data)
+    if data.streaming:
+        return open_stream(data, split)
+    resident = data.size <= RESIDENT_SIZE if data.resident == "auto" else data.resident
+    rows = open_rows(data, split, resident=resident)
+    return cache(rows, data.size) if resident else rows
+
+
+def prepared_splits(source: str) -> dict[str, Path]:
+    """Splits that `training/prepare.py` left in a folder, by name."""
+    return {file.parent.name: file.parent for file in sorted(Path(find_source(source)).glob("*/images.npy"))}
+
+
+def load_hierarchy(data: Data, label_names: list[str]) -> Tensor:
+    """Distances `(K, K)` between classes by the `hierarchy.json` ({child: parent}) in the data's folder.
+
+    Raises:
+        ValueError: If there is none, or it does not hold the classes.
+    """
+    file = Path(find_source(data.source)) / "hierarchy.json"
+    if not file.is_file():
+        raise ValueError(f"A hierarchy frame needs {file}: a JSON object {{child: parent}} over the label names.")
+    return Hierarchy.from_json(file).distances(label_names)
+
+
+def frame_tree(recipe: Recipe, label_names: list[str]) -> Tensor | None:
+    """Distances `(K, K)` that a recipe's `frame: hierarchy` is made from; None for any other frame."""
+    return load_hierarchy(recipe.data, label_names) if recipe.model_args.get("frame") == "hierarchy" else None
+
+
+def _digits(size: int, split: str) -> Split:
+    """scikit-learn's 1,797 handwritten digits, three quarters for training, by a fixed stratified split."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    pixels, labels = load_digits(return_X_y=True)
+    train, test = train_test_split(np.arange(len(labels)), test_size=0.25, random_state=0, stratify=labels)
+    if split not in ("train", "test"):
+        raise ValueError(f"digits has the splits train and test, not {split!r}.")
+    keep = train if split == "train" else test
+    gray = (255 - pixels[keep] * (255 / 16)).clip(0, 255).astype(np.uint8).reshape(-1, 8, 8)
+    images = [
+        np.asarray(Image.fromarray(g).resize((size, size), Image.Resampling.BICUBIC).convert("RGB")) for g in gray
+    ]
+    names = [str(i) for i in range(10)]
+    return Split(np.stack(images), labels[keep].astype(np.int64), names, "scikit-learn digits", split)
+
+
+# --------------------------------------------------------------------------------------------------------- batches
+
+
+def batch_generator(seed: int, epoch: int, step: int, stream: int = 2) -> torch.Generator:
+    """Randomness of one batch, on the CPU so that every device draws the same.
+
+    Args:
+        seed: Of the run.
+        epoch: Number of the epoch.
+        step: Of the epoch.
+        stream: Tells different uses within a step apart.
+    """
+    return torch.Generator().manual_seed(int(np.random.default_rng([seed, stream, epoch, step]).integers(2**62)))
+
+
+def train_batches(
+    split: AnySplit,
+    settings: Augment,
+    *,
+    size: int,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    start: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    limit: int = 0,
+    colors: Colors = IMAGENET,
+    device: torch.device | str = "cpu",
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Augmented, normalized batches of one epoch, from step `start` on; `mix` is left to the caller.
+
+    Order and augmentation depend on (seed, epoch, step) and the place in the batch alone: a resumed run sees what it
+    would have seen, and several processes see together what one would. (Streams: only the former, see
+    `loader.stream_batches`.) The last, short batch is left out. Unreadable images that are not resident make a batch
+    shorter.
+
+    Args:
+        split: The images.
+        settings: The augmentation.
+        size: Pixels of a side.
+        batch_size: Images per step over all processes.
+        seed: Of the run.
+        epoch: Number of the epoch.
+        start: First step to give.
+        rank: Of this process.
+        world: Number of processes.
+        limit: Use only so many images of a fixed shuffle; 0 for all.
+        colors: What to normalize by.
+        device: Where the batch goes.
+
+    Yields:
+        Images `(B, 3, size, size)` float32, labels `(B,)`.
+    """
+    device = torch.device(device)
+    if isinstance(split, Stream):
+        batches = loader.stream_batches(
+            split,
+            settings,
+            size=size,
+            batch_size=batch_size,
+            seed=seed,
+            epoch=epoch,
+            start=start,
+            rank=rank,
+            world=world,
+        )
+    else:
+        rows = limited_rows(len(split), limit, seed)
+        rows = rows[np.random.default_rng([seed, 1, epoch]).permutation(len(rows))]
+        parts = [
+            rows[step * batch_size : (step + 1) * batch_size][rank::world]
+            for step in range(start, len(rows) // batch_size)
+        ]
+        if isinstance(split, Split):
+            batches = (split.take(part, device) for part in parts)
+        else:
+            batches = loader.row_batches(
+                split, loader.train_transform(settings, size), parts, (seed, epoch), train=True
+            )
+    for step, (images, labels) in enumerate(batches, start):
+        generator = batch_generator(seed, epoch, step)
+        if isinstance(split, Split):
+            images = augment(images, settings, size, generator, rank=rank, world=world)
+        else:
+            images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        images = normalize(images, colors)
+        if settings.erase:
+            images = erase(images, settings.erase, generator, rank=rank, world=world)
+        yield images, labels
+
+
+def limited(split: AnySplit, limit: int, seed: int) -> AnySplit:
+    """What `data.limit` leaves of a split."""
+    return split.subset(limited_rows(len(split), limit, seed)) if limit else split
+
+
+def limited_rows(count: int, limit: int, seed: int) -> np.ndarray:
+    """Rows that `data.limit` leaves of so many: the first of a fixed shuffle; with 0 all of it."""
+    return np.random.default_rng([seed, 0]).permutation(count)[: limit or None]
+
+
+def eval_batches(
+    split: AnySplit,
+    *,
+    size: int,
+    batch_size: int,
+    rank: int = 0,
+    world: int = 1,
+    colors: Colors = IMAGENET,
+    device: torch.device | str = "cpu",
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """All images once over all processes, those of an array in order: no sample dropped or doubled."""
+    device = torch.device(device)
+    if isinstance(split, Stream):
+        batches = loader.stream_batches(split, None, size=size, batch_size=batch_size, rank=rank, world=world)
+    else:
+        rows = np.arange(len(split))[rank::world]
+        parts = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+        if isinstance(split, Split):
+            batches = (split.take(part, device) for part in parts)
+        else:
+            batches = loader.row_batches(split, loader.eval_transform(split.settings, size), parts, (0, 0), train=False)
+    for images, labels in batches:
+        images = images.to(device, non_blocking=True).float()
+        if images.shape[-1] != size:
+            images = F.interpolate(images, size=(size, size), mode="bilinear", antialias=True).clamp_(0, 255)
+        yield normalize(images, colors), labels.to(device, non_blocking=True)

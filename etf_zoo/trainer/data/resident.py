@@ -1,0 +1,244 @@
+"""Images in memory: a split decoded once to a uint8 array on disk, which processes map and share."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from ..recipe.config import Data
+from .decode import Corrupt, Unreadable, decode, decoders
+from .sources import Chosen, Rows
+
+__all__ = ["Split", "cache", "read_prepared", "write_prepared"]
+
+META = "meta.json"  # written last: a folder that has it is complete
+PIECE = 512  # images that a worker process decodes and sends at a time
+
+
+@dataclass
+class Split(Chosen):
+    """Images `(N, H, W, 3)` uint8, labels `(N,)` int64, the names of the classes, and where they came from.
+
+    Attributes:
+        images: The array.
+        labels: Class numbers.
+        label_names: Names of the classes.
+        source: Folder or Hub name.
+        name: Of the split.
+        corrupt: What was left out as unreadable: where -> why.
+        index: Rows of `images` that belong to the split, in its order; None for all.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    label_names: list[str]
+    source: str
+    name: str = ""
+    corrupt: dict[str, str] = field(default_factory=dict)
+    index: np.ndarray | None = None
+    _on_device: dict[torch.device, Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    def readable(self) -> np.ndarray:
+        """Numbers of the images that evaluation gives, in its order: all of them."""
+        return np.arange(len(self))
+
+    def picture(self, row: int) -> np.ndarray:
+        """An image as `(H, W, 3)` uint8."""
+        return self.images[self._at(row)]
+
+    def take(self, rows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Images `(B, 3, H, W)` uint8 and labels `(B,)` of some rows, on a device."""
+        at = rows if self.index is None else self.index[rows]
+        labels = torch.from_numpy(self.labels[rows]).to(device, non_blocking=True)
+        if device.type == "cuda" and (whole := self._whole(device)) is not None:
+            return whole[torch.from_numpy(at).to(device, non_blocking=True)].permute(0, 3, 1, 2), labels
+        order = np.argsort(at)  # a memory map reads forward faster than back and forth
+        images = np.empty((len(at), *self.images.shape[1:]), np.uint8)
+        images[order] = self.images[at[order]]
+        return torch.from_numpy(images).to(device).permute(0, 3, 1, 2), labels
+
+    def _whole(self, device: torch.device) -> Tensor | None:
+        """The array on an accelerator, copied there once if it takes less than a quarter of what is free."""
+        if device not in self._on_device and self.images.nbytes < torch.cuda.mem_get_info(device)[0] / 4:
+            whole = torch.empty(self.images.shape, dtype=torch.uint8, device=device)
+            for start in range(0, len(whole), 4096):
+                part = np.array(self.images[start : start + 4096])  # torch wants a writable array
+                whole[start : start + 4096] = torch.from_numpy(part).to(device)
+            self._on_device[device] = whole
+        return self._on_device.get(device)
+
+
+def cache(rows: Rows, size: int) -> Split:
+    """The decoded split, kept in $ETF_ZOO_CACHE (default ~/.cache/etf_zoo) under the hash of its content and size.
+
+    Raises:
+        ValueError: If too many images cannot be read.
+        OSError: If the disk is full.
+    """
+    key = hashlib.sha256(f"{rows.digest()} {size}".encode()).hexdigest()[:16]
+    root = Path(os.environ.get("ETF_ZOO_CACHE", Path.home() / ".cache" / "etf_zoo"))
+    folder = root / f"{Path(rows.source).name}-{rows.name}-{key}"
+    if not (folder / META).is_file():
+        write_prepared(rows, size, folder)
+    return read_prepared(folder, replace(rows.settings, size=size), rows.source)
+
+
+def read_prepared(folder: Path, data: Data, source: str = "") -> Split:
+    """A split that `write_prepared` wrote; numpy is all it takes.
+
+    Args:
+        folder: Its folder.
+        data: What is wanted; its size and label column have to be those of the folder.
+        source: Where it came from, if that is known better than when it was written.
+
+    Raises:
+        ValueError: If the folder is damaged, was written for another size or label column, or too many of its images
+            could not be read.
+    """
+    try:
+        meta = json.loads((folder / META).read_text())
+        images = np.load(folder / "images.npy", mmap_mode="r")
+        labels = np.load(folder / "labels.npy")
+        names, kept, corrupt = list(meta["names"]), meta["settings"], dict(meta["corrupt"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder} holds no complete images ({error}): delete it and prepare it again.") from error
+    if images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8 or labels.shape != images.shape[:1]:
+        raise ValueError(f"{folder} holds no complete images: delete it and prepare it again.")
+    for name, value in kept.items():
+        if value != getattr(data, name):
+            raise ValueError(
+                f"{folder} was prepared with data.{name} {value!r}, not {getattr(data, name)!r}: give --data.{name} "
+                f"{value}, or prepare it again."
+            )
+    split = Split(images, labels, names, source or meta["source"], meta["split"], corrupt)
+    left_out = Corrupt(data.max_corrupt, meta["rows"], split.source, corrupt)
+    left_out.check()
+    left_out.warn()
+    return split
+
+
+def write_prepared(rows: Rows, size: int, folder: Path) -> None:
+    """Decode into a folder beside the final one and rename it: another process sees all of it or nothing.
+
+    Raises:
+        ValueError: If too many images cannot be read.
+        OSError: If the disk is full. Nothing is left behind.
+    """
+    needed = len(rows) * size * size * 3
+    full = f"No room in {folder.parent} for {needed / 1e9:.2f} GB of images: make some, choose another folder "
+    full += "($ETF_ZOO_CACHE, or --out) or a smaller --data.size."
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        for rest in folder.parent.glob(".writing-*"):  # of processes that were killed, a day and longer ago
+            if time.time() - rest.stat().st_mtime > 86400:
+                shutil.rmtree(rest, ignore_errors=True)
+        if shutil.disk_usage(folder.parent).free < needed:
+            raise OSError(errno.ENOSPC, full)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".writing-") as temporary:
+            made = Path(temporary) / "split"
+            made.mkdir()
+            _write(rows, size, made)
+            try:
+                os.rename(made, folder)
+            except OSError:  # another process was first
+                if not (folder / META).is_file():
+                    raise
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise OSError(error.errno, full) from error
+        raise
+
+
+def _write(rows: Rows, size: int, folder: Path) -> None:
+    kept = []
+    # plain writes, not a memory map: on a full disk a map ends the process with a signal
+    with open(folder / "images.npy", "wb") as file:
+        _write_header(file, len(rows), size)
+        shown = tqdm(
+            _decoded(rows, size), total=len(rows), desc=f"Decoding {rows.name}", unit="image", delay=5, mininterval=5
+        )
+        for row, found in shown:
+            if isinstance(found, Unreadable):
+                rows.corrupt.add(rows.where(row), str(found))
+            else:
+                file.write(found.tobytes())
+                kept.append(row)
+        file.seek(0)
+        _write_header(file, len(kept), size)  # as long as the first: numpy leaves room for more rows
+        file.flush()
+        os.fsync(file.fileno())
+    np.save(folder / "labels.npy", rows.labels[np.array(kept, dtype=np.int64)])
+    meta = {
+        "source": Path(rows.source).name if Path(rows.source).exists() else rows.source,
+        "split": rows.name,
+        "settings": {"size": size, "label_column": rows.settings.label_column},
+        "names": rows.label_names,
+        "rows": len(rows),
+        "corrupt": rows.corrupt.found,
+    }
+    (folder / META).write_text(json.dumps(meta, indent=1) + "\n")
+
+
+def _write_header(file: Any, count: int, size: int) -> None:
+    header = {"descr": "|u1", "fortran_order": False, "shape": (count, size, size, 3)}
+    np.lib.format.write_array_header_1_0(file, header)
+
+
+class _Pieces(Dataset):
+    """A split decoded in pieces: for each row of one its image `(size, size, 3)` or what is wrong with it."""
+
+    def __init__(self, rows: Rows, size: int):
+        self.rows, self.size = rows, size
+
+    def __len__(self) -> int:
+        return -(-len(self.rows) // PIECE)
+
+    def __getitem__(self, piece: int) -> list[tuple[int, np.ndarray | Unreadable]]:
+        start = piece * PIECE
+        return [(row, self._one(row)) for row in range(start, min(start + PIECE, len(self.rows)))]
+
+    def _one(self, row: int) -> np.ndarray | Unreadable:
+        try:
+            return square(decode(self.rows.encoded(row)), self.size)
+        except Unreadable as error:
+            return error
+
+
+def _as_they_are(piece: Any) -> Any:
+    return piece
+
+
+def _decoded(rows: Rows, size: int) -> Iterator[tuple[int, np.ndarray | Unreadable]]:
+    pieces = _Pieces(rows, size)
+    workers = decoders(min(8, len(pieces) - 1))  # processes: Pillow holds the lock for much of the work
+    loader = DataLoader(
+        pieces, batch_size=None, num_workers=workers, collate_fn=_as_they_are, generator=torch.Generator()
+    )
+    for piece in loader:
+        yield from piece
+
+
+def square(image: Image.Image, size: int) -> np.ndarray:
+    """Short side to `size`, then the center."""
+    if image.size != (size, size):
+        scale = size / min(image.size)
+        image = image.resize([max(size, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC)
+        left, top = (image.width - size) // 2, (image.height - size) // 2
+        image = image.crop((left, top, left + size, top + size))
+    return np.asarray(image)

@@ -1,0 +1,222 @@
+"""Splits whose images are not decoded yet: rows at hand, or a stream."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from ..recipe.config import Data
+from .decode import Corrupt, Unreadable, decode, encoded
+from .readers import HELD_OUT, DatasetsReader, find_reader
+
+__all__ = ["Chosen", "Rows", "Stream", "choose_split", "open_rows", "open_stream"]
+
+C = TypeVar("C", bound="Chosen")
+
+
+class Chosen:
+    """What splits at hand have in common, however they hold their images: rows chosen by `index`, labels, names."""
+
+    labels: np.ndarray
+    label_names: list[str]
+    index: np.ndarray | None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def subset(self: C, indices: np.ndarray) -> C:
+        """The images with these numbers, or where a mask is true, in this order; nothing is copied."""
+        at = np.arange(len(self))[indices]
+        index = at if self.index is None else self.index[at]
+        return replace(self, labels=self.labels[at], index=index)  # type: ignore[type-var]
+
+    def class_counts(self) -> list[int]:
+        """Images of each class."""
+        return np.bincount(self.labels, minlength=len(self.label_names)).tolist()
+
+    def _at(self, row: int) -> int:
+        return int(row if self.index is None else self.index[row])
+
+
+@dataclass
+class Rows(Chosen):
+    """A split whose images are still encoded.
+
+    Attributes:
+        images: A sequence of what `encoded` reads.
+        labels: `(N,)` int64.
+        label_names: Names of the classes.
+        source: Folder or Hub name.
+        name: Of the split.
+        settings: How it was asked for.
+        corrupt: What could not be read so far.
+        index: Rows of `images` that belong to it; None for all.
+    """
+
+    images: Any
+    labels: np.ndarray
+    label_names: list[str]
+    source: str
+    name: str
+    settings: Data
+    corrupt: Corrupt
+    index: np.ndarray | None = None
+
+    def encoded(self, row: int) -> bytes:
+        """Bytes of an image file."""
+        return encoded(self.images[self._at(row)])
+
+    def where(self, row: int) -> str:
+        """How a message names a row."""
+        item = self.images[self._at(row)]
+        return str(item) if isinstance(item, Path) else f"row {self._at(row)} of {self.name}"
+
+    def readable(self) -> np.ndarray:
+        """Numbers of the rows that a finished evaluation gave, in its order."""
+        return np.array([row for row in range(len(self)) if self.where(row) not in self.corrupt.found], dtype=np.int64)
+
+    def picture(self, row: int) -> np.ndarray:
+        """An image as `(H, W, 3)` uint8."""
+        return np.asarray(decode(self.encoded(row)))
+
+    def digest(self) -> str:
+        """Hash of all images and labels."""
+        found = hashlib.sha256(json.dumps(self.label_names).encode() + self.labels.tobytes())
+        for row in range(len(self)):
+            try:
+                data = self.encoded(row)
+            except Unreadable:
+                data = b""
+            found.update(len(data).to_bytes(8, "little") + data)
+        return found.hexdigest()
+
+
+@dataclass
+class Stream:
+    """A split that is read while it is used.
+
+    Attributes:
+        rows: `datasets.IterableDataset` of encoded images.
+        label_names: Names of the classes.
+        source: Hub name or folder.
+        name: Of the split.
+        settings: How it was asked for.
+        count: Images, if known, else 0.
+        corrupt: What could not be read so far.
+    """
+
+    rows: Any
+    label_names: list[str]
+    source: str
+    name: str
+    settings: Data
+    count: int
+    corrupt: Corrupt
+
+    def __len__(self) -> int:
+        if not self.count:
+            raise ValueError(f"{self.source} does not state how many images an epoch has: set --data.train_images.")
+        return self.count
+
+    def class_counts(self) -> list[int]:
+        """Unknown: empty."""
+        return []
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Not known, which raises ValueError, as do all choices of images."""
+        raise ValueError("What needs all labels or a choice of images cannot use a stream: set --data.streaming false.")
+
+    def subset(self, indices: np.ndarray) -> Stream:
+        raise ValueError("A stream has no subsets: set --data.streaming false.")
+
+    def readable(self) -> np.ndarray:
+        return np.arange(len(self.labels))
+
+    def picture(self, row: int) -> np.ndarray:
+        raise ValueError("A stream has no numbered images: set --data.streaming false.")
+
+
+def open_rows(data: Data, split: str, *, resident: bool) -> Rows:
+    """A split of a data set, not decoded.
+
+    Args:
+        data: Where it is.
+        split: Its name; another name of a held-out split will do if there is only one, and is warned of.
+        resident: Whether rows are read once, in order: parquet files then need no copy as Arrow files.
+
+    Raises:
+        ValueError: On a missing data set, split or column, or labels that make no classes.
+    """
+    reader = find_reader(data, resident)
+    name = choose_split(reader.splits, split, reader.source)
+    images, values, names = reader.read(name)
+    train: Sequence[Any] = values
+    if names is None and name != data.train_split and data.train_split in reader.splits:
+        train = reader.read(data.train_split)[1]
+    labels, names = _classes(values, names, train, f"{data.label_column!r} of split {name!r} of {reader.source}")
+    return Rows(images, labels, names, reader.source, name, data, Corrupt(data.max_corrupt, len(labels), reader.source))
+
+
+def open_stream(data: Data, split: str) -> Stream:
+    """A split of a data set as a stream; arguments and errors as for `open_rows`."""
+    reader = DatasetsReader(data)
+    name = choose_split(reader.splits, split, reader.source)
+    rows = reader.load(name, streaming=True)
+    feature = rows.features[data.label_column]
+    names = getattr(feature, "names", None) or [str(i) for i in range(data.num_classes)]
+    if not names:
+        raise ValueError(
+            f"{data.label_column!r} of {reader.source} has no class names, and a stream cannot be searched for them: "
+            f"set --data.num_classes if it holds numbers, or --data.streaming false."
+        )
+    stated = rows.info.splits[name].num_examples if rows.info.splits and name in rows.info.splits else 0
+    count = (data.train_images if split == data.train_split else 0) or stated or 0
+    return Stream(rows, names, reader.source, name, data, count, Corrupt(data.max_corrupt, count, reader.source))
+
+
+def choose_split(splits: list[str], wanted: str, source: str) -> str:
+    """The wanted split, or the only held-out one where another name of such is wanted, with a warning.
+
+    Raises:
+        ValueError: If there is neither.
+    """
+    if wanted in splits:
+        return wanted
+    held_out = [name for name in splits if name in HELD_OUT]
+    if wanted in HELD_OUT and len(held_out) == 1:
+        warnings.warn(f"{source} has no split {wanted!r}: {held_out[0]!r} takes its place.", stacklevel=3)
+        return held_out[0]
+    raise ValueError(
+        f"Cannot load split {wanted!r} of {source!r}: it has {', '.join(splits) or 'none'}. "
+        f"Set --data.train_split and --data.val_split."
+    )
+
+
+def _classes(
+    values: Sequence[Any], names: list[str] | None, train: Sequence[Any], what: str
+) -> tuple[np.ndarray, list[str]]:
+    """Class numbers and names from a column of numbers, or of texts in sorted order; `train` says which there are."""
+    if any(value is None for value in values):
+        raise ValueError(f"{what}: rows without a label.")
+    if all(isinstance(value, str) for value in values):
+        names = sorted(set(train)) if names is None else names
+        number = {name: i for i, name in enumerate(names)}
+        if unknown := sorted(set(values) - set(number)):
+            raise ValueError(f"{what}: the training split has no class {', '.join(unknown[:5])}.")
+        return np.array([number[value] for value in values], dtype=np.int64), names
+    labels = np.asarray(values)
+    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(f"{what}: expected class numbers or names, got {values[0]!r}. Set --data.label_column.")
+    size = int(max(train)) + 1 if names is None else len(names)
+    if len(labels) and (labels.min() < 0 or labels.max() >= size):
+        found = f"{labels.min()} to {labels.max()}"
+        raise ValueError(f"{what}: labels {found}, but the training split has classes 0 to {size - 1}.")
+    return labels.astype(np.int64), names or [str(i) for i in range(size)]

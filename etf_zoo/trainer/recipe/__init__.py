@@ -1,0 +1,1 @@
+"""Recipes: typed dataclasses read from YAML and the command line."""

@@ -1,0 +1,364 @@
+"""The typed recipe: what a run does, read from YAML with command-line overrides."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import yaml
+
+from .parsing import parse
+
+HEADS = ("frame", "random", "learned")
+PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # our names -> accelerate's
+
+__all__ = [
+    "Data",
+    "Augment",
+    "Optim",
+    "Ema",
+    "Loss",
+    "Recipe",
+    "parse",
+    "changes",
+    "final_size",
+    "save_recipe",
+    "seconds",
+    "size_at",
+]
+
+
+@dataclass
+class Data:
+    """Where images and labels come from, see `training/readers.py`.
+
+    Attributes:
+        source: A folder of parquet files or of images (`train/CLASS/x.jpg`, or `CLASS/x.jpg` for a training split
+            alone), a folder that `training/prepare.py` wrote, the name of such a folder in $ETF_ZOO_DATA, a Hub name,
+            or `digits` (scikit-learn's, no download).
+        config: Configuration of a Hub data set that has several.
+        train_split: Split to train on; class names that are texts are sorted, and those of this split.
+        val_split: Split to report on.
+        image_column: Column of images.
+        label_column: Column of labels: class numbers or names.
+        resident: Whether images are decoded once, into an array that is kept on disk, and augmented in batches on the
+            device; `auto` does so up to a `size` of 128. Else timm's transforms run in worker processes.
+        size: Side in pixels that resident images are stored at, resized and center-cropped once.
+        limit: Use only the first so many training images of a fixed shuffle; 0 for all. Not for streams.
+        long_tail: Thin the training classes out to an exponential long tail: size of the smallest class over the
+            largest, such as 0.01; 0 for none.
+        max_corrupt: Share of the images that may be unreadable. They are left out, counted and named; more is an error.
+        crop_pct: Share of the short side that evaluation sees of images that are not resident.
+        workers: Processes that decode images that are not resident.
+        streaming: Read while training, without a copy on disk, sharded over processes.
+        shuffle_buffer: Images that a stream is shuffled among, after its shards are.
+        train_images: Images in an epoch of a stream; 0 for what the data set states.
+        num_classes: Number of classes, where a stream's labels are numbers without names.
+    """
+
+    source: str = ""
+    config: str = ""
+    train_split: str = "train"
+    val_split: str = "validation"
+    image_column: str = "image"
+    label_column: str = "label"
+    resident: bool | Literal["auto"] = "auto"
+    size: int = 64
+    limit: int = 0
+    long_tail: float = 0.0
+    max_corrupt: float = 0.001
+    crop_pct: float = 1.0
+    workers: int = 4
+    streaming: bool = False
+    shuffle_buffer: int = 10_000
+    train_images: int = 0
+    num_classes: int = 0
+
+    def __post_init__(self):
+        if self.size < 1 or self.workers < 0 or self.shuffle_buffer < 1:
+            raise ValueError("data.size and data.shuffle_buffer must be positive, data.workers at least 0.")
+        if min(self.limit, self.train_images, self.num_classes) < 0:
+            raise ValueError("data.limit, data.train_images and data.num_classes are 0 for all, or positive.")
+        if not 0 <= self.max_corrupt <= 1 or not 0 < self.crop_pct <= 1:
+            raise ValueError("data.max_corrupt is a share in [0, 1], data.crop_pct one in (0, 1].")
+        if self.image_column == self.label_column:
+            raise ValueError(f"data.image_column and data.label_column are one column, {self.image_column!r}.")
+        if self.streaming and self.resident is True:
+            raise ValueError("A stream is never resident: set data.streaming or data.resident to false.")
+        if self.streaming and self.limit:
+            raise ValueError("data.limit needs all rows at hand; shorten a stream's epoch by data.train_images.")
+
+
+@dataclass
+class Augment:
+    """Augmentation of training batches; resident and other images get the same, up to interpolation.
+
+    Attributes:
+        crop_scale: Smallest and largest share of the area that a random resized crop keeps.
+        crop_ratio: Smallest and largest aspect ratio of that crop.
+        flip: Whether to mirror half of the images; off where left and right carry meaning.
+        color_jitter: Strengths of brightness, contrast, saturation and hue, the last at most 0.5; empty for none.
+        randaug_ops: Operations of RandAugment (1909.13719) drawn per image, each done with probability 0.5, as timm's
+            `rand-n2-m9-mstd0.5-inc1` does; 0 for none.
+        randaug_magnitude: Their mean magnitude, 0 to 10.
+        randaug_std: Its standard deviation.
+        erase: Probability that a rectangle of 2 to 33 % of the area is erased (1708.04896).
+        mixup: Alpha of mixup (1710.09412); 0 for none.
+        cutmix: Alpha of CutMix (1905.04899); 0 for none. With both, each image gets one of the two by a fair coin.
+        mix_prob: Probability that an image is mixed at all.
+    """
+
+    crop_scale: list[float] = field(default_factory=lambda: [0.35, 1.0])
+    crop_ratio: list[float] = field(default_factory=lambda: [0.75, 1.3333])
+    flip: bool = True
+    color_jitter: list[float] = field(default_factory=list)
+    randaug_ops: int = 0
+    randaug_magnitude: int = 9
+    randaug_std: float = 0.5
+    erase: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    mix_prob: float = 1.0
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed, so that an image has more than one class."""
+        return self.mix_prob > 0 and max(self.mixup, self.cutmix) > 0
+
+    def __post_init__(self):
+        for name, value in (("crop_scale", self.crop_scale), ("crop_ratio", self.crop_ratio)):
+            if len(value) != 2 or not 0 < value[0] <= value[1] or (name == "crop_scale" and value[1] > 1):
+                raise ValueError(f"augment.{name} is [smallest, largest], both positive, got {value}.")
+        jitter = self.color_jitter
+        if jitter and (len(jitter) != 4 or min(jitter) < 0 or jitter[3] > 0.5):
+            raise ValueError(
+                f"augment.color_jitter is [brightness, contrast, saturation, hue], none negative, hue at most 0.5, "
+                f"got {jitter}."
+            )
+        if self.randaug_ops < 0 or not 0 <= self.randaug_magnitude <= 10 or self.randaug_std < 0:
+            raise ValueError("augment.randaug_magnitude is 0 to 10, randaug_ops and randaug_std at least 0.")
+        if not 0 <= self.erase <= 1 or not 0 <= self.mix_prob <= 1:
+            raise ValueError("augment.erase and augment.mix_prob are probabilities.")
+        if self.randaug_ops and jitter:
+            raise ValueError("augment.color_jitter is left out with randaug_ops, as in timm: it has its own. Set one.")
+        if min(self.mixup, self.cutmix) < 0:
+            raise ValueError("augment.mixup and augment.cutmix are 0 for none, or positive.")
+
+
+@dataclass
+class Optim:
+    """Optimizer and schedule, by timm's factories.
+
+    Attributes:
+        name: Any optimizer of `timm.optim.create_optimizer_v2`.
+        lr: Peak learning rate.
+        min_lr: Learning rate that the cosine ends at.
+        layer_decay: Factor on the learning rate from one block to the one before it; 1 for the same rate everywhere.
+        weight_decay: Not applied to norms, biases and what the model exempts.
+        momentum: For optimizers that have it.
+        betas: For Adam's family; empty for the optimizer's own.
+        warmup_epochs: Linear warm-up from zero.
+        clip_grad: Largest norm of the gradient; 0 for none.
+    """
+
+    name: str = "adamw"
+    lr: float = 2e-3
+    min_lr: float = 0.0
+    layer_decay: float = 1.0
+    weight_decay: float = 0.05
+    momentum: float = 0.9
+    betas: list[float] = field(default_factory=list)
+    warmup_epochs: float = 1.0
+    clip_grad: float = 0.0
+
+    def __post_init__(self):
+        if not self.lr > 0 or not 0 <= self.min_lr <= self.lr:
+            raise ValueError(f"optim.lr is positive and optim.min_lr in [0, lr], got {self.lr} and {self.min_lr}.")
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"optim.layer_decay lies in (0, 1], 1 for none, got {self.layer_decay}.")
+
+
+@dataclass
+class Ema:
+    """Exponential moving average of the weights, timm's. Where it is on, its weights are evaluated and exported.
+
+    Attributes:
+        decay: Share of the average kept at each step, such as 0.9999; 0 for no average.
+        warmup: Start with a small decay that grows toward `decay`; else the average remembers the first weights long.
+    """
+
+    decay: float = 0.0
+    warmup: bool = True
+
+    def __post_init__(self):
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"ema.decay lies in [0, 1), 0 for no average, got {self.decay}.")
+
+
+@dataclass
+class Loss:
+    """What is minimized.
+
+    Attributes:
+        name: `cross_entropy`, `dot_regression`, `hierarchy_cosine`, `separating_cone` or `squared`; all but the first
+            need a fixed frame. Where a loss has a logit scale of its own it is the head's, unless given.
+        args: Arguments of the loss, see `etf_zoo.losses`.
+        class_weights: Weigh each class in the cross-entropy by the inverse of its number of training images.
+        class_scaling: Dot regression's prototype lengths from the class counts of the training images.
+        variance_covariance: Weight of the variance-covariance penalty on the backbone's features; 0 for none.
+        penalty_args: Arguments of that penalty.
+    """
+
+    name: str = "cross_entropy"
+    args: dict[str, Any] = field(default_factory=dict)
+    class_weights: bool = False
+    class_scaling: bool = False
+    variance_covariance: float = 0.0
+    penalty_args: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Recipe:
+    """A training run.
+
+    Attributes:
+        output: Folder of the run.
+        model: Any timm name.
+        head: `frame` (an `_etf` model as it is; any other gets a frame), `random` (the same with independent random
+            directions: a control) or `learned` (a plain trained classifier on the same backbone: the control).
+        model_args: Keyword arguments for the model, such as `orientation` or `moving: true`. `frame: hierarchy` takes
+            its tree from the data's `hierarchy.json`; `frame: spherical_code` optimizes what `code` only starts.
+        pretrained: Start from the tag's weights.
+        data: The data.
+        augment: Augmentation.
+        optim: Optimizer and schedule.
+        ema: Average of the weights.
+        loss: What is minimized.
+        epochs: Passes over the training images.
+        batch_size: Images per optimizer step, over all processes.
+        accumulate: Forward and backward passes that a process cuts its share of the batch into, for less memory.
+        sizes: Training size by epoch: a list of [first epoch, pixels].
+        eval_size: Size for evaluation and for the exported model; 0 for the last of `sizes`.
+        label_smoothing: Of the cross-entropy.
+        precision: `fp32`, `bf16` or `fp16`; the launch file has no say in it.
+        compile: Whether to compile the training step's model with `torch.compile`; takes a while at the start.
+        channels_last: Memory format; on a CPU about twice as fast for convolutions.
+        seed: Of weights, data order and augmentation.
+        eval_every: Epochs between evaluations; the last epoch is always evaluated.
+        save_every: Epochs between checkpoints.
+        save_steps: Also a checkpoint each so many steps; 0 for none.
+        save_minutes: Also a checkpoint each so many minutes; 0 for none.
+        keep_checkpoints: How many checkpoints are kept.
+        log_every: Steps between two looks at the loss: progress bar, TensorBoard, and whether it is finite.
+        tensorboard: Whether to write TensorBoard's files, into `tensorboard/` in `output`.
+        time_budget: Such as `9m` or `2h`: save and stop after it. Empty for none.
+        resume: Continue from the last checkpoint in `output`.
+        tag: Name of the weights behind the architecture's, `<recipe>_<data>`.
+        notes: Free text for the card.
+    """
+
+    heads: ClassVar[tuple[str, ...]] = HEADS
+
+    output: str = "runs/run"
+    model: str = "resnet18_etf"
+    head: str = "frame"
+    model_args: dict[str, Any] = field(default_factory=dict)
+    pretrained: bool = False
+    data: Data = field(default_factory=Data)
+    augment: Augment = field(default_factory=Augment)
+    optim: Optim = field(default_factory=Optim)
+    ema: Ema = field(default_factory=Ema)
+    loss: Loss = field(default_factory=Loss)
+    epochs: int = 30
+    batch_size: int = 256
+    accumulate: int = 1
+    sizes: list[list[int]] = field(default_factory=lambda: [[0, 64]])
+    eval_size: int = 0
+    label_smoothing: float = 0.1
+    precision: str = "fp32"
+    compile: bool = False
+    channels_last: bool = True
+    seed: int = 0
+    eval_every: int = 1
+    save_every: int = 1
+    save_steps: int = 0
+    save_minutes: float = 0.0
+    keep_checkpoints: int = 2
+    log_every: int = 20
+    tensorboard: bool = True
+    time_budget: str = ""
+    resume: bool = False
+    tag: str = ""
+    notes: str = ""
+
+    def __post_init__(self):
+        for name in ("epochs", "batch_size", "accumulate", "eval_every", "save_every", "keep_checkpoints", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
+        if self.save_steps < 0 or self.save_minutes < 0:
+            raise ValueError("save_steps and save_minutes cannot be negative; 0 is for none.")
+        if self.head not in self.heads:
+            raise ValueError(f"head is one of {', '.join(self.heads)}, got {self.head!r}.")
+        if not self.sizes or any(len(pair) != 2 for pair in self.sizes) or self.sizes[0][0] != 0:
+            raise ValueError(f"sizes is a list of [first epoch, pixels] that begins at epoch 0, got {self.sizes}.")
+        self.precision = "fp32" if self.precision == "no" else self.precision  # what recipes said before
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision is fp32, bf16 or fp16, got {self.precision!r}.")
+        seconds(self.time_budget)
+
+
+def size_at(recipe: Recipe, epoch: int) -> int:
+    """Training size in pixels at an epoch."""
+    return max((pair for pair in recipe.sizes if pair[0] <= epoch), key=lambda pair: pair[0])[1]
+
+
+def final_size(recipe: Recipe) -> int:
+    """Size the model is evaluated and exported at."""
+    return recipe.eval_size or recipe.sizes[-1][1]
+
+
+def save_recipe(recipe: Any, path: Path) -> None:
+    """Write the resolved recipe as YAML; a kill leaves the one that was there."""
+    new = path.with_suffix(".new")
+    new.write_text(yaml.safe_dump(_plain(recipe), sort_keys=False))
+    os.replace(new, path)
+
+
+def changes(file: Path, recipe: Any) -> dict[str, str]:
+    """What a recipe has otherwise than a saved one: `{"optim.lr": "optim.lr 0.1 -> 0.2"}`; nothing without a file."""
+    before = _flat(yaml.safe_load(file.read_text()) or {}) if file.is_file() else {}
+    now = _flat(_plain(recipe))
+    return {k: f"{k} {before[k]} -> {now[k]}" for k in now if k in before and before[k] != now[k]}
+
+
+def _plain(recipe: Any) -> dict[str, Any]:
+    """A recipe as YAML and JSON know it."""
+    return json.loads(json.dumps(dataclasses.asdict(recipe)))
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested fields by their dotted names; what has free keys, such as `model_args`, is one value."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        nested = isinstance(value, dict) and not name.endswith("args")
+        found |= _flat(value, f"{prefix}{name}.") if nested else {prefix + name: value}
+    return found
+
+
+def seconds(text: str) -> float:
+    """`90`, `90s`, `9m` or `2h` in seconds; infinity for an empty text.
+
+    Raises:
+        ValueError: On anything else.
+    """
+    if not text:
+        return float("inf")
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", text)
+    if not match:
+        raise ValueError(f"A time budget is a number with s, m or h, such as 9m; got {text!r}.")
+    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]

@@ -1,0 +1,207 @@
+"""The recipe's model and optimizer, and where its `model` is: a name, an id, or a folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from accelerate.utils import set_seed
+from timm.models import get_pretrained_cfg, load_model_config_from_hf
+from timm.models._hub import load_model_config_from_path
+from timm.optim import create_optimizer_v2
+from torch import Tensor, nn
+
+from etf_zoo import attach_frame, frame_heads
+from etf_zoo.frames import spherical_code
+from etf_zoo.layers.necks import build_neck
+from etf_zoo.layers.whitening import whiten
+from etf_zoo.models.heads import HEAD_ARGS, SKIP_CONNECTION, base_name, split_head, timm_classifier_names
+from etf_zoo.models.variants import default_tag
+from etf_zoo.weights.native import CONFIG_NAME, cards_folder
+
+from ..recipe.config import Optim, Recipe
+
+__all__ = ["Source", "find_model", "make_model", "make_optimizer"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that timm can create.
+
+    Attributes:
+        name: For `timm.create_model`.
+        architecture: timm's name of the architecture, without a tag.
+        input_size: Side in pixels that its weights were trained for, or its architecture is meant for.
+        identity: What its features depend on besides the architecture: tag, recorded sha256 of the weights, colors. So
+            that what was measured on other weights of the same name is not taken for theirs.
+    """
+
+    name: str
+    architecture: str
+    input_size: int
+    identity: str = ""
+
+    @property
+    def is_twin(self) -> bool:
+        """Whether its classifier is a fixed frame already."""
+        return self.architecture.endswith("_etf")
+
+
+def find_model(model: str, pretrained: bool = True) -> Source:
+    """Look a model up without building it.
+
+    Args:
+        model: timm name with or without a tag, `hf-hub:` id, model folder, or the folder of a finished run.
+        pretrained: Whether its weights are wanted; a twin's default tag may have another size than its base.
+
+    Raises:
+        ValueError: If there is no such model.
+    """
+    folder = Path(model.removeprefix("local-dir:"))
+    if folder.is_dir():
+        found = next((path for path in (folder, folder / "model") if (path / CONFIG_NAME).is_file()), None)
+        if found is None:
+            raise ValueError(f"{folder} holds no model: neither it nor its folder model/ has a {CONFIG_NAME}.")
+        cfg, architecture, _ = load_model_config_from_path(found)
+        _check_base(model, architecture)
+        return Source(f"local-dir:{found}", architecture, cfg["input_size"][-1], _identity(cfg, found))
+    if model.startswith("hf-hub:"):
+        cfg, architecture, _ = load_model_config_from_hf(model.removeprefix("hf-hub:"))
+        _check_base(model, architecture)
+        return Source(model, architecture, cfg["input_size"][-1], _identity(cfg))
+    architecture, _, tag = model.partition(".")
+    if not timm.is_model(architecture):
+        near = difflib.get_close_matches(architecture, timm.list_models(), n=3)
+        hint = f" Did you mean {', '.join(near)}?" if near else ""
+        raise ValueError(f"There is no model or folder {model!r}.{hint}")
+    name = model
+    if pretrained and not tag and architecture.endswith("_etf") and (default := default_tag(architecture)):
+        name = f"{architecture}.{default}"
+    try:
+        cfg: Any = get_pretrained_cfg(name)
+    except RuntimeError:
+        known = ", ".join(timm.list_pretrained(f"{architecture}.*")) or "no tag"
+        raise ValueError(f"{architecture} has no tag {tag!r}; there is {known}.") from None
+    return Source(model, architecture, cfg.input_size[-1], _identity(cfg.to_dict(), cards_folder() / name))
+
+
+def _identity(cfg: Mapping[str, Any], folder: Path | None = None) -> str:
+    file = folder / CONFIG_NAME if folder else None
+    recorded = json.loads(file.read_text(encoding="utf-8")).get("weights_sha256") if file and file.is_file() else None
+    return repr([cfg.get("tag"), recorded, list(cfg["mean"]), list(cfg["std"])])
+
+
+def _check_base(model: str, architecture: str) -> None:
+    if architecture == SKIP_CONNECTION:
+        raise ValueError(
+            f"{model} has a skip connection from an earlier tuning: start from the model that it came from."
+        )
+
+
+def make_model(recipe: Recipe, num_classes: int, hierarchy: Tensor | None = None) -> nn.Module:
+    """The recipe's model and head; the seed gives a twin and its controls the same backbone.
+
+    Args:
+        recipe: The recipe.
+        num_classes: Number of classes K.
+        hierarchy: Distances between the classes `(K, K)`, for `frame: hierarchy`.
+
+    Raises:
+        ValueError: If there is no such model, or it does not take its `model_args`.
+    """
+    try:
+        return _make_model(recipe, num_classes, hierarchy)
+    except TypeError as error:
+        if "unexpected keyword argument" not in str(error):
+            raise
+        raise ValueError(f"model_args of {recipe.model}: {error}.") from error
+
+
+def _make_model(recipe: Recipe, num_classes: int, hierarchy: Tensor | None) -> nn.Module:
+    set_seed(recipe.seed)
+    source = find_model(recipe.model, recipe.pretrained)
+    args: dict[str, Any] = {"pretrained": recipe.pretrained, "num_classes": num_classes, **recipe.model_args}
+    if args.get("frame") == "hierarchy":
+        args.setdefault("hierarchy", hierarchy)
+    if recipe.head == "random":  # which knows no tree, and stays where it is
+        args = {**{k: v for k, v in args.items() if k not in ("hierarchy", "gamma", "moving")}, "frame": "random"}
+    if args.get("frame") == "spherical_code" and recipe.head != "learned":
+        return _with_spherical_code(recipe, args)
+    if recipe.head != "learned" and source.is_twin:
+        return timm.create_model(source.name, **args)
+    whitening = args.pop("whitening", False)
+    head_args = {key: args.pop(key) for key in HEAD_ARGS if key in args}
+    neck = head_args.get("neck")
+    plain = _plain_model(source, args) if recipe.head == "learned" else timm.create_model(source.name, **args)
+    whiten(plain, whitening)
+    if recipe.head != "learned":
+        return attach_frame(plain, **head_args)
+    if neck not in (None, "none"):
+        _put_neck(plain, neck)
+    return plain
+
+
+def _with_spherical_code(recipe: Recipe, args: dict[str, Any]) -> nn.Module:
+    """The model with the frame that its quick code is a start for: only with the model is its width known."""
+    quick = dataclasses.replace(recipe, model_args={**recipe.model_args, "frame": "code"})
+    model = make_model(quick, args["num_classes"])
+    shapes = {tuple(head.weight.shape) for head in frame_heads(model).values()}
+    if len(shapes) > 1:
+        raise ValueError(f"frame: spherical_code is for heads of one width; {quick.model} has several.")
+    head_args = {key: args[key] for key in HEAD_ARGS if key in args and key != "orientation"}
+    code = spherical_code(*shapes.pop(), seed=args.get("frame_seed", 0))
+    return attach_frame(model, **{**head_args, "frame": code})
+
+
+def _plain_model(source: Source, args: dict[str, Any]) -> nn.Module:
+    """The backbone with timm's own learned classifier."""
+    if not source.is_twin:
+        return timm.create_model(source.name, **args)
+    base = base_name(source.architecture)
+    plain: Any = timm.create_model(base, **{**args, "pretrained": False})
+    if args["pretrained"]:
+        twin: Any = timm.create_model(source.name, **args)
+        names = list(frame_heads(twin))
+        missing, unexpected = plain.load_state_dict(split_head(twin.state_dict(), names)[0], strict=False)
+        if unexpected or any(not key.startswith(tuple(f"{name}." for name in names)) for key in missing):
+            raise RuntimeError(f"{source.architecture} and {base} differ in more than the head: {missing}.")
+        plain.pretrained_cfg = {**twin.pretrained_cfg, "architecture": base}
+    return plain
+
+
+def make_optimizer(settings: Optim, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer, by timm's factory; weight decay and layer decay by timm's groups.
+
+    Muon leaves a learned classifier to its AdamW, as its author advises for output layers; else a model with a frame,
+    which has none, would be compared with one trained in another way.
+    """
+    extra: dict[str, Any] = {"betas": tuple(settings.betas)} if settings.betas else {}
+    if "muon" in settings.name:
+        extra["fallback_list"] = [f"{name}.*" for name in timm_classifier_names(model)]
+    return create_optimizer_v2(
+        model,
+        opt=settings.name,
+        lr=settings.lr,
+        weight_decay=settings.weight_decay,
+        momentum=settings.momentum,
+        layer_decay=settings.layer_decay if settings.layer_decay < 1 else None,
+        **extra,
+    )
+
+
+def _put_neck(model: nn.Module, neck: str) -> None:
+    """Put a neck in front of a learned linear classifier, in place: the control of a frame behind the same neck."""
+    name = model.pretrained_cfg.get("classifier")  # type: ignore[union-attr]
+    leaf = model.get_submodule(name) if isinstance(name, str) else None
+    if not isinstance(leaf, nn.Linear):
+        raise ValueError(f"A learned head behind a neck needs a model with one linear classifier, not {name}.")
+    module, width = build_neck(neck, leaf.in_features, leaf.out_features)
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, nn.Sequential(module, nn.Linear(width, leaf.out_features)))

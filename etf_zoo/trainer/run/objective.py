@@ -1,0 +1,181 @@
+"""What a training step minimizes: the recipe's loss on the head's embeddings, and penalties on the features."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from etf_zoo import FrameClassifier, frame_heads, losses
+from etf_zoo.layers.moving import MovingFrameClassifier
+
+from ..recipe.config import Loss
+
+__all__ = ["Objective", "LOSSES"]
+
+# Losses on (embeddings, labels, frame), by the name a recipe has for them.
+LOSSES: dict[str, type[nn.Module]] = {
+    "dot_regression": losses.DotRegressionLoss,
+    "hierarchy_cosine": losses.HierarchyCosineLoss,
+    "separating_cone": losses.SeparatingConeLoss,
+    "squared": losses.SquaredLoss,
+}
+# Losses with a scale of their own, which has to be the head's: its logits classify.
+_SCALED = ("hierarchy_cosine", "separating_cone")
+
+
+class Objective:
+    """Loss of a batch, by the recipe.
+
+    Args:
+        settings: The recipe's loss.
+        model: The model without wrappers.
+        class_counts: Training images of each class; empty if not known.
+        label_smoothing: Of the cross-entropy.
+
+    Raises:
+        ValueError: On an unknown loss, arguments it does not take, or a loss that the model's head cannot serve.
+    """
+
+    def __init__(self, settings: Loss, model: nn.Module, class_counts: list[int], label_smoothing: float = 0.0):
+        heads = list(frame_heads(model).values())
+        self.head = heads[0] if len(heads) == 1 else None
+        self.classifier: Any = self.head or model.get_classifier()  # type: ignore[operator]
+        self.label_smoothing = label_smoothing
+        if (settings.class_weights or settings.class_scaling) and not class_counts:
+            raise ValueError(
+                "loss.class_weights and loss.class_scaling need the class counts, which a stream does not have."
+            )
+        self.class_weights = (
+            _class_weights(class_counts, next(model.parameters()).device) if settings.class_weights else None
+        )
+        self.loss = self._build(settings, class_counts)
+        self.penalty = _penalty(settings)
+        self.penalty_weight = settings.variance_covariance
+        self.moving = self.head if isinstance(self.head, MovingFrameClassifier) else None
+        if self.moving is None and any(isinstance(head, MovingFrameClassifier) for head in heads):
+            raise ValueError(
+                f"A moving frame follows one head's features; {type(model).__name__} has {len(heads)} heads."
+            )
+        self.takes_shares = self.loss is None and self.moving is None  # of classes `(B, K)` in the place of labels
+        self._observed: list[tuple[Tensor, Tensor]] = []  # embeddings and labels of this step
+        if self.penalty is not None and not isinstance(self.classifier, nn.Module):
+            raise ValueError("The variance-covariance penalty needs a model with one classifier.")
+
+    def _build(self, settings: Loss, class_counts: list[int]) -> nn.Module | None:
+        if settings.name == "cross_entropy":
+            if settings.args or settings.class_scaling:
+                raise ValueError("loss.name cross_entropy takes neither loss.args nor loss.class_scaling.")
+            return None
+        if settings.class_weights:
+            raise ValueError(f"loss.class_weights is for cross_entropy, not {settings.name}.")
+        if settings.name not in LOSSES:
+            raise ValueError(f"Unknown loss {settings.name!r}. Choose one of cross_entropy, {', '.join(LOSSES)}.")
+        if self.head is None:
+            raise ValueError(
+                f"The loss {settings.name} compares embeddings with one fixed frame: use head=frame, and a model with "
+                f"one classifier."
+            )
+        if self.head.logit_scale.requires_grad:
+            raise ValueError(f"A learnable logit scale learns from cross_entropy alone, not from {settings.name}.")
+        args = dict(settings.args)
+        raw = self.head.feature_norm == "none"  # whose scale is meant for raw features, not for their cosines
+        if settings.name in _SCALED and not raw:
+            args.setdefault("logit_scale", self.head.logit_scale.item())
+        if settings.class_scaling:
+            if settings.name != "dot_regression":
+                raise ValueError(f"loss.class_scaling is for dot_regression, not {settings.name}.")
+            args["class_counts"] = class_counts
+        try:
+            loss = LOSSES[settings.name](**args).to(self.head.weight.device)
+        except TypeError as error:
+            raise ValueError(f"loss.args of {settings.name}: {error}.") from error
+        if isinstance(loss, losses.DotRegressionLoss) and not isinstance(loss.feature_length, int | float) and not raw:
+            raise ValueError(
+                f"loss.args.feature_length {loss.feature_length!r} is of raw features, which this head's norm makes "
+                f"all of length 1: set model_args.feature_norm none, or feature_length to a number."
+            )
+        return loss
+
+    def __call__(self, forward: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits `(B, K)` in float32 and the loss; gradients flow through the wrapped model's `forward`.
+
+        Labels are class numbers `(B,)`, or shares of the classes `(B, K)` if `takes_shares`.
+        """
+        with _seen(self.classifier) as seen:
+            logits = forward(images).float()
+        if self.loss is None:
+            # not `mean`, which divides by the weights of these very images, however few they are
+            each = F.cross_entropy(
+                logits, labels, self.class_weights, label_smoothing=self.label_smoothing, reduction="none"
+            )
+            loss = each.mean()
+        else:
+            loss = self.loss(seen["embeddings"], labels, self.head.weight)  # type: ignore[union-attr]
+        if self.penalty is not None:
+            loss = loss + self.penalty_weight * self.penalty(seen["features"])
+        if self.moving is not None:
+            self._observed.append((seen["embeddings"].detach(), labels))
+        return logits, loss
+
+    def after_step(self) -> None:
+        """Let a moving frame follow what the step has seen; every process calls it."""
+        if self.moving is not None and self._observed:
+            embeddings, labels = zip(*self._observed, strict=True)  # of all pieces of the batch
+            self.moving.observe(torch.cat(embeddings), torch.cat(labels))
+            self._observed.clear()
+
+
+def _penalty(settings: Loss) -> nn.Module | None:
+    if settings.variance_covariance < 0:
+        raise ValueError(f"loss.variance_covariance must not be negative, got {settings.variance_covariance}.")
+    if not settings.variance_covariance:
+        if settings.penalty_args:
+            raise ValueError("loss.penalty_args are of the penalty: set its weight, loss.variance_covariance.")
+        return None
+    try:
+        return losses.VarianceCovarianceLoss(**settings.penalty_args)
+    except TypeError as error:
+        raise ValueError(f"loss.penalty_args: {error}.") from error
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Features as `(B, d)`: those of a 1x1 convolution come as maps of one pixel, channels first or last."""
+    return x.flatten(1) if x.ndim == 4 and x[0].numel() in (x.shape[1], x.shape[3]) else x
+
+
+def _class_weights(counts: list[int], device: torch.device) -> Tensor:
+    """Inverse frequencies, `(K,)`, whose mean over the training images is 1; 0 for a class without images."""
+    count = torch.tensor(counts, dtype=torch.float32, device=device)
+    return torch.where(count > 0, count.sum() / ((count > 0).sum() * count.clamp_min(1)), 0)
+
+
+@contextmanager
+def _seen(classifier: nn.Module):
+    """What goes into a classifier while the context lasts (`features`), and on to its frame (`embeddings`).
+
+    Nothing stays behind on the module, so copies of the model (an average of its weights) are clean.
+    """
+    seen: dict[str, Tensor] = {}
+    hook = None
+    if isinstance(classifier, nn.Module):
+        hook = classifier.register_forward_pre_hook(lambda module, inputs: seen.update(features=_rows(inputs[0])))
+    if isinstance(classifier, FrameClassifier):
+
+        def embed(x: Tensor) -> Tensor:
+            embeddings = FrameClassifier.embed(classifier, x)
+            seen["embeddings"] = _rows(embeddings)
+            return embeddings
+
+        classifier.embed = embed  # type: ignore[method-assign]
+    try:
+        yield seen
+    finally:
+        if hook is not None:
+            hook.remove()
+        if isinstance(classifier, FrameClassifier):
+            del classifier.embed

@@ -1,0 +1,140 @@
+"""One optimizer step: loss, gradients over pieces and processes, weights, and their average."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from timm.scheduler.cosine_lr import CosineLRScheduler
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from etf_zoo.layers.moving import copy_moving_frames
+
+from ..data.batches import batch_generator, mix
+from ..recipe.config import Recipe
+from .launching import is_sharded
+from .objective import Objective
+
+__all__ = ["Stepper", "channels_last"]
+
+
+def channels_last(recipe: Recipe, accelerator: Accelerator) -> bool:
+    """Whether weights and images have their channels last; FSDP shards contiguous weights only."""
+    return recipe.channels_last and not is_sharded(accelerator)
+
+
+class Stepper:
+    """Takes optimizer steps.
+
+    Args:
+        recipe: Says how.
+        accelerator: The processes.
+        model: As accelerate prepared it.
+        optimizer: Likewise.
+        steps_per_epoch: Of the schedule.
+        class_counts: Training images of each class; empty if not known.
+
+    Raises:
+        ValueError: If the loss does not fit the head or the augmentation, or on an average under FSDP.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        accelerator: Accelerator,
+        model: nn.Module,
+        optimizer: Any,
+        *,
+        steps_per_epoch: int,
+        class_counts: list[int],
+    ):
+        self.recipe, self.accelerator, self.model, self.optimizer = recipe, accelerator, model, optimizer
+        self.steps_per_epoch = steps_per_epoch
+        self.plain: Any = accelerator.unwrap_model(model)
+        self.ema = self._make_ema()
+        self.objective = Objective(recipe.loss, self.plain, class_counts, recipe.label_smoothing)
+        if recipe.augment.mixes and not self.objective.takes_shares:
+            raise ValueError(
+                "augment.mixup and augment.cutmix give an image several classes, which only loss.name cross_entropy "
+                "without a moving frame can use: set them to 0."
+            )
+        if recipe.compile:  # what comes behind the features is cheap, and the objective looks into it
+            self.plain.forward_features = torch.compile(self.plain.forward_features)
+        self.schedule = CosineLRScheduler(
+            optimizer,
+            t_initial=recipe.epochs * steps_per_epoch,
+            lr_min=recipe.optim.min_lr,
+            warmup_t=round(recipe.optim.warmup_epochs * steps_per_epoch),
+            warmup_prefix=False,
+            t_in_epochs=False,
+        )
+
+    def _make_ema(self) -> ModelEmaV3 | None:
+        settings = self.recipe.ema
+        if not settings.decay:
+            return None
+        if is_sharded(self.accelerator):
+            raise ValueError("An average of the weights is not available under FSDP: set --ema.decay 0.")
+        ema = ModelEmaV3(self.plain, decay=settings.decay, use_warmup=settings.warmup)
+        self.accelerator.register_for_checkpointing(ema)
+        return ema
+
+    def step(self, number: int, images: Tensor, labels: Tensor) -> Tensor:
+        """One step.
+
+        Args:
+            number: Steps done before.
+            images: `(B, 3, H, W)`, this process's share of the batch.
+            labels: `(B,)`.
+
+        Returns:
+            Sum of the losses, how many predictions are right, and how many images there were.
+        """
+        self.schedule.step_update(number)
+        if channels_last(self.recipe, self.accelerator):
+            images = images.contiguous(memory_format=torch.channels_last)
+        if self.recipe.augment.mixes:
+            images, labels = self._mixed(number, images, labels)
+        sums = self.zeros()
+        pieces = list(zip(images.chunk(self.recipe.accumulate), labels.chunk(self.recipe.accumulate), strict=True))
+        for i, piece in enumerate(pieces):
+            waits = i + 1 < len(pieces)  # gradients are summed over processes with the last piece
+            with self.accelerator.no_sync(self.model) if waits else nullcontext():
+                with self.accelerator.autocast():
+                    logits, loss = self.objective(self.model, *piece)
+                self.accelerator.backward(loss / len(pieces))
+            classes = piece[1] if piece[1].ndim == 1 else piece[1].argmax(dim=1)  # of a mixed image, the larger part's
+            right, count = (logits.detach().argmax(dim=1) == classes).sum(), len(classes)
+            sums += torch.stack([loss.detach() * count, right, torch.full_like(right, count)]).to(sums.dtype)
+        if self.recipe.optim.clip_grad:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.optim.clip_grad)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.objective.after_step()
+        if self.ema is not None:
+            self.ema.update(self.plain, step=number + 1)
+            copy_moving_frames(self.ema, self.plain)
+        return sums
+
+    def _mixed(self, number: int, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return mix(
+            images,
+            labels,
+            self.plain.num_classes,
+            self.recipe.augment,
+            batch_generator(self.recipe.seed, *divmod(number, self.steps_per_epoch), stream=4),
+            rank=self.accelerator.process_index,
+            world=self.accelerator.num_processes,
+        )
+
+    def lr(self) -> float:
+        """The present learning rate; the largest, where layers differ."""
+        return max(group["lr"] for group in self.optimizer.param_groups)
+
+    def zeros(self) -> Tensor:
+        """Three sums to start from."""
+        device = self.accelerator.device
+        return torch.zeros(3, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)

@@ -1,0 +1,210 @@
+"""The command line, as a person would use it."""
+
+import json
+import math
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import timm
+from PIL import Image
+
+from etf_zoo import frame_heads
+from etf_zoo.cli.main import main
+from etf_zoo.frames import frame_report
+from etf_zoo.sharing.folder import save_folder
+
+HEAD_FIGURES = [
+    *("frame", "width", "largest cosine", "coherence"),
+    *("Rankin bound on the largest cosine", "Welch bound on the coherence"),
+    *("equiangularity error", "tightness error", "feature norm", "logit scale"),
+]
+
+
+def assert_simplex(head, num_classes, width):
+    cosine = -1 / (num_classes - 1)
+    assert head["width"] == width
+    assert head["largest cosine"] == pytest.approx(cosine, abs=1e-6)
+    assert head["coherence"] == pytest.approx(-cosine, abs=1e-6)
+    assert head["Rankin bound on the largest cosine"] == pytest.approx(cosine, abs=1e-6)
+    welch = -cosine if width == num_classes - 1 else 0
+    assert head["Welch bound on the coherence"] == pytest.approx(welch, abs=1e-6)
+    assert head["equiangularity error"] < 1e-5
+    assert head["tightness error"] < 1e-4
+
+
+@pytest.fixture
+def image(tmp_path):
+    path = tmp_path / "image.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 50, 3), dtype=np.uint8)).save(path)
+    return str(path)
+
+
+def test_list(capsys):
+    assert main(["list", "resnet18*"]) == 0
+    assert "resnet18_etf" in capsys.readouterr().out.split()
+    assert main(["list", "--pretrained"]) == 0
+    sources = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert sources["mobilenetv3_small_100_etf.e27_tiny"] == "embedded"
+    assert sources["resnet18_etf.a1_in1k"] == "converted from hf-hub:timm/resnet18.a1_in1k"
+    assert main(["list", "resnet18*", "--pretrained"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines
+    assert all(line.startswith("resnet18") and "_etf." in line for line in lines)
+
+
+def test_info_of_a_twin_a_tag_and_a_folder(capsys, folder):
+    assert main(["info", "mobilenetv3_small_100_etf", "--json"]) == 0
+    info = json.loads(capsys.readouterr().out)
+    assert info["classes"] == 200
+    assert_simplex(info["head classifier"], 200, 1024)
+    assert info["head classifier"]["frame"] == "auto"
+    assert info["head classifier"]["logit scale"] == pytest.approx(199 / 200 * math.log(199 * 999), rel=1e-3)
+    assert main(["info", str(folder)]) == 0
+    out = capsys.readouterr().out
+    assert "apache-2.0" in out
+    figures = [line.removeprefix("  ").split("  ")[0] for line in out.splitlines() if line.startswith("  ")]
+    assert figures == HEAD_FIGURES
+    assert main(["info", "vit_tiny_r_s16_p8_224_etf"]) == 0
+    assert "converted, such as" in capsys.readouterr().out
+    assert main(["info", "resnet10t_etf.c3_in1k"]) == 0  # without a download
+    out = capsys.readouterr().out
+    assert "converted from hf-hub:timm/resnet10t.c3_in1k (apache-2.0)" in out
+    assert "helmert" in out
+    assert main(["info", "resnet10t_etf.c3_in1k", "--json"]) == 0
+    assert_simplex(json.loads(capsys.readouterr().out)["head fc"], 1000, 999)
+
+
+def test_info_of_frames_that_are_no_simplex_and_of_one_never_formed(capsys, tmp_path):
+    model = timm.create_model("test_resnet_etf", num_classes=1000, frame="random")
+    assert main(["info", str(save_folder(model, tmp_path)), "--json"]) == 0
+    head, report = json.loads(capsys.readouterr().out)["head fc"], frame_report(model.fc.weight)
+    assert head["largest cosine"] == pytest.approx(report.largest_cosine, abs=1e-6)
+    assert head["coherence"] == pytest.approx(report.coherence, abs=1e-6)
+    assert head["Rankin bound on the largest cosine"] == 0 < head["largest cosine"]
+    assert head["Welch bound on the coherence"] == pytest.approx(report.welch_bound, abs=1e-6)
+    assert 0 < head["Welch bound on the coherence"] < head["coherence"]
+    assert head["equiangularity error"] == pytest.approx(report.equiangularity_error, rel=0.1)
+    assert head["tightness error"] == pytest.approx(report.tightness_error, rel=0.1)
+    assert main(["info", "test_vit_etf.r160_in1k", "--json"]) == 0
+    assert_simplex(json.loads(capsys.readouterr().out)["head head"], 1000, 999)
+    assert main(["info", "vit_tiny_patch16_224_etf.augreg_in21k", "--json"]) == 0  # 21,843 classes
+    implicit = json.loads(capsys.readouterr().out)["head head"]
+    assert_simplex(implicit, 21843, 21842)
+    assert implicit["frame"] == "helmert, computed and not stored"
+    assert list(implicit) == HEAD_FIGURES
+
+
+def test_predict_shows_label_names(capsys, folder, image):
+    assert main(["predict", str(folder), image, image, "--json", "--top", "3"]) == 0
+    results = json.loads(capsys.readouterr().out)
+    assert [len(r["predictions"]) for r in results] == [3, 3]
+    assert {p["label"] for p in results[0]["predictions"]} <= set("abcde")
+    assert main(["predict", str(folder), image]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == image
+    assert len(lines) == 6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["predict", "{folder}", "{folder}/config.json"], "is not an image"),
+        (["predict", "{folder}", "{folder}/nowhere.png"], "cannot be read"),
+        (["info", "resnet18_etv"], "Did you mean resnet18_etf"),
+        (["list", "nonsense"], "No model matches"),
+        (["card", "{folder}"], "metrics.json is missing"),
+        (["convert", "{folder}", "{folder}/out"], "has a fixed frame already"),
+        (["convert", "resnet10t.c3_in1k", "{folder}/out"], "timm/resnet10t.c3_in1k is not in the cache"),
+        (["convert", "weights.pth", "{folder}/out"], "pickles are not read"),
+        (["convert", "{folder}", "{folder}/out", "--center", "train"], "mean features of --data"),
+        (["export", "{folder}", "{folder}/out"], "--plain (a checkpoint for stock timm), --onnx, or both"),
+    ],
+)
+def test_errors_are_one_line(arguments, message, folder, capsys):
+    assert main([a.format(folder=folder) for a in arguments]) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+@pytest.fixture
+def image_folder(tmp_path):
+    """Images by class in test/CLASS/, two of each of five classes, in another order than the model's."""
+    rng = np.random.default_rng(0)
+    for name in "edcba":
+        (tmp_path / "images" / "test" / name).mkdir(parents=True)
+        for i in range(2):
+            pixels = rng.integers(0, 255, (40, 40, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "images" / "test" / name / f"{i}.png")
+    return str(tmp_path / "images")
+
+
+def test_evaluate_on_a_folder_of_images(capsys, folder, image_folder, tmp_path):
+    arguments = ["evaluate", str(folder), "--data", image_folder, "--split", "test", "--batch-size", "4", "--json"]
+    tree = tmp_path / "tree.json"
+    tree.write_text(json.dumps({"a": "x", "b": "x", "c": "y", "d": "y", "e": "y", "x": "root", "y": "root"}))
+    assert main([*arguments, "--hierarchy", str(tree)]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["images"] == 10
+    assert 0 <= figures["top1"] <= 100 == figures["top5"]
+    assert {"ece", "nc1_pinv", "nc4_agreement", "severity"} <= figures.keys()
+
+
+def test_photos_are_turned_upright(capsys, folder, tmp_path):
+    pixels = np.zeros((40, 40, 3), np.uint8)
+    pixels[:20] = 255
+    upright, turned = tmp_path / "upright.png", tmp_path / "turned.png"
+    Image.fromarray(pixels).save(upright)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held on its side: turn clockwise to look at it
+    Image.fromarray(np.ascontiguousarray(np.rot90(pixels))).save(turned, exif=exif)
+    assert main(["predict", str(folder), str(upright), str(turned), "--json", "--top", "5"]) == 0
+    first, second = (r["predictions"] for r in json.loads(capsys.readouterr().out))
+    assert first == second
+
+
+def test_evaluate_refuses_images_without_labels(capsys, folder, tmp_path):
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list("abcde"))})
+    rows = {"image": [Image.new("RGB", (8, 8))] * 2, "label": [0, -1]}
+    (tmp_path / "data").mkdir()
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "data" / "test-0.parquet")
+    assert main(["evaluate", str(folder), "--data", str(tmp_path / "data"), "--split", "test"]) == 1
+    assert "Label -1 is none of 0 to 4: some images have no label" in capsys.readouterr().err
+
+
+def test_evaluate_refuses_classes_the_model_does_not_know(capsys, folder, image_folder):
+    unknown = image_folder + "/test/zebra"
+    Path(unknown).mkdir()
+    Image.new("RGB", (8, 8)).save(unknown + "/0.png")
+    assert main(["evaluate", str(folder), "--data", image_folder, "--split", "test"]) == 1
+    assert "does not know 1 of the data's 6 classes, such as 'zebra'" in capsys.readouterr().err
+    assert main(["evaluate", str(folder), "--data", image_folder, "--split", "train"]) == 1
+    assert "Cannot read split 'train'" in capsys.readouterr().err
+
+
+def test_convert_measures_before_and_after(capsys, image_folder, tmp_path):
+    learned = timm.create_model("mobilenetv3_small_050", num_classes=5)
+    cfg = {"input_size": (3, 32, 32), "license": "mit"}
+    source = str(save_folder(learned, tmp_path / "learned", pretrained_cfg=cfg, label_names=list("abcde"), half=False))
+    options = ["--data", image_folder, "--split", "test"]
+    assert main(["convert", source, str(tmp_path / "exact"), *options]) == 0
+    before, after, folder = capsys.readouterr().out.splitlines()
+    assert before.startswith("before  top-1")
+    assert before.removeprefix("before") == after.removeprefix("after ")
+    assert folder == str(tmp_path / "exact")
+    arguments = ["convert", source, str(tmp_path / "nearest"), "--mode", "nearest", "--center", "test", *options]
+    assert main(arguments) == 0
+    assert capsys.readouterr().out.splitlines()[0] == before
+    card = (tmp_path / "nearest" / "README.md").read_text()
+    assert f"`etf-zoo {' '.join(arguments)}`" in card
+    assert "On 10 images of images (test)" in card
+    assert main(["info", str(tmp_path / "exact")]) == 0
+    assert "mit" in capsys.readouterr().out
+
+
+def test_export(capsys, folder, tmp_path):
+    assert main(["export", str(folder), str(tmp_path / "out"), "--plain", "--half"]) == 0
+    assert "same top-1 predictions, another softmax" in capsys.readouterr().out
+    assert not frame_heads(timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True))

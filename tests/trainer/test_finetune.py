@@ -1,0 +1,74 @@
+"""The quick start, short: three runs, a table, a picture, a folder that predicts."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from etf_zoo.cli.main import main as cli
+from etf_zoo.trainer import finetune
+from etf_zoo.trainer.tune.tuning import Finetune
+
+
+def test_what_no_folder_can_hold_is_refused_at_once(monkeypatch):
+    monkeypatch.setattr(finetune, "load_data", lambda settings: pytest.fail("data was read"))
+    arguments = ["--data", "digits", "--head", "learned", "--model_args.neck", "mlp"]
+    monkeypatch.setattr("sys.argv", ["finetune.py", *arguments])
+    with pytest.raises(ValueError, match="has no model folder"):
+        finetune.main()
+
+
+def test_quick_start(tmp_path, monkeypatch, capsys):
+    recipe = finetune.__file__.replace("finetune.py", "recipes/digits.yaml")
+    arguments = ["finetune.py", "--config", recipe, "--output", str(tmp_path / "run"), "--epochs", "2"]
+    arguments += ["--sizes", "[[0, 32]]", "--data.limit", "640"]
+    monkeypatch.setattr("sys.argv", arguments)
+    finetune.main()
+    out = capsys.readouterr().out
+    for name in ("fixed frame, pretrained", "fixed frame, random weights", "learned head, pretrained"):
+        assert f"\n{name}  " in out
+    metrics = json.loads((tmp_path / "run" / "model" / "metrics.json").read_text())
+    assert metrics["results"]["top1"] > 30  # chance is 10
+    assert [r["model"] for r in metrics["references"]] == ["fixed frame, random weights", "learned head, pretrained"]
+    config = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
+    assert config["pretrained_cfg"]["license"] == "cc-by-nc-4.0"  # of the embedded weights it started from
+    picture = Image.open(tmp_path / "run" / "picture.png")
+    assert picture.width > 800
+    assert len(picture.convert("RGB").getcolors(1 << 24)) > 500  # not an empty canvas
+
+    image = tmp_path / "digit.png"
+    Image.new("L", (8, 8), 255).save(image)
+    assert cli(["predict", str(tmp_path / "run" / "model"), str(image)]) == 0
+    assert "%" in capsys.readouterr().out
+
+
+FRAME, RANDOM, HEAD = "fixed frame, pretrained", "fixed frame, random weights", "learned head, pretrained"
+
+
+@pytest.mark.parametrize(
+    ("settings", "planned"),
+    [
+        ({}, [(FRAME, "x"), (RANDOM, "x/random_weights"), (HEAD, "x/learned_head")]),
+        ({"pretrained": False}, [(RANDOM, "x"), ("learned head, random weights", "x/learned_head")]),
+        ({"head": "learned"}, [(HEAD, "x"), ("learned head, random weights", "x/random_weights")]),
+        ({"head": "learned", "pretrained": False}, [("learned head, random weights", "x")]),
+    ],
+)
+def test_what_was_asked_for_is_no_reference_of_itself(settings, planned):
+    found = finetune.plan(Finetune(output="x", compare=True, **settings))
+    assert [(name, recipe.output) for name, recipe in found.items()] == planned
+    assert all(recipe.pretrained == ("pretrained" in name) for name, recipe in found.items())
+    assert all((recipe.head == "learned") == ("learned" in name) for name, recipe in found.items())
+
+
+def test_a_comparison_goes_on_after_a_kill_in_its_first_run(tmp_path, monkeypatch, capsys):
+    arguments = ["finetune.py", "--data", "digits", "--data.val_split", "test", "--data.size", "16", "--data.limit"]
+    arguments += ["128", "--sizes", "[[0, 16]]", "--model", "test_resnet_etf", "--pretrained", "false", "--epochs", "1"]
+    arguments += ["--tensorboard", "false", "--output", str(tmp_path / "run")]
+    monkeypatch.setattr("sys.argv", [*arguments, "--compare", "false"])
+    finetune.main()
+    monkeypatch.setattr("sys.argv", [*arguments, "--compare", "--resume"])
+    finetune.main()
+    assert "learned head, random weights  " in capsys.readouterr().out
+    metrics = json.loads((tmp_path / "run" / "model" / "metrics.json").read_text())
+    assert [r["model"] for r in metrics["references"]] == ["learned head, random weights"]

@@ -1,0 +1,336 @@
+"""Fine-tuning: early stopping, warm heads, few shots, probes that become models, and what is refused."""
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from etf_zoo import frame_heads
+from etf_zoo.cli.main import main as cli
+from etf_zoo.sharing.folder import save_folder
+from etf_zoo.trainer import finetune
+from etf_zoo.trainer.data.augment import colors_of
+from etf_zoo.trainer.data.batches import Split, limited_rows, normalize
+from etf_zoo.trainer.recipe.config import Augment, Data, Loss, Optim
+from etf_zoo.trainer.tune.methods import tuned_share
+from etf_zoo.trainer.tune.tuning import Finetune, fine_tune, load_data
+
+RECIPE = Finetune(
+    model="test_resnet_etf",
+    pretrained=False,
+    data=Data("digits", val_split="test", size=16),
+    augment=Augment(crop_scale=[1.0, 1.0], crop_ratio=[1.0, 1.0], flip=False),
+    optim=Optim(lr=5e-3),
+    epochs=2,
+    batch_size=64,
+    sizes=[[0, 16]],
+    tensorboard=False,
+)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    train, test = load_data(RECIPE)
+    return train.subset(np.arange(400)), test
+
+
+def recipe(tmp_path, **changes):
+    return dataclasses.replace(RECIPE, output=str(tmp_path / "run"), **changes)
+
+
+def logged(tmp_path):
+    return [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("head", ["frame", "warm"])
+def test_training_watches_held_out_images_and_not_the_test(tmp_path, digits, monkeypatch, head):
+    looked = []  # at which images, by whatever way
+    plain = Split.take
+    monkeypatch.setattr(Split, "take", lambda split, *args: looked.append(id(split)) or plain(split, *args))
+    tuned = fine_tune(recipe(tmp_path, head=head), *digits)
+    assert len(tuned.run.train_split) + len(tuned.run.val_split) == 400
+    assert set(looked) == {id(tuned.run.train_split), id(tuned.run.val_split)}
+    assert tuned.figures()["images"] == 450
+    assert looked[-1] == id(digits[1])
+    assert tuned.run.recipe.batch_size == 64
+
+
+def test_early_stopping_goes_back_to_the_best(tmp_path, digits, monkeypatch):
+    scores = iter([30.0, 50.0, 40.0, 50.0, 99.0])
+    weights = []
+
+    def evaluate(run):
+        weights.append({k: v.clone() for k, v in run.plain_model().state_dict().items()})
+        return {"top1": next(scores), "loss": 1.0}
+
+    monkeypatch.setattr("etf_zoo.trainer.run.engine.Run.evaluate", evaluate)
+    tuned = fine_tune(recipe(tmp_path, epochs=5, patience=2), *digits)
+    assert len(logged(tmp_path)) == 4  # two epochs without a better one
+    final = tuned.run.plain_model().state_dict()
+    assert all(torch.equal(final[k], v) for k, v in weights[1].items())
+    assert not torch.equal(final["conv1.0.weight"], weights[3]["conv1.0.weight"])
+
+
+def test_early_stopping_resumed(tmp_path, digits):
+    whole = fine_tune(recipe(tmp_path / "a", epochs=4, patience=1), *digits)
+    assert fine_tune(recipe(tmp_path / "b", epochs=4, patience=1, time_budget="0s"), *digits) is None
+    resumed = fine_tune(recipe(tmp_path / "b", epochs=4, patience=1, resume=True), *digits)
+    assert resumed.run.scores == whole.run.scores
+    for key, value in whole.run.plain_model().state_dict().items():
+        assert torch.equal(value, resumed.run.plain_model().state_dict()[key]), key
+    again = fine_tune(recipe(tmp_path / "a", epochs=4, patience=1, resume=True), *digits)  # finished: nothing to do
+    assert again.run.step == whole.run.step
+
+
+def test_early_stopping_begun_in_a_later_session(tmp_path, digits, monkeypatch, capsys):
+    scores = iter([90.0, 30.0, 50.0, 40.0])
+    monkeypatch.setattr("etf_zoo.trainer.run.engine.Run.evaluate", lambda run: {"top1": next(scores), "loss": 1.0})
+    best = tmp_path / "run" / "best.safetensors"
+
+    def resumed(**changes):
+        return fine_tune(recipe(tmp_path, resume=True, **changes), *digits).run.scores
+
+    fine_tune(recipe(tmp_path, epochs=1), *digits)
+    assert resumed(epochs=1, patience=1) == []  # had ended before: nothing was kept, and nothing is taken
+    assert resumed(epochs=3, patience=3) == [(30.0, -1.0), (50.0, -1.0)]  # of epoch 1 there are no weights
+    assert best.is_file()
+    assert resumed(epochs=4, patience=3) == [(30.0, -1.0), (50.0, -1.0), (40.0, -1.0)]
+    assert "Best of 3 evaluations: 2, 50.00 % held out" in capsys.readouterr().out
+    resumed(epochs=4)
+    assert not best.is_file()  # a session without patience keeps none up to date
+
+
+def test_warm_head_starts_above_chance(tmp_path, digits, capsys):
+    tuned = fine_tune(recipe(tmp_path, head="warm", epochs=1, optim=Optim(lr=1e-9)), *digits)
+    accuracy, where = tuned.start
+    assert where == "held-out images"
+    assert accuracy > 30  # chance is 10, and the backbone is random
+    assert f"Before any training: {accuracy:.2f} % of the held-out images" in capsys.readouterr().out
+    assert frame_heads(tuned.run.plain_model())["fc"].frame == "custom"
+
+
+@pytest.mark.parametrize(("method", "head"), [("scl", ""), ("layer", ""), ("head", "learned")])
+def test_methods_become_model_folders(tmp_path, digits, method, head, capsys):
+    settings = recipe(tmp_path, method=method, head=head or RECIPE.head, epochs=1, layer="layer3" * (method != "head"))
+    tuned = fine_tune(settings, *digits)
+    assert 0 < tuned.tuned < 0.2 * tuned.total
+    assert f"Tuning {tuned.tuned:,} of {tuned.total:,} parameters" in capsys.readouterr().out
+    folder = tmp_path / "run" / "model"
+    stored, own = tuned.export(folder)["top1"], tuned.figures()["top1"]
+    assert abs(stored - own) < 2  # measured from float16
+    loaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    x = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(x), tuned.run.plain_model().eval()(x), atol=0.05, rtol=0.05)
+    frame = "a fixed frame, never trained" in (folder / "README.md").read_text()
+    assert frame == (method != "head")
+    if method == "scl":
+        with pytest.raises(ValueError, match="skip connection from an earlier tuning"):
+            dataclasses.replace(settings, model=str(folder))
+
+
+@pytest.mark.parametrize("method", ["linear_probe", "ncm"])
+def test_probes_become_model_folders(tmp_path, digits, method):
+    tuned = fine_tune(recipe(tmp_path, method=method), *digits)
+    assert not tuned.no_folder
+    assert tuned.top1 > 40  # random features know digits already
+    folder = tmp_path / "run" / "model"
+    tuned.export(folder)
+    loaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    assert bool(frame_heads(loaded)) == (method == "ncm")
+    images = digits[1].take(np.arange(450), torch.device("cpu"))[0]
+    with torch.no_grad():
+        predicted = loaded(normalize(images.float(), colors_of(loaded))).argmax(1).numpy()
+    assert abs(100 * (predicted == digits[1].labels).mean() - tuned.top1) < 2  # stored in float16
+    assert "on frozen features" in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("method", ["linear_probe", "full"])
+def test_weights_keep_their_own_colors(tmp_path, digits, method, monkeypatch):
+    """Weights that were trained on pixels in -1..1 are tuned, measured and stored for these."""
+    half = (0.5, 0.5, 0.5)
+    start = timm.create_model("test_resnet", num_classes=10, pretrained_cfg_overlay={"mean": half, "std": half})
+    save_folder(start, tmp_path / "start")
+    used = set()
+    monkeypatch.setattr(
+        "etf_zoo.trainer.data.batches.normalize", lambda x, colors: used.add(colors) or normalize(x, colors)
+    )
+    settings = recipe(tmp_path, model=str(tmp_path / "start"), pretrained=True, method=method, head="learned", epochs=1)
+    fine_tune(settings, *digits).export(tmp_path / "model")
+    assert used == {(half, half)}
+    cfg = timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True).pretrained_cfg
+    assert (tuple(cfg["mean"]), tuple(cfg["std"])) == (half, half)
+
+
+def test_nearest_neighbors_have_no_folder(tmp_path, digits):
+    tuned = fine_tune(recipe(tmp_path, method="knn"), *digits)
+    assert tuned.no_folder == "knn keeps the training features themselves"
+    assert (tuned.tuned, tuned.top1 > 40) == (0, True)
+
+
+def test_probes_of_a_model_with_two_classifiers(tmp_path, digits, monkeypatch):
+    args = {"img_size": 32, "neck": "mlp"}  # a probe takes no neck
+    distilled = recipe(tmp_path, model="deit_tiny_distilled_patch16_224", model_args=args, sizes=[[0, 32]])
+    train, test = (split.subset(np.arange(100)) for split in digits)
+    for method, tuned_numbers in (("knn", 0), ("ncm", 10 * 192)):
+        settings = dataclasses.replace(distilled, method=method, output=str(tmp_path / method))
+        tuned = fine_tune(settings, train, test)
+        backbone = tuned.total - tuned.tuned
+        assert (tuned.tuned, backbone + 2 * (10 * 192 + 10)) == (tuned_numbers, tuned_share(tuned.run.model)[1])
+        assert tuned.top1 > 20  # chance is 10
+        assert tuned.no_folder
+    monkeypatch.setattr(
+        "etf_zoo.trainer.tune.tuning.backbone_features", lambda *a, **k: pytest.fail("computed before the error")
+    )
+    with pytest.raises(ValueError, match=r"more than one linear layer.*Take --method ncm"):
+        fine_tune(dataclasses.replace(distilled, method="linear_probe"), train, test)
+
+
+def test_few_shots(tmp_path, digits):
+    tuned = fine_tune(recipe(tmp_path, method="ncm", shots=3), *digits)
+    assert len(tuned.run.train_split) == 30
+    with pytest.raises(ValueError, match="Ask for at most"):
+        fine_tune(recipe(tmp_path, shots=100), *digits)
+
+
+def test_a_limit_holds_for_probes(tmp_path, digits):
+    limited = recipe(tmp_path, data=dataclasses.replace(RECIPE.data, limit=100), epochs=1, holdout=0)
+    probe = fine_tune(dataclasses.replace(limited, method="ncm", output=str(tmp_path / "ncm")), *digits)
+    trained = fine_tune(limited, *digits)
+    assert sorted(probe.run.train_split.index) == sorted(limited_rows(400, 100, limited.seed))
+    assert sorted(probe.run.train_split.index) == sorted(trained.run.train_split.index)
+
+
+def test_long_tail(tmp_path, digits):
+    tail = dataclasses.replace(RECIPE.data, long_tail=0.1)
+    settings = recipe(tmp_path, data=tail, epochs=1, batch_size=16, loss=Loss(class_weights=True))
+    tuned = fine_tune(settings, *digits)
+    counts = np.bincount(tuned.run.train_split.labels)
+    assert counts[0] >= 9 * counts[9]
+    weights = tuned.run.stepper.objective.class_weights
+    torch.testing.assert_close(weights * torch.from_numpy(counts), torch.full((10,), float(counts.sum()) / 10))
+
+
+# ---------------------------------------------------------------------------------------------------- folders of images
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """`train/CLASS/*.png`, `val/CLASS/*.png`: two classes of colors."""
+    monkeypatch.setenv("ETF_ZOO_CACHE", str(tmp_path / "cache"))
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 12), ("val", 4)):
+        for name, color in (("red", (200, 40, 40)), ("blue", (40, 40, 200))):
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = np.clip(np.array(color) + rng.integers(-30, 30, (20, 24, 3)), 0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "data" / split / name / f"{i}.png")
+    return tmp_path / "data"
+
+
+def run_script(monkeypatch, *arguments):
+    monkeypatch.setattr("sys.argv", ["finetune.py", *map(str, arguments)])
+    finetune.main()
+
+
+@pytest.mark.filterwarnings("ignore:.*'val' takes its place")
+def test_a_folder_and_one_command(folder, tmp_path, monkeypatch, capsys):
+    run_script(monkeypatch, "--data", folder, "--output", tmp_path / "run", "--epochs", "4", "--batch_size", "8")
+    out = capsys.readouterr().out
+    assert "fixed frame, pretrained" in out
+    model = tmp_path / "run" / "model"
+    config = json.loads((model / "config.json").read_text())
+    assert config["label_names"] == ["blue", "red"]
+    assert config["pretrained_cfg"]["input_size"] == [3, 96, 96]  # that of the embedded weights
+    metrics = json.loads((model / "metrics.json").read_text())
+    assert metrics["dataset"]["images"] == 8
+    assert cli(["predict", str(model), str(folder / "val" / "red" / "0.png"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["predictions"][0]["label"] == "red"
+    # and on from there, by the folder of the run, to other classes
+    arguments = ["--model", tmp_path / "run", "--data", folder, "--output", tmp_path / "again", "--method", "ncm"]
+    run_script(monkeypatch, *arguments)
+    assert "ncm, pretrained" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore:.*'val' takes its place")
+def test_a_frame_by_the_tree_of_the_data(folder, tmp_path, monkeypatch):
+    for split in ("train", "val"):
+        shutil.copytree(folder / split / "red", folder / split / "crimson")
+    (folder / "hierarchy.json").write_text('{"red": "reds", "crimson": "reds", "reds": "color", "blue": "color"}')
+    arguments = ["--data", folder, "--output", tmp_path / "run", "--model", "test_resnet_etf", "--pretrained", "false"]
+    arguments += ["--epochs", "1", "--batch_size", "8", "--sizes", "[[0, 32]]", "--model_args.frame", "hierarchy"]
+    run_script(monkeypatch, *arguments, "--tensorboard", "false")
+    model = timm.create_model(f"local-dir:{tmp_path / 'run' / 'model'}", pretrained=True)
+    cosines = model.fc.weight @ model.fc.weight.T
+    names = json.loads((tmp_path / "run" / "model" / "config.json").read_text())["label_names"]
+    blue, crimson, red = (names.index(name) for name in ("blue", "crimson", "red"))
+    assert cosines[red, crimson] > cosines[red, blue] + 0.1
+
+
+def refused(folder, tmp_path, monkeypatch, *more):
+    common = ["--data", folder, "--output", tmp_path / "run", "--epochs", "1", "--sizes", "[[0, 32]]"]
+    run_script(monkeypatch, *common, *more)
+
+
+@pytest.mark.filterwarnings("ignore:.*'val' takes its place")
+def test_bad_folders(folder, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="fewer than 20 images"):
+        refused(folder, tmp_path, monkeypatch, "--shots", "20")
+    for path in (folder / "train" / "red").iterdir():
+        path.write_bytes(b"no image")
+    with pytest.raises(ValueError, match="cannot be read"):
+        refused(folder, tmp_path, monkeypatch)
+    for path in (folder / "train" / "red").iterdir():
+        path.unlink()
+    with pytest.raises(ValueError, match="the training split has no class red"):
+        refused(folder, tmp_path, monkeypatch)
+
+
+def test_classes_that_are_missing(tmp_path, digits, monkeypatch):
+    train, test = digits
+    one = Split(train.images, np.zeros_like(train.labels), train.label_names, "made up")
+    monkeypatch.setattr(
+        "etf_zoo.trainer.tune.tuning.load_images", lambda data, split: one if split == "train" else test
+    )
+    with pytest.raises(ValueError, match="all of one class"):
+        load_data(RECIPE)
+    rows = np.flatnonzero(train.labels != 7)
+    monkeypatch.setattr(
+        "etf_zoo.trainer.tune.tuning.load_images", lambda data, split: train.subset(rows) if split == "train" else test
+    )
+    with pytest.raises(ValueError, match="without a training image, such as '7'"):
+        load_data(RECIPE)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "svm"}, "method is one of full, head"),
+        ({"head": "hot"}, "head is one of frame, random, learned, warm"),
+        ({"model": "resnt18"}, "There is no model or folder 'resnt18'. Did you mean"),
+        ({"patience": 3, "holdout": 0.0}, "needs held-out images"),
+        ({"compare": True, "method": "ncm"}, "compare is for training"),
+    ],
+)
+def test_wrong_settings(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(RECIPE, **changes)
+
+
+def test_a_head_that_does_not_fit(tmp_path, digits):
+    with pytest.raises(ValueError, match="needs at least 9 dimensions, got 4"):
+        fine_tune(
+            recipe(tmp_path, model="resnet10t_etf", model_args={"channels": [4, 4, 4, 4], "frame": "simplex"}), *digits
+        )
+
+
+def test_defaults_follow_the_model():
+    assert Finetune().head == "frame"
+    assert Finetune().sizes == [[0, 96]]
+    plain = Finetune(model="resnet18")
+    assert (plain.head, plain.sizes, plain.data.size) == ("learned", [[0, 224]], 224)

@@ -1,0 +1,106 @@
+"""The comparison's script: its cells, what it leaves, the second process, the table, and what is refused."""
+
+import fcntl
+import json
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from etf_zoo.trainer.recipe.config import Data, Recipe
+from etf_zoo.trainer.run.engine import make_model
+from training.experiments import comparison
+from training.experiments.comparison import Comparison, cells, small_stem
+
+PASSES = [{"labels": "label", "seed": 0}, {"labels": "label", "seed": 1, "only": ["frame"]}]
+
+
+@pytest.fixture
+def script(tmp_path, monkeypatch):
+    """Runs the script on digits with two variants; gives its folder of results."""
+    base = {"data": {"source": "digits", "val_split": "test", "size": 16, "limit": 256}, "sizes": [[0, 16]]}
+    base |= {"model": "test_resnet_etf", "epochs": 1, "batch_size": 64, "tensorboard": False}
+    base |= {"output": str(tmp_path / "runs")}
+    file = tmp_path / "list.yaml"
+    variants = {"frame": {"model_args": {"orientation": "blocks"}}, "learned, flat": {"head": "learned"}}
+    settings = {"results": str(tmp_path / "results"), "base": base, "variants": variants, "passes": PASSES}
+    file.write_text(yaml.safe_dump({**settings, "probe_labels": "coarse"}))
+
+    def call(*args):
+        monkeypatch.setattr("sys.argv", ["comparison.py", "--config", str(file), *args])
+        comparison.main()
+        return tmp_path / "results"
+
+    return call
+
+
+def test_refused(script, monkeypatch):
+    with pytest.raises(ValueError, match="time_budget has no place in a comparison"):
+        script("--base.time_budget", "0s")
+    monkeypatch.setattr(
+        "etf_zoo.trainer.run.launching.PartialState", lambda **kwargs: type("Two", (), {"num_processes": 2})
+    )
+    with pytest.raises(ValueError, match="as one process"):
+        script()
+
+
+def started(capsys):
+    return [line for line in capsys.readouterr().out.splitlines() if "-label-" in line]
+
+
+def test_cells_are_run_once_and_shared(script, tmp_path, capsys):
+    held = tmp_path / "runs" / "learned_flat-label-0.lock"
+    held.parent.mkdir()
+    with open(held, "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        results = script()  # another process has that cell
+    assert started(capsys) == ["frame-label-0", "frame-label-1"]
+    assert "Not run: learned, flat (seed 0)." in (results / "table.md").read_text()
+    script()
+    assert started(capsys) == ["learned_flat-label-0"]
+    found = {file.stem: json.loads(file.read_text()) for file in (results / "cells").iterdir()}
+    assert set(found) == {"frame-label-0", "frame-label-1", "learned_flat-label-0"}
+    for cell in found.values():
+        assert 0 <= cell["results"]["top1"] <= 100
+        assert 10 < cell["results"]["probe_top1"] <= 100  # chance is 10
+        assert "severity" not in cell["results"]  # digits have no tree
+    assert found["learned_flat-label-0"]["training"]["recipe"]["head"] == "learned"
+    top1 = [found[f"frame-label-{seed}"]["results"]["top1"] for seed in (0, 1)]
+    row = f"| frame | 2 | {np.mean(top1):.2f} ({top1[0]:.2f}, {top1[1]:.2f}) |"
+    assert row in (results / "table.md").read_text()
+    (results / "table.md").unlink()
+    script("--table_only")
+    assert row in (results / "table.md").read_text()
+
+
+def test_a_recipe_changes_where_its_variant_says(tmp_path):
+    base = Recipe(output=str(tmp_path), data=Data("x", size=32), model_args={"neck": "mlp"})
+    variants = {"a": {"data": {"long_tail": 0.1}, "model_args": {"orientation": "blocks"}}}
+    settings = Comparison("", base, variants=variants, passes=[{"labels": "fine", "seed": 3}])
+    (cell,) = cells(settings)
+    recipe = comparison.recipe_of(settings, cell)
+    assert recipe.data == Data("x", size=32, long_tail=0.1, label_column="fine")
+    assert recipe.model_args == {"neck": "mlp", "orientation": "blocks"}
+    assert (recipe.seed, recipe.resume, base.model_args) == (3, False, {"neck": "mlp"})
+
+
+def test_small_stem_changes_one_convolution():
+    model = make_model(Recipe(model="resnet10t_etf"), 5)
+    with pytest.raises(ValueError, match="conv1, which ResNetETF has not"):  # its stem is deep
+        small_stem(model)
+    model = make_model(Recipe(model="resnet18_etf"), 5)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    small_stem(model)
+    assert model.conv1.weight.shape == (64, 3, 3, 3)
+    changed = [name for name, value in model.state_dict().items() if not torch.equal(value, before[name])]
+    assert changed == ["conv1.weight"]
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 5)
+    with pytest.raises(ValueError, match="conv1, which Linear has not"):
+        small_stem(nn.Linear(2, 2))
+
+
+def test_unknown_variant():
+    with pytest.raises(ValueError, match="variants that there are not: b"):
+        cells(Comparison(variants={"a": {}}, passes=[{"labels": "x", "seed": 0, "only": ["a", "b"]}]))

@@ -1,0 +1,220 @@
+"""Heads side by side under one budget.
+
+`accelerate launch training/experiments/comparison.py --config training/recipes/NAME.yaml`.
+
+Each cell (variant, labels, seed) is one training run. Cells are run in the order of the file; several processes of this
+script share them, each taking the next one that no other holds, and a rerun goes on where the last one stopped. Every
+finished cell is one JSON file in `results`, from which the table is written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from etf_zoo.trainer.data.batches import AnySplit, find_source, limited, load_hierarchy, load_split
+from etf_zoo.trainer.data.long_tail import long_tail_indices
+from etf_zoo.trainer.recipe.config import Data, Recipe, final_size, parse
+from etf_zoo.trainer.recipe.parsing import merged, parse_entries
+from etf_zoo.trainer.run import checkpoint
+from etf_zoo.trainer.run.engine import CHECKPOINTS, Run, make_model
+from etf_zoo.trainer.run.launching import refuse_processes, run_script
+from etf_zoo.trainer.run.locks import held
+from etf_zoo.trainer.run.log import METRICS
+from etf_zoo.trainer.tune.probes import backbone_features, fit_probe
+
+
+@dataclass
+class Comparison:
+    """What to compare.
+
+    Attributes:
+        results: Folder for the raw figures and the table.
+        base: The recipe all share.
+        stem: `timm` for the model's own first layers, `3x3` for a stride-2 3x3 convolution in the place of its 7x7 one,
+            as small images want it.
+        variants: Name -> what it changes in the recipe.
+        passes: What to run, in order: `labels` (a label column), `seed`, and `only` (variants; all by default).
+        probe_labels: After training on other labels than these, a linear probe of the frozen features for these.
+        probe_strength: scikit-learn's C of that probe, on standardized features.
+        table_only: Write the table from what is there, run nothing.
+    """
+
+    results: str = ""
+    base: Recipe = field(default_factory=Recipe)
+    stem: str = "timm"
+    variants: dict[str, dict[str, Any]] = field(default_factory=dict)
+    passes: list[dict[str, Any]] = field(default_factory=list)
+    probe_labels: str = ""
+    probe_strength: float = 0.01
+    table_only: bool = False
+
+
+@dataclass
+class Cell:
+    """One training run of the comparison."""
+
+    variant: str
+    labels: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.variant.replace(' ', '_').replace('+', 'and').replace(',', '')}-{self.labels}-{self.seed}"
+
+
+def cells(settings: Comparison) -> list[Cell]:
+    """All cells, in the order to run them."""
+    found = []
+    for entry in settings.passes:
+        unknown = set(entry.get("only", [])) - settings.variants.keys()
+        if unknown:
+            raise ValueError(f"passes name variants that there are not: {', '.join(sorted(unknown))}.")
+        names = [name for name in settings.variants if name in entry.get("only", settings.variants)]
+        found += [Cell(name, entry["labels"], entry["seed"]) for name in names]
+    return found
+
+
+def recipe_of(settings: Comparison, cell: Cell) -> Recipe:
+    """The recipe of a cell."""
+    entries = merged(dataclasses.asdict(settings.base), settings.variants[cell.variant])
+    entries["seed"], entries["data"]["label_column"] = cell.seed, cell.labels
+    entries["output"] = str(Path(settings.base.output) / cell.name)
+    entries["resume"] = checkpoint.exists(Path(entries["output"]) / CHECKPOINTS)
+    return parse_entries(Recipe, entries)
+
+
+def small_stem(model: nn.Module) -> None:
+    """Replace a ResNet's 7x7 stride-2 convolution by a 3x3 one, in place."""
+    old = getattr(model, "conv1", None)
+    if not isinstance(old, nn.Conv2d):
+        raise ValueError(f"stem 3x3 replaces a convolution called conv1, which {type(model).__name__} has not.")
+    model.conv1 = nn.Conv2d(old.in_channels, old.out_channels, 3, stride=2, padding=1, bias=False)
+    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+
+
+def run_cell(settings: Comparison, cell: Cell) -> dict[str, Any]:
+    """Train one cell and measure it."""
+    recipe = recipe_of(settings, cell)
+    train, val = (load_split(recipe.data, split) for split in (recipe.data.train_split, recipe.data.val_split))
+    rows = np.arange(len(train))
+    if recipe.data.long_tail:
+        rows = long_tail_indices(train.labels, recipe.data.long_tail, recipe.seed)
+        train = train.subset(rows)
+    tree = _tree(recipe.data, val)
+    model = make_model(recipe, len(train.label_names), tree)
+    if settings.stem == "3x3":
+        # a neck drew random numbers: draw the stem after what all backbones drew, so that all get the same
+        make_model(dataclasses.replace(recipe, head="learned", model_args={}), len(train.label_names))
+        small_stem(model)
+    run = Run(recipe, train, val, model, distances=tree)
+    if not run.fit():
+        raise ValueError("time_budget has no place in a comparison, whose cells are run to their end.")
+    figures = last_figures(run)
+    if settings.probe_labels and settings.probe_labels != cell.labels:
+        data = dataclasses.replace(recipe.data, label_column=settings.probe_labels)
+        figures["probe_top1"] = probe(run, data, rows, settings.probe_strength)
+    return {**dataclasses.asdict(cell), "results": figures, "training": run.summary()}
+
+
+def last_figures(run: Run) -> dict[str, float]:
+    """What the run's evaluation after its last epoch gave, from its log."""
+    figures = json.loads((run.folder / METRICS).read_text().splitlines()[-1])
+    return {name.removeprefix("val_"): value for name, value in figures.items() if name.startswith("val_")}
+
+
+def _tree(data: Data, split: AnySplit) -> torch.Tensor | None:
+    """Distances between the classes; None where the data's tree has not these classes as leaves."""
+    if not (Path(find_source(data.source)) / "hierarchy.json").is_file():
+        return None
+    try:
+        return load_hierarchy(data, split.label_names)
+    except ValueError:  # coarse classes are inner nodes
+        return None
+
+
+def probe(run: Run, data: Data, rows: np.ndarray, strength: float) -> float:
+    """Top-1 (%) of a logistic regression on the frozen features of the images that the run was trained on.
+
+    Args:
+        run: The finished run.
+        data: Its data, with the label column to fit.
+        rows: Of the training split, those left by a long tail.
+        strength: scikit-learn's C.
+    """
+    train = load_split(data, data.train_split)
+    val: Any = load_split(data, data.val_split)
+    train: Any = limited(train.subset(rows), data.limit, run.recipe.seed)
+    x, test = (
+        backbone_features(run.plain_model(), split, size=final_size(run.recipe), device=run.accelerator.device)
+        for split in (train, val)
+    )
+    fitted = fit_probe("linear_probe", x, torch.as_tensor(train.labels), train.label_names, strength=strength)
+    return 100 * float((fitted.predict(test.numpy()) == val.labels).mean())
+
+
+def write_table(settings: Comparison) -> None:
+    """`table.md` from the files of finished cells: for each variant means over seeds, and of accuracies each seed's."""
+    done = [json.loads(file.read_text()) for file in sorted(Path(settings.results).glob("cells/*.json"))]
+    columns = {
+        "top-1": "top1",
+        "NC1 (quotient)": "nc1_quotient",
+        "NC1 (CDNV)": "nc1_cdnv",
+        "severity": "severity",
+        "hier. dist@5": "hier_dist@5",
+        "probe": "probe_top1",
+    }
+    lines = []
+    for labels in dict.fromkeys(entry["labels"] for entry in settings.passes):
+        some = [cell for cell in done if cell["labels"] == labels]
+        shown = {k: v for k, v in columns.items() if any(v in cell["results"] for cell in some)}
+        lines += [f"Trained on `{labels}`:", "", f"| variant | seeds | {' | '.join(shown)} |"]
+        lines += ["|---|---|" + "---|" * len(shown)]
+        for name in settings.variants:
+            mine = [cell["results"] for cell in some if cell["variant"] == name]
+            if mine:
+                values = [_mean([r[k] for r in mine if k in r], each=k.endswith("top1")) for k in shown.values()]
+                lines.append(f"| {name} | {len(mine)} | {' | '.join(values)} |")
+        planned = [cell for cell in cells(settings) if cell.labels == labels]
+        have = {(cell["variant"], cell["seed"]) for cell in some}
+        left = []
+        for seed in dict.fromkeys(cell.seed for cell in planned):
+            missing = [cell.variant for cell in planned if cell.seed == seed and (cell.variant, seed) not in have]
+            some_done = any(seed == other for _, other in have)
+            left += [f"{'; '.join(missing) if some_done else 'all'} (seed {seed})"] if missing else []
+        lines += ["", f"Not run: {'; '.join(left)}." if left else "", ""]
+    (Path(settings.results) / "table.md").write_text("\n".join(lines).strip() + "\n")
+
+
+def _mean(values: list[float], each: bool) -> str:
+    mean = f"{np.mean(values):.2f}" if values else ""
+    return f"{mean} ({', '.join(f'{value:.2f}' for value in values)})" if each and len(values) > 1 else mean
+
+
+def main() -> None:
+    refuse_processes()
+    settings = parse(Comparison)
+    folder = Path(settings.results) / "cells"
+    folder.mkdir(parents=True, exist_ok=True)
+    for cell in [] if settings.table_only else cells(settings):
+        file = folder / f"{cell.name}.json"
+        with held(Path(settings.base.output) / f"{cell.name}.lock") as free:
+            if not free or file.is_file():
+                continue
+            print(cell.name, flush=True)
+            new = file.with_suffix(".new")
+            new.write_text(json.dumps(run_cell(settings, cell), indent=1) + "\n")
+            os.replace(new, file)
+    write_table(settings)
+
+
+if __name__ == "__main__":
+    run_script(main)
