@@ -10,6 +10,8 @@ import torch
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 
+from ..errors import EtfZooError, MissingPackageError
+
 __all__ = ["Images"]
 
 
@@ -33,20 +35,20 @@ class Images:
             import datasets
             import tqdm  # noqa: F401
         except ImportError as error:
-            raise RuntimeError(f"Reading --data needs {error.name}: pip install 'etf-zoo[training]'.") from None
+            raise MissingPackageError(f"Reading --data needs {error.name}: pip install 'etf-zoo[training]'.") from None
         folder = Path(data)
         try:
             is_images = folder.is_dir() and not any(folder.rglob("*.parquet"))
             where: Any = {"path": "imagefolder", "data_dir": data} if is_images else {"path": data}
             rows: Any = datasets.load_dataset(**where, split=split)
         except (FileNotFoundError, ValueError, ConnectionError) as error:
-            raise ValueError(f"Cannot read split {split!r} of {data!r}: {error}") from None
+            raise EtfZooError(f"Cannot read split {split!r} of {data!r}: {error}") from None
         for column in (image_column, label_column):
             if column not in rows.column_names:
-                raise ValueError(f"{data} has no column {column!r} but {', '.join(rows.column_names)}.")
+                raise EtfZooError(f"{data} has no column {column!r} but {', '.join(rows.column_names)}.")
         self.names: list[str] | None = getattr(rows.features[label_column], "names", None)
         if self.names is None:
-            raise ValueError(f"Column {label_column!r} has no class names; name a column of class labels.")
+            raise EtfZooError(f"Column {label_column!r} has no class names; name a column of class labels.")
         self.rows = rows.cast_column(image_column, datasets.Image(mode="RGB"))
         self.image_column, self.label_column, self.batch_size = image_column, label_column, batch_size
 
@@ -79,7 +81,7 @@ class _Batches:
             images = [self.transform(image.convert("RGB")) for image in batch[source.image_column]]
             own = batch[source.label_column]
             if wrong := [label for label in own if label is None or not 0 <= label < len(self.numbers)]:
-                raise ValueError(
+                raise EtfZooError(
                     f"Label {wrong[0]} is none of 0 to {len(self.numbers) - 1}: some images have no label, as "
                     f"in many test splits on the Hub. Name another with --split."
                 )
@@ -91,11 +93,11 @@ def _label_numbers(own: Sequence[str] | None, theirs: Sequence[str], num_classes
     """Model's number for each of the data's labels, by name; by position only where the model has no names."""
     if own is None:
         if len(theirs) != num_classes:
-            raise ValueError(f"The model has {num_classes} classes, the data {len(theirs)}.")
+            raise EtfZooError(f"The model has {num_classes} classes, the data {len(theirs)}.")
         return list(range(num_classes))
     missing = [name for name in theirs if name not in own]
     if missing:
-        raise ValueError(
+        raise EtfZooError(
             f"The model does not know {len(missing)} of the data's {len(theirs)} classes, such as {missing[0]!r}; it "
             f"knows {', '.join(repr(name) for name in own[:3])} and so on. Fine-tune it on this data first."
         )

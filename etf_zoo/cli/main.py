@@ -11,6 +11,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from ..errors import EtfZooError
+
 __all__ = ["main"]
 
 
@@ -29,7 +31,7 @@ def _load(name: str, pretrained: bool = True) -> Any:
 
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f" Did you mean {', '.join(near)}?" if near else ""
-        raise ValueError(f"There is no model or folder {name!r}.{hint} `etf-zoo list` shows the names.")
+        raise EtfZooError(f"There is no model or folder {name!r}.{hint} `etf-zoo list` shows the names.")
     with hub_errors(name.removeprefix("hf-hub:")) if name.startswith("hf-hub:") else nullcontext():
         return timm.create_model(name, pretrained=pretrained)
 
@@ -44,7 +46,7 @@ def _list(args: argparse.Namespace) -> None:
         pattern = f"{pattern}_etf*" if args.pretrained else f"{pattern}_etf"
     names = timm.list_pretrained(pattern) if args.pretrained else timm.list_models(pattern)
     if not names:
-        raise ValueError(f"No model matches {pattern!r}.")
+        raise EtfZooError(f"No model matches {pattern!r}.")
     width = max(map(len, names))
     print("\n".join(f"{name:<{width}}  {_source(name)}" if args.pretrained else name for name in names))
 
@@ -140,7 +142,7 @@ def _predict(args: argparse.Namespace) -> None:
             images.append(ImageOps.exif_transpose(Image.open(path)).convert("RGB"))  # upright, as in training
         except (UnidentifiedImageError, OSError) as error:
             reason = "is not an image" if isinstance(error, UnidentifiedImageError) else f"cannot be read: {error}"
-            raise ValueError(f"{path} {reason}.") from None
+            raise EtfZooError(f"{path} {reason}.") from None
     model = _load(args.name).eval()
     transform: Any = create_transform(**resolve_data_config(model=model), is_training=False)
     names = model.pretrained_cfg.get("label_names") or [str(i) for i in range(model.num_classes)]
@@ -187,7 +189,7 @@ def _convert(args: argparse.Namespace) -> None:
     from ..sharing.export import convert_checkpoint
 
     if args.center and not (args.data and args.mode == "nearest"):
-        raise ValueError("--center SPLIT takes the mean features of --data, for --mode nearest.")
+        raise EtfZooError("--center SPLIT takes the mean features of --data, for --mode nearest.")
     data_name = Path(args.data).resolve().name if args.data and Path(args.data).is_dir() else args.data
     results = convert_checkpoint(
         args.source,
@@ -209,7 +211,7 @@ def _export(args: argparse.Namespace) -> None:
 
     model = _load(args.name).eval()
     if not (args.plain or args.onnx):
-        raise ValueError("Say what to export: --plain (a checkpoint for stock timm), --onnx, or both.")
+        raise EtfZooError("Say what to export: --plain (a checkpoint for stock timm), --onnx, or both.")
     if args.plain:
         same = export_plain(model, args.out, half=args.half)
         print(f"{args.out}: same top-1 predictions, {'the same' if same else 'another'} softmax")
@@ -236,7 +238,7 @@ def _publish(args: argparse.Namespace) -> None:
     from ..weights.native import cards_folder
 
     if bool(args.name) == args.all or (args.all and not args.org) or (args.org and args.repo_id):
-        raise ValueError("Publish one folder or name, with --repo-id ORG/NAME, or the zoo with --all --org ORG.")
+        raise EtfZooError("Publish one folder or name, with --repo-id ORG/NAME, or the zoo with --all --org ORG.")
     if args.all:
         folders = list(zoo_folders())
     else:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..errors import EtfZooError
 from ..layers.classifier import FrameClassifier
 from ..metrics import MistakeSeverity, NeuralCollapse, sum_over_processes
 from ..models.heads import frame_heads
@@ -128,7 +129,7 @@ def measure(
 
 def _timm_forward(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     if not (hasattr(model, "forward_features") and hasattr(model, "forward_head")):
-        raise ValueError(
+        raise EtfZooError(
             f"{type(model).__name__} has no forward_features and forward_head. Unwrap it (accelerator.unwrap_model), "
             f"or pass forward=, a function of (model, images) that gives (features, logits)."
         )
@@ -153,7 +154,7 @@ def _forwarded(
         if features.ndim > 2 and features.shape[1:].numel() == features.shape[1]:  # (B, d, 1, 1)
             features = features.flatten(1)
         if features.ndim != 2 or logits.ndim != 2 or len(features) != len(labels) or len(logits) != len(labels):
-            raise ValueError(
+            raise EtfZooError(
                 f"Expected features (batch, d) and logits (batch, K) for labels {tuple(labels.shape)}, got "
                 f"{tuple(features.shape)} and {tuple(logits.shape)}. Pass forward= to say what to take."
             )
@@ -183,7 +184,7 @@ class _Tally:
 
     def _start(self, num_classes: int | None, dim: int | None) -> None:
         if not num_classes or not dim:
-            raise ValueError("There are no batches, and the model does not say how wide its features are.")
+            raise EtfZooError("There are no batches, and the model does not say how wide its features are.")
         self.num_classes = num_classes
         wide = dim > FULL_COVARIANCE_DIM
         self.collapse = NeuralCollapse(num_classes, dim, diagonal=wide, device=self.device)
@@ -244,7 +245,7 @@ class _Tally:
         if overflow.item():
             self.stored = None
         if not self.sums[0]:
-            raise ValueError("There are no samples to evaluate on: the batches are empty.")
+            raise EtfZooError("There are no samples to evaluate on: the batches are empty.")
 
     def finish(self, processes: Any, global_mean: str) -> Measurement:
         if processes is not None:

@@ -6,6 +6,7 @@ import math
 
 from torch import Tensor
 
+from ..errors import EtfZooError
 from .codes import best_frame, quick_code, random_frame
 from .hierarchy import check_gamma, check_hierarchy_fits, check_matrix, hierarchy_frame
 from .orientation import resolve_orientation, turn_to_blocks
@@ -43,26 +44,28 @@ def check_frame(
     """
     check_sizes(num_classes, dim)
     if (hierarchy is not None) != (isinstance(frame, str) and frame == "hierarchy"):
-        raise ValueError(
+        raise EtfZooError(
             "frame='hierarchy' and hierarchy=D, the distances between classes (K, K), go together: "
             "D = etf_zoo.frames.Hierarchy.from_json(path).distances(class_names)."
         )
     if hierarchy is not None:
         check_matrix(hierarchy)
         if len(hierarchy) != num_classes:
-            raise ValueError(f"hierarchy has shape {tuple(hierarchy.shape)} for {num_classes} classes.")
+            raise EtfZooError(f"hierarchy has shape {tuple(hierarchy.shape)} for {num_classes} classes.")
         check_hierarchy_fits(num_classes, dim)
         check_gamma(gamma)
     if isinstance(frame, Tensor):
         if frame.shape != (num_classes, dim):
-            raise ValueError(f"The frame has shape {tuple(frame.shape)}, the head needs ({num_classes}, {dim}).")
+            raise EtfZooError(f"The frame has shape {tuple(frame.shape)}, the head needs ({num_classes}, {dim}).")
         if not frame.is_meta:
             check_unit_rows(frame)
     elif frame == HELMERT:
         if dim != num_classes - 1:
-            raise ValueError(f"frame={HELMERT!r} is {num_classes - 1} wide, the features are {dim}: use neck='linear'.")
+            raise EtfZooError(
+                f"frame={HELMERT!r} is {num_classes - 1} wide, the features are {dim}: use neck='linear'."
+            )
     elif frame not in (*FRAMES, CUSTOM):
-        raise ValueError(f"Unknown frame {frame!r}. Choose one of {', '.join(FRAMES)}, or pass a tensor (K, dim).")
+        raise EtfZooError(f"Unknown frame {frame!r}. Choose one of {', '.join(FRAMES)}, or pass a tensor (K, dim).")
     elif frame != CUSTOM:
         if frame == "simplex":
             check_simplex_fits(num_classes, dim)
@@ -101,7 +104,7 @@ def build_frame(
     if isinstance(frame, Tensor):
         return frame.detach().clone().float()
     if frame == CUSTOM:
-        raise ValueError(
+        raise EtfZooError(
             f"frame={CUSTOM!r} names a frame that was given as a tensor and that only its weights hold: load them "
             f"(pretrained=True), pass the tensor itself, or choose one of {', '.join(FRAMES)}."
         )
@@ -122,7 +125,7 @@ def check_unit_rows(frame: Tensor, tolerance: float = 5e-3) -> None:  # bfloat16
     """Raise ValueError unless all rows of a frame have length 1."""
     norms = frame.detach().float().norm(dim=1)
     if not bool((norms - 1).abs().le(tolerance).all()):
-        raise ValueError(
+        raise EtfZooError(
             f"A frame has unit rows, this matrix has row norms from {norms.min():.4g} to {norms.max():.4g}. It looks "
             f"like a learned classifier: use etf_zoo.frames.nearest_simplex_etf(matrix), or normalize its rows."
         )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..errors import EtfZooError
 from .orientation import resolve_orientation
 from .simplex import check_sizes, haar_columns, helmert_basis, simplex_etf
 
@@ -37,7 +38,7 @@ def orthogonal_simplices(num_classes: int, dim: int, *, seed: int = 0) -> Tensor
     """
     check_sizes(num_classes, dim)
     if not dim < num_classes <= 2 * dim:
-        raise ValueError(
+        raise EtfZooError(
             f"Orthogonal simplices need dim < num_classes <= 2 * dim, got {num_classes} classes in {dim} dimensions. "
             f"Use frame='auto', which picks the right arrangement."
         )

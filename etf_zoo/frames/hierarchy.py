@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..errors import EtfZooError
 from .simplex import check_room, haar_columns
 
 __all__ = ["Hierarchy", "hierarchy_cosines", "hierarchy_frame"]
@@ -28,15 +29,15 @@ class Hierarchy:
 
     def __init__(self, parents: Mapping[str, str]):
         if not parents:
-            raise ValueError("The hierarchy is empty: give {child: parent} for every node but the root.")
+            raise EtfZooError("The hierarchy is empty: give {child: parent} for every node but the root.")
         for child, parent in parents.items():
             if not isinstance(child, str) or not isinstance(parent, str):
-                raise ValueError(f"A hierarchy maps a child's name to its parent's, got {child!r}: {parent!r}.")
+                raise EtfZooError(f"A hierarchy maps a child's name to its parent's, got {child!r}: {parent!r}.")
         self.parents = dict(parents)
         self._check_acyclic()
         roots = sorted(set(self.parents.values()) - self.parents.keys())
         if len(roots) != 1:
-            raise ValueError(
+            raise EtfZooError(
                 f"A hierarchy has one root, this one has {len(roots)}: {', '.join(roots[:5])}. "
                 f"Add a common parent above them."
             )
@@ -59,9 +60,9 @@ class Hierarchy:
         try:
             parents = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_unique_keys)
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+            raise EtfZooError(f"{path}: {error}") from error
         if not isinstance(parents, dict):
-            raise ValueError(f"{path} holds a {type(parents).__name__}, expected one object {{child: parent}}.")
+            raise EtfZooError(f"{path} holds a {type(parents).__name__}, expected one object {{child: parent}}.")
         return cls(parents)
 
     def _check_acyclic(self) -> None:
@@ -73,7 +74,7 @@ class Hierarchy:
                 if node in path:
                     nodes = list(path)
                     cycle = nodes[nodes.index(node) :] + [node]
-                    raise ValueError(f"The hierarchy has a cycle: {' -> '.join(cycle)}.")
+                    raise EtfZooError(f"The hierarchy has a cycle: {' -> '.join(cycle)}.")
                 path[node] = None
                 node = self.parents[node]
             done.update(path)
@@ -104,7 +105,7 @@ class Hierarchy:
         if node not in self._heights:
             close = difflib.get_close_matches(node, self._heights, n=1)
             hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"{node!r} is not in the hierarchy.{hint}")
+            raise EtfZooError(f"{node!r} is not in the hierarchy.{hint}")
         return self._heights[node]
 
     def distances(self, class_names: Sequence[str]) -> Tensor:
@@ -122,10 +123,10 @@ class Hierarchy:
         names = list(class_names)
         if len(set(names)) < len(names):
             twice = sorted({name for name in names if names.count(name) > 1})
-            raise ValueError(f"Classes named twice: {', '.join(twice[:5])}.")
+            raise EtfZooError(f"Classes named twice: {', '.join(twice[:5])}.")
         inner = [name for name in names if self.height(name) > 0]
         if inner:
-            raise ValueError(f"Classes are leaves of the hierarchy, but these have children: {', '.join(inner[:5])}.")
+            raise EtfZooError(f"Classes are leaves of the hierarchy, but these have children: {', '.join(inner[:5])}.")
         below: dict[str, list[int]] = {}  # node -> the classes under it
         for i, name in enumerate(names):
             node = name
@@ -146,7 +147,7 @@ def _unique_keys(pairs: list[tuple[str, str]]) -> dict[str, str]:
     seen: dict[str, str] = {}
     for child, parent in pairs:
         if child in seen:
-            raise ValueError(f"{child!r} is named twice, under {seen[child]!r} and {parent!r}; a tree has it once.")
+            raise EtfZooError(f"{child!r} is named twice, under {seen[child]!r} and {parent!r}; a tree has it once.")
         seen[child] = parent
     return seen
 
@@ -212,18 +213,18 @@ def check_hierarchy_fits(num_classes: int, dim: int) -> None:
 def check_gamma(gamma: float) -> None:
     """Raise ValueError unless gamma is positive and finite."""
     if not (math.isfinite(gamma) and gamma > 0):
-        raise ValueError(f"gamma must be positive and finite, got {gamma}.")
+        raise EtfZooError(f"gamma must be positive and finite, got {gamma}.")
 
 
 def check_matrix(distance: Tensor) -> None:
     """Raise ValueError unless distances are a square matrix of at least two classes."""
     if not isinstance(distance, Tensor):
-        raise ValueError(
+        raise EtfZooError(
             f"The distances between classes are a tensor (K, K), got a {type(distance).__name__}. For a tree: "
             f"Hierarchy.distances(class_names); for a list or an array: torch.as_tensor(...)."
         )
     if distance.ndim != 2 or distance.shape[0] != distance.shape[1] or distance.shape[0] < 2:
-        raise ValueError(f"distance must be a square matrix of at least two classes, got {tuple(distance.shape)}.")
+        raise EtfZooError(f"distance must be a square matrix of at least two classes, got {tuple(distance.shape)}.")
 
 
 def _solve(distance: Tensor, gamma: float) -> tuple[Tensor, Tensor, float]:
@@ -233,7 +234,7 @@ def _solve(distance: Tensor, gamma: float) -> tuple[Tensor, Tensor, float]:
     e = torch.exp(-gamma * d / d.max())
     lower, info = torch.linalg.cholesky_ex(e)
     if info != 0:
-        raise ValueError(
+        raise EtfZooError(
             "exp(-gamma * distance / max) is not positive definite, so no vectors have these cosines. Tree heights "
             "(Hierarchy.distances) always do; for another dissimilarity try a larger gamma."
         )
@@ -247,11 +248,11 @@ def _checked(distance: Tensor) -> Tensor:
     check_matrix(distance)
     d = distance.detach().cpu().double()
     if not bool(torch.isfinite(d).all()) or bool((d < 0).any()):
-        raise ValueError("distance must be finite and nonnegative.")
+        raise EtfZooError("distance must be finite and nonnegative.")
     if not torch.equal(d, d.T):
-        raise ValueError("distance must be symmetric.")
+        raise EtfZooError("distance must be symmetric.")
     if bool(d.diagonal().any()):
-        raise ValueError("distance must be zero on the diagonal.")
+        raise EtfZooError("distance must be zero on the diagonal.")
     if int((d == 0).sum()) > len(d):
-        raise ValueError("Two classes have distance 0; no frame tells them apart. Merge them or give them a distance.")
+        raise EtfZooError("Two classes have distance 0; no frame tells them apart. Merge them or give them a distance.")
     return d

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..errors import EtfZooError
+
 __all__ = ["ORIENTATIONS", "block_indicators", "resolve_orientation", "turn_to_blocks"]
 
 ORIENTATIONS = ("auto", "random", "blocks")
@@ -17,9 +19,9 @@ def resolve_orientation(orientation: str, num_classes: int, dim: int) -> str:
         ValueError: On an unknown orientation, or on blocks where there are more classes than coordinates.
     """
     if orientation not in ORIENTATIONS:
-        raise ValueError(f"Unknown orientation {orientation!r}. Choose one of {', '.join(ORIENTATIONS)}.")
+        raise EtfZooError(f"Unknown orientation {orientation!r}. Choose one of {', '.join(ORIENTATIONS)}.")
     if orientation == "blocks" and dim < num_classes:
-        raise ValueError(
+        raise EtfZooError(
             f"orientation='blocks' gives every class coordinates of its own and needs dim >= num_classes, "
             f"got dim={dim} for {num_classes} classes. Use orientation='auto'."
         )

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from ..errors import EtfZooError
+
 __all__ = ["polar_factor"]
 
 # Ratio of the Gram matrix's smallest to largest eigenvalue: above the first its square root keeps ten digits, above the
@@ -51,9 +53,9 @@ def polar_factor(matrix: Tensor, *, eps: float = torch.finfo(torch.float64).eps)
     """
     n, d = matrix.shape
     if n > d:
-        raise ValueError(f"A matrix of {n} rows and {d} columns has no factor with orthonormal rows.")
+        raise EtfZooError(f"A matrix of {n} rows and {d} columns has no factor with orthonormal rows.")
     if matrix.dtype != torch.float64:
-        raise ValueError(f"Squaring the condition number needs float64, got {matrix.dtype}.")
+        raise EtfZooError(f"Squaring the condition number needs float64, got {matrix.dtype}.")
     gram = matrix @ matrix.T
     with _one_thread(n):
         values, vectors = torch.linalg.eigh(gram)

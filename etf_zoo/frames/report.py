@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..errors import EtfZooError
 from .simplex import check_simplex_fits
 
 __all__ = ["FrameReport", "frame_report", "simplex_report"]
@@ -58,11 +59,11 @@ def frame_report(weight: Tensor) -> FrameReport:
         ValueError: If `weight` is not a matrix of at least two rows, all finite and nonzero.
     """
     if weight.ndim != 2 or weight.shape[0] < 2:
-        raise ValueError(f"Expected a matrix (num_classes, dim) of at least two rows, got {tuple(weight.shape)}.")
+        raise EtfZooError(f"Expected a matrix (num_classes, dim) of at least two rows, got {tuple(weight.shape)}.")
     w = weight.detach().cpu().double()
     norms = w.norm(dim=1, keepdim=True)
     if not bool((torch.isfinite(norms) & (norms > 0)).all()):
-        raise ValueError("A row of the frame is zero or not finite and has no direction.")
+        raise EtfZooError("A row of the frame is zero or not finite and has no direction.")
     w = w / norms
     k, dim = w.shape
     ideal = -1 / (k - 1)

@@ -12,6 +12,7 @@ import warnings
 import torch
 from torch import Tensor
 
+from ..errors import EtfZooError
 from .orientation import block_indicators, resolve_orientation
 from .polar import polar_factor
 
@@ -75,9 +76,9 @@ def haar_columns(dim: int, columns: int, seed: int) -> Tensor:
 def check_sizes(num_classes: int, dim: int) -> None:
     """Raise ValueError unless a frame of `num_classes` vectors in `dim` dimensions makes sense at all."""
     if num_classes < 2:
-        raise ValueError(f"A frame needs at least 2 classes, got num_classes={num_classes}.")
+        raise EtfZooError(f"A frame needs at least 2 classes, got num_classes={num_classes}.")
     if dim < 1:
-        raise ValueError(f"A frame needs at least 1 dimension, got dim={dim}.")
+        raise EtfZooError(f"A frame needs at least 1 dimension, got dim={dim}.")
 
 
 def check_simplex_fits(num_classes: int, dim: int) -> None:
@@ -95,7 +96,7 @@ def check_room(what: str, num_classes: int, dim: int, way_out: str) -> None:
     """Raise ValueError, naming the way out, unless there are the K - 1 dimensions that a frame needs."""
     check_sizes(num_classes, dim)
     if dim < num_classes - 1:
-        raise ValueError(
+        raise EtfZooError(
             f"A {what} of {num_classes} classes needs at least {num_classes - 1} dimensions, got {dim}. {way_out}"
         )
 
@@ -153,18 +154,18 @@ def nearest_simplex_etf(weight: Tensor, *, previous: Tensor | None = None, delta
         UserWarning: If `weight` has rank below K - 1 (the minimizer is then not unique) and `previous` is not given.
     """
     if weight.ndim != 2:
-        raise ValueError(f"Expected a matrix (num_classes, dim), got shape {tuple(weight.shape)}.")
+        raise EtfZooError(f"Expected a matrix (num_classes, dim), got shape {tuple(weight.shape)}.")
     k, dim = weight.shape
     check_simplex_fits(k, dim)
     a = weight.detach().cpu().double()
     if not torch.isfinite(a).all():
-        raise ValueError("The matrix has entries that are not finite; no nearest simplex ETF exists.")
+        raise EtfZooError("The matrix has entries that are not finite; no nearest simplex ETF exists.")
     a = a - a.mean(dim=0)  # before the product, which would round a large mean instead of removing it
     basis = helmert_basis(k)
     m = basis.T @ a
     if previous is not None:
         if previous.shape != weight.shape:
-            raise ValueError(f"previous has shape {tuple(previous.shape)}, weight {tuple(weight.shape)}.")
+            raise EtfZooError(f"previous has shape {tuple(previous.shape)}, weight {tuple(weight.shape)}.")
         p = basis.T @ previous.detach().cpu().double()
         p = p / p.norm().clamp_min(torch.finfo(torch.float64).tiny)
         m = m + delta * m.norm() * p if m.any() else p  # to a matrix that is all zero the earlier solution is nearest

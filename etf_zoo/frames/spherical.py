@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..errors import EtfZooError
 from .codes import best_frame, quick_code, random_frame
 from .simplex import check_sizes
 
@@ -56,11 +57,11 @@ def spherical_code(
     if num_classes <= 2 * dim:
         return best_frame(num_classes, dim, orientation="random", seed=seed)
     if dim == 1:
-        raise ValueError(f"One dimension has two directions, not {num_classes}; give dim at least 2.")
+        raise EtfZooError(f"One dimension has two directions, not {num_classes}; give dim at least 2.")
     small = num_classes * (num_classes - 1) // 2 <= _RESTART_PAIRS
     restarts = restarts if restarts is not None else (8 if small else 1)
     if min(restarts, steps, stages) < 1:
-        raise ValueError(f"restarts, steps and stages must be positive, got {restarts}, {steps}, {stages}.")
+        raise EtfZooError(f"restarts, steps and stages must be positive, got {restarts}, {steps}, {stages}.")
     start = random_frame if small else quick_code
     starts = (start(num_classes, dim, seed=seed + i).double() for i in range(restarts))
     return min((_optimize(frame, steps, stages) for frame in starts), key=_largest_cosine).float()

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..errors import EtfZooError
 from ..frames.build import CUSTOM, HELMERT, build_frame, check_frame, check_unit_rows
 from ..frames.numerics import at_least_float32, unit
 from .necks import LastDimBatchNorm, build_neck
@@ -147,7 +148,7 @@ class FrameClassifier(nn.Module):
     ):
         super().__init__()
         if feature_norm not in FEATURE_NORMS:
-            raise ValueError(f"Unknown feature_norm {feature_norm!r}. Choose one of {', '.join(FEATURE_NORMS)}.")
+            raise EtfZooError(f"Unknown feature_norm {feature_norm!r}. Choose one of {', '.join(FEATURE_NORMS)}.")
         device = torch.empty(0, device=device).device  # None means the default device, `with torch.device(...)` too
         self.in_features = in_features
         self.num_classes = num_classes
@@ -189,12 +190,12 @@ class FrameClassifier(nn.Module):
     def _initial_scale(self, logit_scale: float | str) -> float:
         if isinstance(logit_scale, str):
             if logit_scale not in ("auto", "learnable"):
-                raise ValueError(f"Unknown logit_scale {logit_scale!r}. Give a number, 'auto' or 'learnable'.")
+                raise EtfZooError(f"Unknown logit_scale {logit_scale!r}. Give a number, 'auto' or 'learnable'.")
             if self.feature_norm == "none" or self.weight.is_meta:
                 return 1.0
             return solve_logit_scale(self.weight)
         if not (math.isfinite(logit_scale) and logit_scale > 0):
-            raise ValueError(f"logit_scale must be positive and finite, got {logit_scale}.")
+            raise EtfZooError(f"logit_scale must be positive and finite, got {logit_scale}.")
         return float(logit_scale)
 
     @property
@@ -277,12 +278,12 @@ def _check_conversion(frame: str, neck: str | nn.Module | None, feature_norm: st
     """Raise ValueError unless the Helmert frame and the linear neck come together, as conversion writes them."""
     linear = isinstance(neck, str) and neck == "linear"
     if linear and frame != HELMERT:
-        raise ValueError(
+        raise EtfZooError(
             "A linear neck in front of a fixed frame is a learned classifier by another name. It is there for "
             f"converted classifiers only (frame={HELMERT!r}); use neck='mlp' or neck='residual'."
         )
     if frame == HELMERT and not (linear and feature_norm == "none"):
-        raise ValueError(
+        raise EtfZooError(
             f"frame={HELMERT!r} is for converted classifiers and needs neck='linear' and feature_norm='none'. "
             f"To train with a simplex use frame='simplex' or 'auto'."
         )

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..errors import EtfZooError
 from ..frames import nearest_simplex_etf
 from ..frames.simplex import check_simplex_fits
 from .classifier import FrameClassifier
@@ -63,11 +64,11 @@ class MovingFrameClassifier(FrameClassifier):
         super().__init__(in_features, num_classes, **kwargs)
         check_simplex_fits(num_classes, self.dim)
         if not 0 <= momentum < 1:
-            raise ValueError(f"momentum is the share of the old means that is kept, in [0, 1), got {momentum}.")
+            raise EtfZooError(f"momentum is the share of the old means that is kept, in [0, 1), got {momentum}.")
         if update_every < 1:
-            raise ValueError(f"update_every counts steps and is at least 1, got {update_every}.")
+            raise EtfZooError(f"update_every counts steps and is at least 1, got {update_every}.")
         if not (math.isfinite(delta) and delta > 0):
-            raise ValueError(f"delta must be positive and finite, got {delta}: without it the frame jumps.")
+            raise EtfZooError(f"delta must be positive and finite, got {delta}: without it the frame jumps.")
         self.momentum, self.update_every, self.delta = momentum, update_every, delta
         device = self.weight.device
         self.register_buffer("class_means", torch.zeros(num_classes, self.dim, dtype=torch.float32, device=device))
@@ -89,12 +90,12 @@ class MovingFrameClassifier(FrameClassifier):
             ValueError: On other shapes, labels outside [0, K), or embeddings that are not finite (on any process).
         """
         if embeddings.ndim != 2 or embeddings.shape[1] != self.dim or labels.shape != embeddings.shape[:1]:
-            raise ValueError(
+            raise EtfZooError(
                 f"Expected embeddings (B, {self.dim}) and labels (B,), got {tuple(embeddings.shape)} and "
                 f"{tuple(labels.shape)}. Flatten positions of a map first."
             )
         if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
-            raise ValueError(f"Labels must lie in [0, {self.num_classes}), got {labels.min()} to {labels.max()}.")
+            raise EtfZooError(f"Labels must lie in [0, {self.num_classes}), got {labels.min()} to {labels.max()}.")
         # sums and counts in one matrix, so that one reduction serves
         sums = torch.zeros(self.num_classes, self.dim + 1, dtype=torch.float32, device=self.weight.device)
         rows = torch.cat([embeddings.float(), embeddings.new_ones(len(embeddings), 1).float()], dim=1)
@@ -103,7 +104,7 @@ class MovingFrameClassifier(FrameClassifier):
         if reduced:
             dist.all_reduce(sums)
         if not bool(torch.isfinite(sums).all()):
-            raise ValueError("The embeddings are not finite; the class means are left as they were.")
+            raise EtfZooError("The embeddings are not finite; the class means are left as they were.")
         counts = sums[:, -1:]
         present = counts.squeeze(1) > 0
         means = sums[:, :-1] / counts.clamp_min(1)
@@ -151,7 +152,7 @@ def copy_moving_frames(target: nn.Module, source: nn.Module) -> int:
     """
     ours, theirs = _moving_heads(target), _moving_heads(source)
     if ours.keys() != theirs.keys():
-        raise ValueError(f"The models have different moving heads: {sorted(ours)} and {sorted(theirs)}.")
+        raise EtfZooError(f"The models have different moving heads: {sorted(ours)} and {sorted(theirs)}.")
     for name, head in ours.items():
         for leaf in ("weight", "class_means", "class_seen", "steps_seen"):
             getattr(head, leaf).copy_(getattr(theirs[name], leaf))

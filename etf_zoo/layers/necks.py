@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..errors import EtfZooError
+
 __all__ = ["LastDimBatchNorm", "mlp_neck", "ResidualNeck", "Center", "build_neck", "NECKS"]
 
 NECKS = ("mlp", "residual")
@@ -130,4 +132,4 @@ def build_neck(name: str, in_features: int, num_classes: int, *, device=None) ->
         return nn.Linear(in_features, num_classes - 1, device=device), num_classes - 1
     if name == "center":
         return Center(in_features, device=device), in_features
-    raise ValueError(f"Unknown neck {name!r}. Choose one of {', '.join(NECKS)}, or None.")
+    raise EtfZooError(f"Unknown neck {name!r}. Choose one of {', '.join(NECKS)}, or None.")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ..errors import EtfZooError
+
 __all__ = ["read_switch"]
 
 
@@ -23,8 +25,8 @@ def read_switch(name: str, value: Any, known: Iterable[str]) -> bool | dict[str,
         return bool(value)
     takes = ", ".join(known)
     if not isinstance(value, Mapping):
-        raise ValueError(f"{name} is True, False or a mapping with any of {takes}; got {value!r}.")
+        raise EtfZooError(f"{name} is True, False or a mapping with any of {takes}; got {value!r}.")
     unknown = [str(key) for key in value if key not in known]
     if unknown:
-        raise ValueError(f"{name} takes {takes}; not {', '.join(unknown)}.")
+        raise EtfZooError(f"{name} takes {takes}; not {', '.join(unknown)}.")
     return dict(value) or True

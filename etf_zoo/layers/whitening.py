@@ -10,6 +10,7 @@ from timm.layers import norm_act as timm_norm_act
 from timm.models._input import update_model_args
 from torch import Tensor, nn
 
+from ..errors import EtfZooError
 from .classifier import FrameClassifier
 from .switches import read_switch
 
@@ -86,7 +87,7 @@ class Whitening(nn.Module):
     ):
         super().__init__()
         if min(num_features, group_size, iterations) < 1:
-            raise ValueError(
+            raise EtfZooError(
                 f"num_features, group_size and iterations must be positive, got {num_features}, {group_size}, "
                 f"{iterations}."
             )
@@ -103,7 +104,7 @@ class Whitening(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[-1 if self.channels_last else 1] != self.num_features:
-            raise ValueError(f"Expected {self.num_features} channels, got a tensor of shape {tuple(x.shape)}.")
+            raise EtfZooError(f"Expected {self.num_features} channels, got a tensor of shape {tuple(x.shape)}.")
         rows = x if self.channels_last else x.movedim(1, -1)
         with torch.autocast(x.device.type, enabled=False):
             flat = rows.reshape(-1, self.num_features)
@@ -117,7 +118,7 @@ class Whitening(nn.Module):
         """`(N, C)` to `(N, C)`."""
         if self.training:
             if len(x) < 2:
-                raise ValueError("Whitening needs at least two samples in training; make the batch larger.")
+                raise EtfZooError("Whitening needs at least two samples in training; make the batch larger.")
             mean = x.mean(dim=0)
             self._average(self.running_mean, mean)
         else:
@@ -214,10 +215,10 @@ def whiten_last_norm(model: nn.Module, *, name: str = "", **kwargs) -> str:
             and not any(part in ("downsample", "shortcut") for part in key.split("."))
         ]
         if not last:
-            raise ValueError("The model has no normalization layer to replace; put a Whitening into it.")
+            raise EtfZooError("The model has no normalization layer to replace; put a Whitening into it.")
         name = last[-1]
     elif name not in norms:
-        raise ValueError(f"{name!r} is no normalization layer of the model. It has {', '.join(list(norms)[-5:])}.")
+        raise EtfZooError(f"{name!r} is no normalization layer of the model. It has {', '.join(list(norms)[-5:])}.")
     old = norms[name]
     weight, bias = getattr(old, "weight", None), getattr(old, "bias", None)
     reference = weight if weight is not None else next(model.parameters())

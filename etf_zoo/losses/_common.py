@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import EtfZooError
 from ..frames.numerics import at_least_float32
 
 
@@ -32,19 +33,19 @@ def check_inputs(embeddings: Tensor, labels: Tensor, frame: Tensor) -> tuple[Ten
             CPU: elsewhere looking would wait for the device).
     """
     if embeddings.ndim != 2 or frame.ndim != 2 or embeddings.shape[1] != frame.shape[1]:
-        raise ValueError(
+        raise EtfZooError(
             f"Expected embeddings (B, dim) and frame (K, dim), got {tuple(embeddings.shape)} and "
             f"{tuple(frame.shape)}. Embeddings are what FrameClassifier.embed returns, not the backbone's features."
         )
     if labels.shape != embeddings.shape[:1] or labels.is_floating_point():
-        raise ValueError(
+        raise EtfZooError(
             f"Expected class numbers ({len(embeddings)},), got {labels.dtype} {tuple(labels.shape)}. "
             f"This loss does not take soft labels (mixup, cutmix)."
         )
     if not len(labels):
-        raise ValueError("The batch is empty.")
+        raise EtfZooError("The batch is empty.")
     if labels.device.type == "cpu" and not 0 <= labels.min() <= labels.max() < len(frame):
-        raise ValueError(
+        raise EtfZooError(
             f"Labels are rows of the frame, 0 to {len(frame) - 1}; got {labels.min().item()} to {labels.max().item()}."
         )
     embeddings = at_least_float32(embeddings)

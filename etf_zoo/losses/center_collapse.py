@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..errors import EtfZooError
 from ..frames.numerics import at_least_float32, unit
 from ._common import without_autocast
 
@@ -57,19 +58,19 @@ class CenterCollapseLoss(nn.Module):
     def __init__(self, *, ignore_index: int = 255, logit_scale: float = 16.0):
         super().__init__()
         if not (math.isfinite(logit_scale) and logit_scale > 0):
-            raise ValueError(f"logit_scale must be positive and finite, got {logit_scale}.")
+            raise EtfZooError(f"logit_scale must be positive and finite, got {logit_scale}.")
         self.ignore_index, self.logit_scale = ignore_index, logit_scale
 
     @without_autocast
     def forward(self, features: Tensor, labels: Tensor, frame: Tensor) -> Tensor:
         if features.ndim != 4 or frame.ndim != 2 or features.shape[1] != frame.shape[1]:
-            raise ValueError(
+            raise EtfZooError(
                 f"Expected features (B, C, H, W) and frame (K, C), got {tuple(features.shape)} and "
                 f"{tuple(frame.shape)}."
             )
         expected = (features.shape[0], *features.shape[2:])
         if labels.shape != expected or labels.is_floating_point():
-            raise ValueError(
+            raise EtfZooError(
                 f"Expected a map of class numbers {expected}, got {labels.dtype} {tuple(labels.shape)}. "
                 f"Resize it to the features with mode='nearest'."
             )
@@ -79,7 +80,7 @@ class CenterCollapseLoss(nn.Module):
         if not len(y):
             return x.sum()  # zero, and still part of the graph
         if not 0 <= int(y.min()) <= int(y.max()) < len(frame):
-            raise ValueError(
+            raise EtfZooError(
                 f"Labels must lie in [0, {len(frame)}) or be ignore_index={self.ignore_index}, "
                 f"got {y.min()} to {y.max()}."
             )

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ..errors import EtfZooError
 from ..frames.numerics import unit
 from ._common import check_inputs, without_autocast
 
@@ -29,7 +30,7 @@ def class_lengths(class_counts: Tensor | Sequence[int]) -> Tensor:
     """
     counts = torch.as_tensor(class_counts, dtype=torch.float64)
     if counts.ndim != 1 or not bool((counts > 0).all()):
-        raise ValueError("class_counts holds one positive count for each class.")
+        raise EtfZooError("class_counts holds one positive count for each class.")
     return torch.sqrt(counts.mean() / counts).float()
 
 
@@ -90,13 +91,13 @@ class DotRegressionLoss(nn.Module):
         super().__init__()
         is_number = isinstance(feature_length, int | float)
         if not (math.isfinite(feature_length) and feature_length > 0 if is_number else feature_length in (None, "own")):
-            raise ValueError(
+            raise EtfZooError(
                 f"feature_length is positive, or 'own' or None for raw embeddings, got {feature_length!r}."
             )
         if length_penalty < 0:
-            raise ValueError(f"length_penalty must not be negative, got {length_penalty}.")
+            raise EtfZooError(f"length_penalty must not be negative, got {length_penalty}.")
         if length_penalty and is_number:
-            raise ValueError(
+            raise EtfZooError(
                 "A penalty on lengths does nothing to features of fixed length: pass feature_length='own' or None."
             )
         self.feature_length, self.length_penalty = feature_length, length_penalty
@@ -116,7 +117,7 @@ class DotRegressionLoss(nn.Module):
         length = 1.0
         if self.lengths is not None:
             if len(self.lengths) != len(w):
-                raise ValueError(f"class_counts has {len(self.lengths)} classes, the frame {len(w)}.")
+                raise EtfZooError(f"class_counts has {len(self.lengths)} classes, the frame {len(w)}.")
             length = self.lengths.to(x.dtype)[labels]
             products = products * length
         loss = dot_regression(products, length, wanted)

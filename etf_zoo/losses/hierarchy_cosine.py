@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..errors import EtfZooError
 from ..frames.numerics import directed_lengths
 from ._common import check_inputs, without_autocast
 
@@ -53,9 +54,9 @@ class HierarchyCosineLoss(nn.Module):
     def __init__(self, alpha: float = 0.4, *, logit_scale: float = 1.0):
         super().__init__()
         if not 0 <= alpha <= 1:
-            raise ValueError(f"alpha is a share in [0, 1], got {alpha}.")
+            raise EtfZooError(f"alpha is a share in [0, 1], got {alpha}.")
         if not (math.isfinite(logit_scale) and logit_scale > 0):
-            raise ValueError(f"logit_scale must be positive and finite, got {logit_scale}.")
+            raise EtfZooError(f"logit_scale must be positive and finite, got {logit_scale}.")
         self.alpha, self.logit_scale = alpha, logit_scale
 
     @without_autocast

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..errors import EtfZooError
 from ..frames.numerics import unit
 from ._common import check_inputs, without_autocast
 
@@ -64,9 +65,9 @@ class SeparatingConeLoss(nn.Module):
     def __init__(self, radius: float = 30.0, *, logit_scale: float = 16.0):
         super().__init__()
         if not 0 <= radius < 90:
-            raise ValueError(f"radius is in degrees, in [0, 90), got {radius}.")
+            raise EtfZooError(f"radius is in degrees, in [0, 90), got {radius}.")
         if not (math.isfinite(logit_scale) and logit_scale > 0):
-            raise ValueError(f"logit_scale must be positive and finite, got {logit_scale}.")
+            raise EtfZooError(f"logit_scale must be positive and finite, got {logit_scale}.")
         self.radius, self.logit_scale = radius, logit_scale
 
     @without_autocast

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..errors import EtfZooError
 from ._common import check_inputs, without_autocast
 
 __all__ = ["SquaredLoss", "squared_loss"]
@@ -49,7 +50,7 @@ class SquaredLoss(nn.Module):
     def __init__(self, feature_decay: float = 5e-4, *, centerd: bool = False):
         super().__init__()
         if not feature_decay >= 0:
-            raise ValueError(f"feature_decay must not be negative, got {feature_decay}.")
+            raise EtfZooError(f"feature_decay must not be negative, got {feature_decay}.")
         self.feature_decay, self.centerd = feature_decay, centerd
 
     @without_autocast

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..errors import EtfZooError
 from ..frames.numerics import at_least_float32
 from ._common import without_autocast
 
@@ -47,13 +48,13 @@ class VarianceCovarianceLoss(nn.Module):
     def __init__(self, variance: float = 1.0, covariance: float = 0.04, *, target: float = 1.0):
         super().__init__()
         if min(variance, covariance, target) < 0:
-            raise ValueError(f"Weights and target must not be negative, got {variance}, {covariance}, {target}.")
+            raise EtfZooError(f"Weights and target must not be negative, got {variance}, {covariance}, {target}.")
         self.variance, self.covariance, self.target = variance, covariance, target
 
     @without_autocast
     def forward(self, features: Tensor) -> Tensor:
         if features.ndim != 2 or len(features) < 2:
-            raise ValueError(
+            raise EtfZooError(
                 f"Expected features (B, d) with at least two rows, got {tuple(features.shape)}. Pool maps first."
             )
         x = at_least_float32(features)

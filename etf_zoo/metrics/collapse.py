@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..errors import EtfZooError
 from .distributed import sum_over_processes
 from .geometry import (
     Gram,
@@ -75,7 +76,7 @@ class NeuralCollapse:
         self, num_classes: int, dim: int, *, diagonal: bool = False, device: torch.device | str | None = "cpu"
     ):
         if num_classes < 2 or dim < 1:
-            raise ValueError(f"Collapse needs 2 classes and 1 dimension at least, got {num_classes} and {dim}.")
+            raise EtfZooError(f"Collapse needs 2 classes and 1 dimension at least, got {num_classes} and {dim}.")
         self.num_classes, self.dim, self.diagonal = num_classes, dim, diagonal
         self.device = torch.empty(0, device=device).device
         self.reset()
@@ -107,7 +108,7 @@ class NeuralCollapse:
         """
         self._check(features)
         if self._reduced:
-            raise ValueError("These statistics are already summed over processes. Call reset() before new updates.")
+            raise EtfZooError("These statistics are already summed over processes. Call reset() before new updates.")
         self._check_classes(labels, "labels", len(features))
         self._centers = None
         for x, y in zip(features.detach().split(_CHUNK), labels.split(_CHUNK), strict=True):
@@ -116,17 +117,17 @@ class NeuralCollapse:
 
     def _check(self, features: Tensor) -> None:
         if features.ndim != 2 or features.shape[1] != self.dim:
-            raise ValueError(f"Expected features of shape (batch, {self.dim}), got {tuple(features.shape)}.")
+            raise EtfZooError(f"Expected features of shape (batch, {self.dim}), got {tuple(features.shape)}.")
         if not torch.isfinite(features).all():
-            raise ValueError("Features have entries that are not finite: look at the model or its precision.")
+            raise EtfZooError("Features have entries that are not finite: look at the model or its precision.")
 
     def _check_classes(self, classes: Tensor, what: str, batch: int) -> None:
         if classes.shape != (batch,) or classes.is_floating_point() or classes.dtype == torch.bool:
-            raise ValueError(
+            raise EtfZooError(
                 f"Expected {what} of shape ({batch},), class numbers; got {tuple(classes.shape)}, {classes.dtype}."
             )
         if batch and (classes.min() < 0 or classes.max() >= self.num_classes):
-            raise ValueError(
+            raise EtfZooError(
                 f"All {what} must lie in 0..{self.num_classes - 1}, "
                 f"got {classes.min().item()} to {classes.max().item()}."
             )
@@ -213,7 +214,7 @@ class NeuralCollapse:
         """
         self._check(features)
         if (weight is None) == (predictions is None):
-            raise ValueError("Pass either the head's weight (and bias) or the predictions of the model.")
+            raise EtfZooError("Pass either the head's weight (and bias) or the predictions of the model.")
         if weight is not None:
             self._check_head(weight, bias)
         else:
@@ -263,10 +264,10 @@ class NeuralCollapse:
     def _centerd(self, global_mean: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Present classes (K,), their centerd means (K, d), the global mean (d,), the weights of the classes (K,)."""
         if global_mean not in GLOBAL_MEANS:
-            raise ValueError(f"Unknown global_mean {global_mean!r}. Choose one of {', '.join(GLOBAL_MEANS)}.")
+            raise EtfZooError(f"Unknown global_mean {global_mean!r}. Choose one of {', '.join(GLOBAL_MEANS)}.")
         present = self.counts.nonzero()[:, 0]
         if len(present) < 2:
-            raise ValueError(f"Collapse needs samples of at least two classes, there are samples of {len(present)}.")
+            raise EtfZooError(f"Collapse needs samples of at least two classes, there are samples of {len(present)}.")
         weights = self.counts[present] if global_mean == "weighted" else torch.ones_like(self.counts[present])
         weights = weights / weights.sum()
         means = self.means if len(present) == self.num_classes else self.means[present]
@@ -277,12 +278,12 @@ class NeuralCollapse:
 
     def _check_head(self, weight: Tensor, bias: Tensor | None) -> None:
         if weight.shape != (self.num_classes, self.dim):
-            raise ValueError(
+            raise EtfZooError(
                 f"The head's weight has shape {tuple(weight.shape)}, the features need ({self.num_classes}, "
                 f"{self.dim}). Behind a neck, collapse has to be measured on the neck's output."
             )
         if bias is not None and bias.shape != (self.num_classes,):
-            raise ValueError(f"Expected a bias of shape ({self.num_classes},), got {tuple(bias.shape)}.")
+            raise EtfZooError(f"Expected a bias of shape ({self.num_classes},), got {tuple(bias.shape)}.")
 
     @torch.no_grad()
     def compute(

@@ -7,6 +7,8 @@ from typing import Any
 from torch import Tensor
 from torch import distributed as dist
 
+from ..errors import EtfZooError
+
 __all__ = ["sum_over_processes"]
 
 
@@ -33,7 +35,7 @@ def sum_over_processes(tensor: Tensor, processes: Any = None) -> Tensor:
         dist.all_reduce(summed, group=processes)
         return summed.to(tensor.device)
     if not (hasattr(processes, "reduce") and hasattr(processes, "num_processes")):
-        raise ValueError(
+        raise EtfZooError(
             f"Cannot sum over processes with {type(processes).__name__}. Pass accelerate's Accelerator, a "
             f"torch.distributed process group, or None for the default group."
         )

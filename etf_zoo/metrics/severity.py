@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import EtfZooError
 from .distributed import sum_over_processes
 
 __all__ = ["MistakeSeverity"]
@@ -33,13 +34,13 @@ class MistakeSeverity:
 
     def __init__(self, distances: Tensor, *, device: torch.device | str | None = "cpu"):
         if distances.ndim != 2 or distances.shape[0] != distances.shape[1] or len(distances) < 2:
-            raise ValueError(f"Expected distances of shape (K, K) with K >= 2, got {tuple(distances.shape)}.")
+            raise EtfZooError(f"Expected distances of shape (K, K) with K >= 2, got {tuple(distances.shape)}.")
         self.distances = distances.detach().to(device, torch.float64)
         others = ~torch.eye(len(distances), dtype=torch.bool, device=self.distances.device)
         if not (torch.isfinite(self.distances).all() and torch.equal(self.distances, self.distances.mT)):
-            raise ValueError("Distances must be finite and symmetric: distances[i, j] is the height of an ancestor.")
+            raise EtfZooError("Distances must be finite and symmetric: distances[i, j] is the height of an ancestor.")
         if self.distances.diagonal().any() or not (self.distances[others] > 0).all():
-            raise ValueError("Distances must be zero on the diagonal and positive elsewhere: every class is a leaf.")
+            raise EtfZooError("Distances must be zero on the diagonal and positive elsewhere: every class is a leaf.")
         self.ranks = tuple(k for k in RANKS if k <= len(distances))
         self.reset()
 
@@ -61,14 +62,14 @@ class MistakeSeverity:
         """
         k = len(self.distances)
         if logits.ndim != 2 or logits.shape[1] != k or labels.shape != logits.shape[:1]:
-            raise ValueError(
+            raise EtfZooError(
                 f"Expected logits of shape (batch, {k}) and labels of shape (batch,), got {tuple(logits.shape)} and "
                 f"{tuple(labels.shape)}. The tree has {k} classes."
             )
         if not len(labels):
             return
         if labels.min() < 0 or labels.max() >= k:
-            raise ValueError(f"Labels must lie in 0..{k - 1}, got {labels.min().item()} to {labels.max().item()}.")
+            raise EtfZooError(f"Labels must lie in 0..{k - 1}, got {labels.min().item()} to {labels.max().item()}.")
         logits = logits.detach().to(self.distances.device, torch.float64)
         from_label = self.distances[labels.to(self.distances.device)]
         self._sums[0] += self._tally(logits, from_label)
@@ -96,7 +97,7 @@ class MistakeSeverity:
             ValueError: Before any update.
         """
         if not self._sums[0, 0]:
-            raise ValueError("No sample was taken in: call update(logits, labels) first.")
+            raise EtfZooError("No sample was taken in: call update(logits, labels) first.")
         figures = {}
         for prefix, sums in zip(("", "crm_"), self._sums.tolist(), strict=True):
             samples, mistakes, height = sums[:3]

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..errors import EtfZooError
 from ..layers.moving import MOVING_ARGS
 from ..layers.switches import read_switch
 from .heads import (
@@ -79,12 +80,12 @@ def attach_frame(
     if classifier is not None or not isinstance(getattr(model, "pretrained_cfg", None), dict):
         names = as_names(classifier)
         if not names:
-            raise ValueError(no_classifier(model))
+            raise EtfZooError(no_classifier(model))
         if num_classes is None:
             leaf = leaf_of(model, names[0])
             num_classes = getattr(leaf, "out_features", getattr(leaf, "out_channels", None))
             if num_classes is None:
-                raise ValueError(f"Cannot tell the number of classes of {names[0]!r}: pass num_classes.")
+                raise EtfZooError(f"Cannot tell the number of classes of {names[0]!r}: pass num_classes.")
         with unchanged_on_error(model):
             replace_leaves(model, num_classes, names, args)
         return model

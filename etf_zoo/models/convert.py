@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from ..errors import EtfZooError
 from ..frames.build import CUSTOM, HELMERT, build_frame
 from ..frames.simplex import helmert_coordinates, nearest_simplex_etf
 from ..layers.classifier import HELMERT_MATRIX_CLASSES
@@ -29,7 +30,7 @@ def learned_classifiers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
     """
     names = timm_classifier_names(model)
     if frame_heads(model):
-        raise ValueError(
+        raise EtfZooError(
             f"{type(model).__name__} has a fixed frame already; only a learned classifier can be converted."
         )
     modules = dict(model.named_modules())
@@ -39,7 +40,7 @@ def learned_classifiers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
         if name not in KEPT_LEARNED and isinstance(modules.get(name), nn.Linear | nn.Conv2d)
     }
     if not leaves:
-        raise ValueError(f"{type(model).__name__} has no classifier, so there is nothing to convert.")
+        raise EtfZooError(f"{type(model).__name__} has no classifier, so there is nothing to convert.")
     return leaves  # type: ignore[return-value]
 
 
@@ -75,9 +76,9 @@ def convert_classifier(
         ValueError: If there is no learned classifier, or for `"nearest"` it has fewer than K - 1 features.
     """
     if mode not in MODES:
-        raise ValueError(f"Unknown mode {mode!r}. Choose one of {', '.join(MODES)}.")
+        raise EtfZooError(f"Unknown mode {mode!r}. Choose one of {', '.join(MODES)}.")
     if feature_means is not None and mode == "exact":
-        raise ValueError("An exact conversion has no use for feature means; they are for mode='nearest'.")
+        raise EtfZooError("An exact conversion has no use for feature means; they are for mode='nearest'.")
     leaves = learned_classifiers(model)
     args: dict = dict(EXACT)
     if mode == "nearest":
@@ -116,7 +117,7 @@ def _nearest(leaf: nn.Linear | nn.Conv2d, mean: Tensor | None) -> dict[str, Tens
     weight = leaf.weight.flatten(1).float().cpu()
     k, dim = weight.shape
     if dim < k - 1:
-        raise ValueError(
+        raise EtfZooError(
             f"There is no simplex ETF of {k} classes in {dim} dimensions to be the nearest: use mode='exact', "
             f"which widens the features to {k - 1}."
         )
@@ -124,6 +125,6 @@ def _nearest(leaf: nn.Linear | nn.Conv2d, mean: Tensor | None) -> dict[str, Tens
     head = {"weight": frame, "logit_scale": (weight.double() * frame.double()).sum().div(k).float()}
     if mean is not None:
         if mean.shape != (dim,):
-            raise ValueError(f"The feature mean has shape {tuple(mean.shape)}, the classifier needs ({dim},).")
+            raise EtfZooError(f"The feature mean has shape {tuple(mean.shape)}, the classifier needs ({dim},).")
         head["neck.running_mean"] = mean.float().cpu()
     return head

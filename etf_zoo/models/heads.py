@@ -14,6 +14,7 @@ import torch
 from timm.models._input import update_model_args
 from torch import Tensor, nn
 
+from ..errors import EtfZooError, LoadError
 from ..frames.build import CUSTOM, HELMERT
 from ..layers.classifier import FrameClassifier
 from ..layers.moving import MovingFrameClassifier
@@ -194,14 +195,14 @@ def _head_for(
     """FrameClassifier in the place of a Linear or 1x1 Conv2d, on its device, in its mode; with weights, filled."""
     if isinstance(leaf, nn.Conv2d):
         if leaf.kernel_size != (1, 1) or leaf.groups != 1:
-            raise ValueError(f"Only 1x1 convolutions can be replaced by a frame, this classifier is {leaf}.")
+            raise EtfZooError(f"Only 1x1 convolutions can be replaced by a frame, this classifier is {leaf}.")
         in_features, channels_first = leaf.in_channels, True
     elif isinstance(leaf, nn.Linear):
         in_features, channels_first = leaf.in_features, False
     elif isinstance(leaf, FrameClassifier):
         in_features, channels_first = leaf.in_features, leaf.channels_first
     else:
-        raise ValueError(
+        raise EtfZooError(
             f"A frame replaces an nn.Linear or a 1x1 nn.Conv2d, this classifier is {type(leaf).__name__}. "
             f"Name the linear layer itself with classifier='...'."
         )
@@ -224,7 +225,7 @@ def _head_for(
         wanted = head.state_dict().keys()
         missing, unknown = sorted(wanted - weights.keys()), sorted(weights.keys() - wanted)
         if missing or unknown:
-            raise RuntimeError(
+            raise LoadError(
                 f"The weights hold another head than asked for: {', '.join(missing[:3]) or 'nothing'} missing, "
                 f"{', '.join(unknown[:3]) or 'nothing'} unknown. Create the model with the neck, feature_norm and "
                 f"moving that it was saved with, or with num_classes=K for a fresh head."
@@ -277,7 +278,7 @@ def replace_leaves(
             parent_name = parent_name.rpartition(".")[0]
         replaced += 1
     if not replaced:
-        raise ValueError(
+        raise EtfZooError(
             f"{type(model).__name__} has no classifier named {', '.join(names) or '(none)'}. Name its linear layer "
             f"with classifier='...'; it has: {', '.join(_linear_names(model)) or 'none'}."
         )
@@ -309,7 +310,7 @@ def timm_classifier_names(model: nn.Module) -> tuple[str, ...]:
     """
     names = as_names(getattr(model, "pretrained_cfg", {}).get("classifier"))
     if not names:
-        raise ValueError(no_classifier(model))
+        raise EtfZooError(no_classifier(model))
     return names
 
 

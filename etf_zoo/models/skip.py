@@ -17,6 +17,7 @@ from timm.models._input import update_model_args
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..errors import EtfZooError
 from ..layers.classifier import FrameClassifier
 from .heads import SKIP_CONNECTION, become
 
@@ -36,7 +37,7 @@ class _SkipModel(nn.Module):
         finally:
             handle.remove()
         if not taken or not isinstance(taken[-1], Tensor):
-            raise ValueError(
+            raise EtfZooError(
                 f"The layer {self._skip_layer!r} gives no tensor on the way through forward_features. "
                 f"Name another one, such as a block of the backbone."
             )
@@ -90,15 +91,15 @@ def add_skip(model: nn.Module, layer: str) -> nn.Module:
         ValueError: If there is no such layer, or the classifier is of another kind.
     """
     if isinstance(model, _SkipModel):
-        raise ValueError(f"The model has a skip connection from {model._skip_layer!r} already.")
+        raise EtfZooError(f"The model has a skip connection from {model._skip_layer!r} already.")
     if not layer or layer not in dict(model.named_modules()):
-        raise ValueError(f"{type(model).__name__} has no layer {layer!r}. Name one of model.named_modules().")
+        raise EtfZooError(f"{type(model).__name__} has no layer {layer!r}. Name one of model.named_modules().")
     classifier = model.get_classifier() if hasattr(model, "get_classifier") else None  # type: ignore[operator]
     single = isinstance(classifier, nn.Linear) or (
         isinstance(classifier, FrameClassifier) and not classifier.channels_first
     )
     if not single:
-        raise ValueError(
+        raise EtfZooError(
             f"A skip connection needs one linear or fixed-frame classifier, that of {type(model).__name__} is "
             f"{type(classifier).__name__}. Use another architecture, or another method."
         )
@@ -116,7 +117,7 @@ def skip_connection(pretrained=False, pretrained_cfg=None, pretrained_cfg_overla
     """timm entrypoint: a model `base` (a timm name) with a skip connection from `layer`; see `add_skip`."""
     missing = [key for key in ("base", "layer") if key not in kwargs]
     if missing:
-        raise ValueError(f"{SKIP_CONNECTION} needs {' and '.join(missing)}: base='resnet50_etf', layer='layer3.5'.")
+        raise EtfZooError(f"{SKIP_CONNECTION} needs {' and '.join(missing)}: base='resnet50_etf', layer='layer3.5'.")
     saved = kwargs.pop("pretrained_model_args", None)
     if saved:  # the base sees its own arguments only
         kwargs["pretrained_model_args"] = {k: v for k, v in saved.items() if k not in ("base", "layer")}

@@ -20,6 +20,7 @@ from timm.models._pretrained import DefaultCfg
 from timm.models._registry import get_arch_pretrained_cfgs, get_pretrained_cfg
 from torch import Tensor, nn
 
+from ..errors import EtfZooError, LoadError
 from ..frames.build import CUSTOM
 from ..frames.orientation import resolve_orientation
 from ..layers.moving import MOVING_ARGS
@@ -91,7 +92,7 @@ def _check_backbone(model: nn.Module, backbone: Mapping[str, Tensor], names: Ite
     wanted = split_head(model.state_dict(), names)[0].keys()
     missing, unexpected = sorted(wanted - backbone.keys()), sorted(backbone.keys() - wanted)
     if missing or (unexpected and same_classes):
-        raise RuntimeError(
+        raise LoadError(
             f"The weights do not belong to this architecture: {len(missing)} tensors are missing "
             f"({', '.join(missing[:3])}), {len(unexpected)} are unknown ({', '.join(unexpected[:3])}). "
             f"Create the model with the arguments it was saved with."
@@ -120,7 +121,7 @@ def _check_stored_head(
     if own.get("logit_scale") == "learnable":  # trains the stored scale on
         asked = [k for k in asked if k != "logit_scale"]
     if asked:
-        raise ValueError(_contradiction(name, asked))
+        raise EtfZooError(_contradiction(name, asked))
 
 
 def _same_argument(key: str, own: Any, saved: Any) -> bool:
@@ -171,14 +172,14 @@ def _create_twin(
         head_args["moving"] = read_switch("moving", head_args["moving"], MOVING_ARGS)
     whitening = read_switch("whitening", kwargs.pop("whitening", False), WHITENING_ARGS)
     if whitening and features_only:
-        raise ValueError("features_only builds timm's feature extractor, which has no place for whitening.")
+        raise EtfZooError("features_only builds timm's feature extractor, which has no place for whitening.")
     building = {**kwargs, "cache_dir": cache_dir, **({"features_only": True} if features_only else {})}
 
     from_timm = pretrained and is_converted(cfg)
     state_dict = read_weights(cfg.to_dict(), cache_dir) if pretrained and not from_timm else None
     if from_timm or (state_dict is not None and not _has_frame(state_dict, as_names(cfg.classifier))):
         if whitening and kwargs["num_classes"] == cfg.num_classes:
-            raise ValueError(_contradiction(name, ["whitening"]))
+            raise EtfZooError(_contradiction(name, ["whitening"]))
         model = _create_converted(name, cfg, state_dict, own_args, head_args, building)
         whiten(model, whitening)
         return model
@@ -193,7 +194,7 @@ def _create_twin(
     if state_dict is not None and "whitening" in own_args and (same_classes or held):
         stored = read_switch("whitening", saved_args.get("whitening", whitening), WHITENING_ARGS)
         if bool(whitening) != bool(held) or (held and described and not _same(whitening, stored)):
-            raise ValueError(_contradiction(name, ["whitening"]))
+            raise EtfZooError(_contradiction(name, ["whitening"]))
 
     base = base_name(name)
     base_cfg = cfg.to_dict(remove_source=True)
@@ -253,7 +254,7 @@ def _create_converted(
     if same_classes:
         asked = [key for key in HEAD_ARGS if key in own_args]
         if asked:
-            raise ValueError(_contradiction(name, asked))
+            raise EtfZooError(_contradiction(name, asked))
     base_cfg = cfg.to_dict(remove_source=state_dict is not None)
     base_cfg["architecture"] = base
     if state_dict is not None:
@@ -262,7 +263,7 @@ def _create_converted(
         with hub_errors(cfg.hf_hub_id or name):
             model = model_entrypoint(base)(pretrained=True, pretrained_cfg=base_cfg, **building)
     except URLError as error:  # timm has 15 tags at addresses of their own
-        raise RuntimeError(
+        raise LoadError(
             f"Cannot reach {cfg.url}: {error.reason}. Check the network, or pass a copy of the weights as safetensors: "
             f"pretrained_cfg_overlay=dict(file='model.safetensors')."
         ) from None
@@ -298,7 +299,7 @@ def _resolve_cfg(
         tag = default_tag(name)
     cfg = get_pretrained_cfg(f"{name}.{tag}" if tag else name)
     if cfg is None:
-        raise RuntimeError(f"{name} is not registered. Call etf_zoo.register() after adding models to timm.")
+        raise LoadError(f"{name} is not registered. Call etf_zoo.register() after adding models to timm.")
     return cfg, tags.get(f"{name}.{tag}", {})
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from timm.models import get_pretrained_cfg
 
+from ..errors import EtfZooError
 from ..weights.native import CONFIG_NAME, WEIGHTS_NAME, cards_folder, recorded_location
 
 __all__ = ["CARD_NAME", "METRICS_NAME", "card_problems", "render_card", "top1_of_seeds", "write_card"]
@@ -75,7 +76,7 @@ _SECTIONS = ("Use", "Results", "How it was made", "Intended use and limits", "Li
 
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise ValueError(f"{path} is missing; a model folder needs it for its card. Export the run again.")
+        raise EtfZooError(f"{path} is missing; a model folder needs it for its card. Export the run again.")
     return json.loads(path.read_text(encoding="utf-8"))
 
 

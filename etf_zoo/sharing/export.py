@@ -18,6 +18,7 @@ from timm.models._input import get_model_input_config
 from timm.models._registry import get_pretrained_cfg
 from torch import Tensor, nn
 
+from ..errors import EtfZooError, LoadError, MissingPackageError
 from ..evaluation.measure import evaluate
 from ..layers.classifier import FrameClassifier
 from ..layers.necks import Center
@@ -55,21 +56,21 @@ def load_learned(source: str, *, architecture: str | None = None) -> nn.Module:
     """
     path = Path(source)
     if path.suffix in (".pth", ".pt", ".bin", ".ckpt", ".tar", ".pkl", ".npz"):
-        raise ValueError(
+        raise EtfZooError(
             f"{source} is not a .safetensors file, and pickles are not read, as they can run code. Rewrite it, if you "
             f"trust it: safetensors.torch.save_file(torch.load(path, weights_only=True), 'model.safetensors')."
         )
     if path.is_file() and architecture:
         model = _from_file(path, architecture)
     elif path.is_file() and not path.with_name(CONFIG_NAME).is_file():
-        raise ValueError(f"{source} does not say what model it is of: name it with --architecture, such as resnet50.")
+        raise EtfZooError(f"{source} does not say what model it is of: name it with --architecture, such as resnet50.")
     elif path.is_file() or path.is_dir():
         model = _from_folder(path if path.is_dir() else path.parent)
     else:
         if ":" not in source and not timm.is_model(source):
-            raise ValueError(f"There is no file, folder or timm model {source!r}. On the Hub? Then hf-hub:ORG/NAME.")
+            raise EtfZooError(f"There is no file, folder or timm model {source!r}. On the Hub? Then hf-hub:ORG/NAME.")
         if ":" not in source and base_name(source) != source.split(".")[0]:
-            raise ValueError(f"{source} has a fixed frame already; only a learned classifier can be converted.")
+            raise EtfZooError(f"{source} has a fixed frame already; only a learned classifier can be converted.")
         cfg = None if ":" in source else get_pretrained_cfg(source)
         with hub_errors(getattr(cfg, "hf_hub_id", None) or source.partition(":")[2] or source):
             model = timm.create_model(source, pretrained=True)
@@ -79,28 +80,28 @@ def load_learned(source: str, *, architecture: str | None = None) -> nn.Module:
 
 def _from_folder(folder: Path) -> nn.Module:
     if not (folder / CONFIG_NAME).is_file():
-        raise ValueError(f"{folder} is no model folder: it has no {CONFIG_NAME}.")
+        raise EtfZooError(f"{folder} is no model folder: it has no {CONFIG_NAME}.")
     if not list(folder.glob("*.safetensors")):
-        raise ValueError(f"{folder} has no .safetensors file; nothing else is read, for safety.")
+        raise EtfZooError(f"{folder} has no .safetensors file; nothing else is read, for safety.")
     return timm.create_model(f"local-dir:{folder}", pretrained=True)
 
 
 def _from_file(path: Path, architecture: str) -> nn.Module:
     cfg = get_pretrained_cfg(architecture) if timm.is_model(architecture) else None
     if cfg is None:
-        raise ValueError(f"timm has no architecture {architecture!r}; `timm.list_models()` lists them.")
+        raise EtfZooError(f"timm has no architecture {architecture!r}; `timm.list_models()` lists them.")
     try:
         with safe_open(path, "pt") as file:
             keys = [f"{name}.weight" for name in as_names(cfg.classifier)]
             rows = [file.get_slice(key).get_shape()[0] for key in keys if key in file.keys()]  # noqa: SIM118
     except SafetensorError as error:
-        raise RuntimeError(f"{path} is not a readable safetensors file ({error}).") from None
+        raise LoadError(f"{path} is not a readable safetensors file ({error}).") from None
     num_classes = rows[0] if rows else cfg.num_classes
     overlay = {"file": str(path), "num_classes": num_classes, "label_offset": None}
     try:
         return timm.create_model(architecture, pretrained=True, num_classes=num_classes, pretrained_cfg_overlay=overlay)
     except RuntimeError as error:
-        raise RuntimeError(f"{path} does not hold the weights of a {architecture}: {error}") from None
+        raise LoadError(f"{path} does not hold the weights of a {architecture}: {error}") from None
 
 
 def convert_checkpoint(
@@ -134,7 +135,9 @@ def convert_checkpoint(
         RuntimeError: See `load_learned`.
     """
     if data and not (record and "dataset" in record):
-        raise ValueError("data needs record={'dataset': {'name': ..., 'split': ...}}: the card says what was measured.")
+        raise EtfZooError(
+            "data needs record={'dataset': {'name': ..., 'split': ...}}: the card says what was measured."
+        )
     model: Any = load_learned(source, architecture=architecture)
     cfg = dict(model.pretrained_cfg)
     name = ".".join(filter(None, (cfg.get("architecture"), cfg.get("tag"))))
@@ -210,7 +213,7 @@ def _feature_means(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -
         for hook in hooks:
             hook.remove()
     if not sums:
-        raise ValueError("There are no images to take the mean features of.")
+        raise EtfZooError("There are no images to take the mean features of.")
     return {name: (total / counts[name]).float() for name, total in sums.items()}
 
 
@@ -238,7 +241,7 @@ def fold_head(head: FrameClassifier) -> nn.Linear | nn.Conv2d:
     elif isinstance(head.neck, Center):
         matrix, offset = torch.eye(dim, dtype=torch.float64), -head.neck.running_mean.double()
     else:
-        raise ValueError(
+        raise EtfZooError(
             f"A {type(head.neck).__name__} neck is not linear, so no plain classifier has the same predictions. "
             f"Export with --onnx, or load the model with etf_zoo imported."
         )
@@ -279,12 +282,12 @@ def export_plain(model: nn.Module, folder: str | Path, *, half: bool = False) ->
     """
     heads = frame_heads(model)
     if not heads:
-        raise ValueError(f"{type(model).__name__} has no fixed frame; it is a plain model already.")
+        raise EtfZooError(f"{type(model).__name__} has no fixed frame; it is a plain model already.")
     if any(isinstance(module, Whitening) for module in model.modules()):
-        raise ValueError("timm has no whitening layer, so a model with one has no plain form. Export with --onnx.")
+        raise EtfZooError("timm has no whitening layer, so a model with one has no plain form. Export with --onnx.")
     exact = all(head.feature_norm == "none" for head in heads.values())
     if len(heads) > 1 and not exact:
-        raise ValueError(
+        raise EtfZooError(
             f"{type(model).__name__} has {len(heads)} heads, each on features of length one, whose logits it averages: "
             f"plain linear layers would weigh them differently and predict something else. Export with --onnx."
         )
@@ -302,7 +305,7 @@ def export_plain(model: nn.Module, folder: str | Path, *, half: bool = False) ->
     # random images can be close decisions: theirs may only be a class that ours finds as good
     regret = ours.max(1).values - ours.gather(1, theirs.argmax(1, keepdim=True)).squeeze(1)
     if not half and bool((regret > 1e-3 * ours.std(1).clamp_min(1e-6)).any()):
-        raise RuntimeError(f"{folder} predicts something else than the model; do not use it, and please report this.")
+        raise LoadError(f"{folder} predicts something else than the model; do not use it, and please report this.")
     return exact
 
 
@@ -334,7 +337,7 @@ def export_onnx(model: nn.Module, folder: str | Path) -> Path:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise RuntimeError(f"ONNX export needs {error.name}: pip install 'etf-zoo[onnx]'.") from None
+        raise MissingPackageError(f"ONNX export needs {error.name}: pip install 'etf-zoo[onnx]'.") from None
     images = torch.randn(2, *_input_size(model))
     names: Any = {"input_names": ["images"], "output_names": ["logits"], "dynamic_shapes": ({0: "batch"},)}
     try:
@@ -343,7 +346,7 @@ def export_onnx(model: nn.Module, folder: str | Path) -> Path:
             program = torch.onnx.export(model, (images,), dynamo=True, verbose=False, **names)
     except Exception as error:  # torch wraps whatever went wrong in a class of its own
         reason = str(error.__cause__ or error).strip().splitlines()[0]
-        raise RuntimeError(f"torch cannot export {type(model).__name__} to ONNX: {reason}") from error
+        raise EtfZooError(f"torch cannot export {type(model).__name__} to ONNX: {reason}") from error
     program.model.metadata_props.update(_metadata(model))  # type: ignore[union-attr]
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

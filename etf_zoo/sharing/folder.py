@@ -13,6 +13,7 @@ import torch
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
+from ..errors import EtfZooError
 from ..frames.build import CUSTOM
 from ..layers.whitening import Whitening
 from ..models.heads import frame_heads, head_defaults
@@ -75,7 +76,7 @@ def save_folder(
     """
     folder = Path(folder)
     if label_names is not None and len(label_names) != model.num_classes:
-        raise ValueError(f"{len(label_names)} label names for {model.num_classes} classes.")
+        raise EtfZooError(f"{len(label_names)} label names for {model.num_classes} classes.")
     _check_whitening(model)
     folder.mkdir(parents=True, exist_ok=True)
     weights, config = folder / WEIGHTS_NAME, folder / CONFIG_NAME
@@ -106,7 +107,7 @@ def _check_whitening(model: nn.Module) -> None:
     count = sum(isinstance(module, Whitening) for module in model.modules())
     recorded = getattr(model, "_model_args", {}).get("whitening")  # type: ignore[union-attr]
     if count and not (count == 1 and recorded not in (None, False) and hasattr(model, "_frame_args")):
-        raise ValueError(
+        raise EtfZooError(
             "The model's whitening cannot be saved for others to build: that takes a fixed-frame head, and one "
             "whitening layer that whitening=... or etf_zoo.layers.whitening.whiten_last_norm put into it."
         )
@@ -126,7 +127,7 @@ def _head_args(model: nn.Module) -> dict[str, Any]:
     if not args.get("moving"):
         args.pop("moving", None)
     if isinstance(args["neck"], nn.Module):
-        raise ValueError("A model with a neck of your own cannot be saved for others to build; use a named neck.")
+        raise EtfZooError("A model with a neck of your own cannot be saved for others to build; use a named neck.")
     if args["neck"] is None and getattr(model, "_model_args", {}).get("neck"):  # type: ignore[union-attr]
         args["neck"] = "none"  # the weights it came from had one
     return {key: value for key, value in args.items() if value is not None or key == "hierarchy"}

@@ -15,6 +15,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.errors import RepositoryNotFoundError
 from torch import Tensor, nn
 
+from ..errors import EtfZooError, LoadError
 from ..weights.download import LOG_IN, download, hub_errors, retry, sha256
 from ..weights.native import CONFIG_NAME, RECORD_NAME, WEIGHTS_NAME, cards_folder, recorded_location
 from .card import CARD_NAME, METRICS_NAME, card_problems, render_card
@@ -97,9 +98,9 @@ def publish(
     place = recorded_location(folder)
     repo_id = repo_id or (place[0] if place else "")
     if repo_id.count("/") != 1 or not all(repo_id.split("/")):
-        raise ValueError(f"Name the repository as ORG/NAME with --repo-id; it is {repo_id!r}.")
+        raise EtfZooError(f"Name the repository as ORG/NAME with --repo-id; it is {repo_id!r}.")
     if problems := folder_problems(folder):
-        raise ValueError(f"{folder} is not ready to be published: {'; '.join(problems)}.")
+        raise EtfZooError(f"{folder} is not ready to be published: {'; '.join(problems)}.")
     card = render_card(folder, repo_id=repo_id)
     files = tuple(name for name in FILES if (folder / name).is_file())
 
@@ -112,11 +113,11 @@ def publish(
     if dry_run:
         return Publication(repo_id, url, "", (*files, CARD_NAME), changed=False)
     if get_token() is None:
-        raise RuntimeError(f"You are not logged in to the Hub: {LOG_IN}.")
+        raise LoadError(f"You are not logged in to the Hub: {LOG_IN}.")
     with hub_errors(repo_id):
         head = _head(api, repo_id, folder, private=private)
         if head is None and create_pr:
-            raise ValueError(f"There is no {repo_id} to open a pull request on. Publish without --create-pr.")
+            raise EtfZooError(f"There is no {repo_id} to open a pull request on. Publish without --create-pr.")
         if head is None:
             retry(lambda: api.create_repo(repo_id, private=private, exist_ok=True))
         commit: Any = retry(
@@ -146,18 +147,20 @@ def _head(api: HfApi, repo_id: str, folder: Path, *, private: bool) -> str | Non
     except RepositoryNotFoundError:
         return None
     if private and not info.private:
-        raise ValueError(f"{repo_id} exists and is public. Make it private at {api.endpoint}/{repo_id}/settings first.")
+        raise EtfZooError(
+            f"{repo_id} exists and is public. Make it private at {api.endpoint}/{repo_id}/settings first."
+        )
     names = {file.rfilename for file in info.siblings or ()} - _NEUTRAL
     if CONFIG_NAME in names:
         theirs = json.loads(download(repo_id, CONFIG_NAME, revision=info.sha).read_text(encoding="utf-8"))
         ours = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
         if theirs.get("architecture") != ours["architecture"]:
-            raise ValueError(
+            raise EtfZooError(
                 f"{repo_id} holds another model, {theirs.get('architecture')}, not {ours['architecture']}. Choose "
                 f"another --repo-id."
             )
     elif names:
-        raise ValueError(f"{repo_id} holds something else ({', '.join(sorted(names)[:3])}). Choose another --repo-id.")
+        raise EtfZooError(f"{repo_id} holds something else ({', '.join(sorted(names)[:3])}). Choose another --repo-id.")
     return info.sha
 
 
@@ -166,7 +169,7 @@ def _verify(folder: Path, repo_id: str, revision: str) -> None:
     with tempfile.TemporaryDirectory() as empty, hub_errors(repo_id):
         theirs = _logits(_load(f"hf-hub:{repo_id}@{revision}", cache_dir=empty))
     if not torch.equal(theirs, _logits(_load(f"local-dir:{folder}"))):
-        raise RuntimeError(
+        raise LoadError(
             f"{repo_id} was uploaded, but what comes back at {revision} gives other logits. Do not use it; publish "
             f"again, and report it if it stays so."
         )

@@ -12,6 +12,7 @@ import timm
 from tqdm import tqdm
 
 import etf_zoo  # noqa: F401  registers the twins
+from etf_zoo.errors import EtfZooError
 from etf_zoo.evaluation.measure import format_table, measure
 from etf_zoo.frames import Hierarchy
 
@@ -55,11 +56,11 @@ def evaluate_model(settings: Evaluation) -> dict[str, Any]:
     model = model.to(accelerator.device).eval()
     split = load_split(settings.data, settings.data.val_split)
     if len(split.label_names) != model.num_classes:
-        raise ValueError(f"{settings.model} has {model.num_classes} classes, {split.source} {len(split.label_names)}.")
+        raise EtfZooError(f"{settings.model} has {model.num_classes} classes, {split.source} {len(split.label_names)}.")
     own = model.pretrained_cfg.get("label_names")
     if own and list(own) != list(split.label_names):
         name, other = next(pair for pair in zip(own, split.label_names, strict=True) if pair[0] != pair[1])
-        raise ValueError(
+        raise EtfZooError(
             f"{settings.model} knows other classes, or in another order, than {split.source}: {name!r} is where that "
             f"has {other!r}. Rename or reorder the classes of the data; etf-zoo evaluate matches them by name."
         )
@@ -67,7 +68,7 @@ def evaluate_model(settings: Evaluation) -> dict[str, Any]:
         Path(settings.hierarchy) if settings.hierarchy else Path(find_source(settings.data.source)) / "hierarchy.json"
     )
     if settings.hierarchy and not tree.is_file():
-        raise ValueError(f"There is no hierarchy file {tree}.")
+        raise EtfZooError(f"There is no hierarchy file {tree}.")
     distances = Hierarchy.from_json(tree).distances(split.label_names) if tree.is_file() else None
     size = settings.size or model.pretrained_cfg["input_size"][-1]
     batches = eval_batches(
@@ -127,7 +128,7 @@ def command_line(settings: Evaluation) -> str:
 def main() -> None:
     settings = parse(Evaluation)
     if settings.output and not Path(settings.output).resolve().parent.is_dir():
-        raise ValueError(f"There is no folder for --output {settings.output}: make it first.")
+        raise EtfZooError(f"There is no folder for --output {settings.output}: make it first.")
     figures = evaluate_model(settings)
     if not process_state().is_main_process:
         return

@@ -14,6 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator
 from torch import Tensor
 
+from etf_zoo.errors import EtfZooError
+
 __all__ = ["tree_order", "plot_cosines", "plot_confusion", "plot_collapse"]
 
 INK, MUTED, GRID = "#1f2328", "#6b7280", "#e5e7eb"
@@ -260,7 +262,7 @@ def plot_collapse(metrics: str | Path, path: str | Path, *, title: str = "Collap
         if present:
             panels.append((heading, log, present))
     if not panels:
-        raise ValueError(f"{metrics} has no figures of etf_zoo.evaluation.evaluate, only {', '.join(sorted(names))}.")
+        raise EtfZooError(f"{metrics} has no figures of etf_zoo.evaluation.evaluate, only {', '.join(sorted(names))}.")
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(4.3 * columns, 3.2 * rows + 0.6), layout="constrained")

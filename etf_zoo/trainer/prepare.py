@@ -11,6 +11,8 @@ import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from etf_zoo.errors import EtfZooError
+
 from .data.readers import find_source
 from .data.resident import read_prepared, write_prepared
 from .data.sources import open_rows
@@ -39,9 +41,9 @@ def prepare(settings: Preparation) -> None:
     """
     data, out = settings.data, Path(settings.out)
     if not settings.out:
-        raise ValueError("Give --out a folder to write.")
+        raise EtfZooError("Give --out a folder to write.")
     if data.streaming or data.source == "digits":
-        raise ValueError("Only data sets that are at hand as a whole are prepared, and digits needs none of it.")
+        raise EtfZooError("Only data sets that are at hand as a whole are prepared, and digits needs none of it.")
     for name in (data.train_split, data.val_split):
         rows = open_rows(data, name, resident=True)
         folder = out / rows.name

@@ -23,6 +23,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from ..errors import LoadError
+
 __all__ = ["LOG_IN", "check_cached", "download", "hub_errors", "retry", "sha256"]
 
 _HTTP_PACKAGES = ("httpx2", "httpx", "requests", "urllib3")  # the client's major versions differ in whose errors come
@@ -74,13 +76,13 @@ def download(
     if state == "right":
         return path
     if state == "other":  # fetching it again would not help
-        raise RuntimeError(
+        raise LoadError(
             f"{filename} of {repo_id} is not the file that was published: its sha256 is not {str(expected)[:12]}.... "
             f"Give the revision that was published, or unset ETF_ZOO_HUB_ORG if it points elsewhere."
         )
     _remove(path)
     fix = "Unset HF_HUB_OFFLINE and load it" if constants.HF_HUB_OFFLINE else "Try"
-    raise RuntimeError(f"{filename} of {repo_id} arrived damaged, and was removed from the cache. {fix} again.")
+    raise LoadError(f"{filename} of {repo_id} arrived damaged, and was removed from the cache. {fix} again.")
 
 
 def _fetch(repo_id: str, filename: str, revision: str | None, cache_dir: Any, force: bool = False) -> Path:
@@ -129,7 +131,7 @@ def check_cached(
     if path is None or _state(path, None) == "right":
         return
     _remove(path)
-    raise RuntimeError(f"{filename} of {repo_id} arrived damaged, and was removed from the cache. Load it again.")
+    raise LoadError(f"{filename} of {repo_id} arrived damaged, and was removed from the cache. Load it again.")
 
 
 def _remove(path: Path) -> None:
@@ -203,7 +205,7 @@ def hub_errors(repo_id: str) -> Iterator[None]:
         message = _explain(error, repo_id)
         if message is None:
             raise
-        raise RuntimeError(message) from None
+        raise LoadError(message) from None
 
 
 def _explain(error: BaseException, repo_id: str) -> str | None:

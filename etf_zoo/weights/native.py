@@ -14,6 +14,7 @@ from timm.models import PretrainedCfg
 from timm.models._hub import hf_split
 from torch import Tensor
 
+from ..errors import LoadError
 from .download import download, sha256
 
 __all__ = ["cards_folder", "hub_location", "native_tags", "read_weights", "read_file", "recorded_location", "sha256"]
@@ -57,7 +58,7 @@ def recorded_location(folder: Path) -> tuple[str, str] | None:
         place = json.loads(record.read_text(encoding="utf-8"))
         return place["repo_id"], place["revision"]
     except (ValueError, KeyError, TypeError) as error:
-        raise RuntimeError(f"{record} is not readable ({error}). Publish the model again, or remove it.") from None
+        raise LoadError(f"{record} is not readable ({error}). Publish the model again, or remove it.") from None
 
 
 def native_tags(folder: Path | None = None) -> dict[str, tuple[PretrainedCfg, dict[str, Any]]]:
@@ -127,7 +128,7 @@ def read_weights(cfg: Mapping[str, Any], cache_dir: Any = None) -> dict[str, Ten
         return _read_repository(cfg["hf_hub_id"], cache_dir)
     name = cfg.get("architecture", "this model")
     base = name.removesuffix("_etf")
-    raise RuntimeError(
+    raise LoadError(
         f"There are no pretrained weights for {name} yet, native or converted; `etf-zoo list --pretrained` shows what "
         f"has some. Use pretrained=False, or put a frame on timm's own backbone: "
         f"etf_zoo.attach_frame(timm.create_model({base!r}, pretrained=True, num_classes=K))."
@@ -137,7 +138,7 @@ def read_weights(cfg: Mapping[str, Any], cache_dir: Any = None) -> dict[str, Ten
 def _source() -> str:
     source = os.environ.get("ETF_ZOO_SOURCE") or "auto"
     if source not in SOURCES:
-        raise RuntimeError(f"ETF_ZOO_SOURCE is {source!r}; set it to one of {', '.join(SOURCES)}, or unset it.")
+        raise LoadError(f"ETF_ZOO_SOURCE is {source!r}; set it to one of {', '.join(SOURCES)}, or unset it.")
     return source
 
 
@@ -151,10 +152,10 @@ def _native_folder(cfg: Mapping[str, Any]) -> Path | None:
 def _read_published(folder: Path, cache_dir: Any) -> dict[str, Tensor]:
     """Weights of a native model from the Hub: whatever the revision, they are those of this package's `config.json`."""
     if _source() == "embedded":
-        raise RuntimeError(f"{folder.name} is not in the package. Unset ETF_ZOO_SOURCE to download it.")
+        raise LoadError(f"{folder.name} is not in the package. Unset ETF_ZOO_SOURCE to download it.")
     place = hub_location(folder)
     if place is None:
-        raise RuntimeError(
+        raise LoadError(
             f"{folder.name} is not published: there is no {RECORD_NAME} in {folder}. Unset ETF_ZOO_SOURCE to take the "
             f"embedded weights, or set ETF_ZOO_HUB_ORG to an organization that has {folder.name}."
         )
@@ -181,14 +182,14 @@ def read_file(path: Path) -> dict[str, Tensor]:
         RuntimeError: If the file is missing, altered or not a safetensors file.
     """
     if not path.is_file():
-        raise RuntimeError(f"There is no weights file {path}.")
+        raise LoadError(f"There is no weights file {path}.")
     if path.suffix != ".safetensors":
-        raise RuntimeError(f"{path} is not a .safetensors file; nothing else is read, for safety.")
+        raise LoadError(f"{path} is not a .safetensors file; nothing else is read, for safety.")
     config_file = path.with_name(CONFIG_NAME)
     if config_file.is_file():
         wanted = _recorded_sha256(config_file)
         if wanted and sha256(path) != wanted:
-            raise RuntimeError(
+            raise LoadError(
                 f"{path} is truncated or altered: its sha256 is not the one in {config_file.name}. "
                 f"Reinstall the package, or download or export the model again."
             )
@@ -203,6 +204,4 @@ def _load(path: Path) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load_file(path)
     except SafetensorError as error:
-        raise RuntimeError(
-            f"{path} is not a readable safetensors file ({error}). Download or export it again."
-        ) from None
+        raise LoadError(f"{path} is not a readable safetensors file ({error}). Download or export it again.") from None

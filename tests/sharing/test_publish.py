@@ -8,7 +8,6 @@ import safetensors.torch
 import timm
 import torch
 from huggingface_hub import ModelCard, constants
-from tests.sharing.test_card import METRICS
 
 from etf_zoo.cli.main import main
 from etf_zoo.sharing import card as card_module
@@ -19,6 +18,7 @@ from etf_zoo.sharing.publish import folder_problems, publish
 from etf_zoo.weights import native as pretrained_module
 from etf_zoo.weights.native import cards_folder, recorded_location, sha256
 from tests.loopback_hub import READ_TOKEN, WRITE_TOKEN
+from tests.sharing.test_card import METRICS
 
 REPO = "org/tiny"
 SENT = {"model.safetensors", "config.json", "metrics.json", "README.md"}

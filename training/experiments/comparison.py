@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from etf_zoo.errors import EtfZooError
 from etf_zoo.trainer.data.batches import AnySplit, find_source, limited, load_hierarchy, load_split
 from etf_zoo.trainer.data.long_tail import long_tail_indices
 from etf_zoo.trainer.recipe.config import Data, Recipe, final_size, parse
@@ -77,7 +78,7 @@ def cells(settings: Comparison) -> list[Cell]:
     for entry in settings.passes:
         unknown = set(entry.get("only", [])) - settings.variants.keys()
         if unknown:
-            raise ValueError(f"passes name variants that there are not: {', '.join(sorted(unknown))}.")
+            raise EtfZooError(f"passes name variants that there are not: {', '.join(sorted(unknown))}.")
         names = [name for name in settings.variants if name in entry.get("only", settings.variants)]
         found += [Cell(name, entry["labels"], entry["seed"]) for name in names]
     return found
@@ -96,7 +97,7 @@ def small_stem(model: nn.Module) -> None:
     """Replace a ResNet's 7x7 stride-2 convolution by a 3x3 one, in place."""
     old = getattr(model, "conv1", None)
     if not isinstance(old, nn.Conv2d):
-        raise ValueError(f"stem 3x3 replaces a convolution called conv1, which {type(model).__name__} has not.")
+        raise EtfZooError(f"stem 3x3 replaces a convolution called conv1, which {type(model).__name__} has not.")
     model.conv1 = nn.Conv2d(old.in_channels, old.out_channels, 3, stride=2, padding=1, bias=False)
     nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
 
@@ -117,7 +118,7 @@ def run_cell(settings: Comparison, cell: Cell) -> dict[str, Any]:
         small_stem(model)
     run = Run(recipe, train, val, model, distances=tree)
     if not run.fit():
-        raise ValueError("time_budget has no place in a comparison, whose cells are run to their end.")
+        raise EtfZooError("time_budget has no place in a comparison, whose cells are run to their end.")
     figures = last_figures(run)
     if settings.probe_labels and settings.probe_labels != cell.labels:
         data = dataclasses.replace(recipe.data, label_column=settings.probe_labels)

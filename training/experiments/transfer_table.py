@@ -27,6 +27,7 @@ import numpy as np
 import safetensors.torch
 import torch
 
+from etf_zoo.errors import EtfZooError
 from etf_zoo.metrics import NeuralCollapse
 from etf_zoo.trainer.data.subsets import (
     Images,
@@ -85,15 +86,15 @@ class Table:
 
     def __post_init__(self):
         if not (self.weights and self.data and self.methods and self.seeds) or self.jobs < 1 or not 0 < self.share <= 1:
-            raise ValueError("A table needs weights, data, methods and seeds; jobs positive, share in (0, 1].")
+            raise EtfZooError("A table needs weights, data, methods and seeds; jobs positive, share in (0, 1].")
         for name, control in _named(self, "control").items():
             if control == name or control not in self.weights:
                 others = ", ".join(other for other in self.weights if other != name)
-                raise ValueError(f"The control {control!r} of {name!r} is not among the other weights: {others}.")
+                raise EtfZooError(f"The control {control!r} of {name!r} is not among the other weights: {others}.")
         for name, entry in self.methods.items():
             for key, known in (("weights", self.weights), ("data", self.data)):
                 if unknown := set(entry.get(key, [])) - set(known):
-                    raise ValueError(f"Method {name!r} names {key} that there are not: {', '.join(sorted(unknown))}.")
+                    raise EtfZooError(f"Method {name!r} names {key} that there are not: {', '.join(sorted(unknown))}.")
 
 
 def _named(table: Table, key: str) -> dict[str, str]:
@@ -213,7 +214,7 @@ def run_cell(cell: Cell, work: str) -> dict[str, Any]:
     shutil.rmtree(output, ignore_errors=True)  # of a cell that was killed
     tuned = fine_tune(dataclasses.replace(settings, output=str(output)), train.subset(rows), test)
     if tuned is None:
-        raise ValueError("time_budget has no place in a table: a cell is run to its end.")
+        raise EtfZooError("time_budget has no place in a table: a cell is run to its end.")
     top1 = tuned.figures()["top1"]
     fitted: Any = tuned.run.train_split
     features = features_of(settings, tuned.run.plain_model(), fitted)
@@ -327,7 +328,7 @@ def main() -> None:
     write_report(records, results, controls=controls, kinds=kinds, order=list(table.weights), left=left)
     print(f"Table: {results / 'table.md'}")
     if failed:
-        raise ValueError(f"{len(failed)} cells failed, see above: {', '.join(failed)}.")
+        raise EtfZooError(f"{len(failed)} cells failed, see above: {', '.join(failed)}.")
 
 
 __all__ = ["Cell", "Table", "cells", "main", "read_cells", "run_cell", "run_missing"]

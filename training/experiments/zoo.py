@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 
+from etf_zoo.errors import EtfZooError
 from etf_zoo.models.heads import base_name
 from etf_zoo.sharing.card import METRICS_NAME, write_card
 from etf_zoo.trainer.data.batches import load_split
@@ -74,11 +75,11 @@ def entry_of(zoo: Zoo, name: str) -> Entry:
         ValueError: If it is not there, or names a kind of head that there is not.
     """
     if name not in zoo.models:
-        raise ValueError(f"The list has no model {name!r}, only {', '.join(zoo.models)}.")
+        raise EtfZooError(f"The list has no model {name!r}, only {', '.join(zoo.models)}.")
     changes = dict(zoo.models[name])
     heads, keep = changes.pop("heads", ["frame", "learned"]), changes.pop("keep", ["frame"])
     if unknown := {*heads, *keep} - KINDS.keys():
-        raise ValueError(f"{name}: heads and keep are of {', '.join(KINDS)}, not {', '.join(sorted(unknown))}.")
+        raise EtfZooError(f"{name}: heads and keep are of {', '.join(KINDS)}, not {', '.join(sorted(unknown))}.")
     seeds, beside = changes.pop("seeds", None), changes.pop("beside", [])
     recipe = parse_entries(Recipe, merged(dataclasses.asdict(zoo.base), changes))
     return Entry(recipe, heads, keep, seeds or [recipe.seed], beside)
@@ -174,7 +175,7 @@ def train_side_by_side(jobs: list[Job], count: int, until: float = math.inf) -> 
             failed += [job.recipe.output] if process.exitcode else []
             print(f"{job.recipe.output} {'failed' if process.exitcode else 'ends'}", flush=True)
     if failed:
-        raise ValueError(f"{len(failed)} of {len(jobs)} runs failed, see above and log.txt in {', '.join(failed)}.")
+        raise EtfZooError(f"{len(failed)} of {len(jobs)} runs failed, see above and log.txt in {', '.join(failed)}.")
 
 
 def stand_beside(folders: list[Path]) -> None:
@@ -205,7 +206,7 @@ def main() -> None:
     args = parser.parse_args()
     until = time.time() + seconds(args.time_budget)
     if args.jobs < 1:
-        raise ValueError(f"--jobs is at least 1, got {args.jobs}.")
+        raise EtfZooError(f"--jobs is at least 1, got {args.jobs}.")
     if args.jobs > 1:
         refuse_processes()
     processes = process_state()

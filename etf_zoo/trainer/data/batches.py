@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from etf_zoo.errors import EtfZooError
 from etf_zoo.frames import Hierarchy
 
 from ..data import loader
@@ -55,7 +56,7 @@ def load_split(data: Data, split: str) -> AnySplit:
         OSError: If the disk is full.
     """
     if not data.source:
-        raise ValueError("No data: give --data.source a folder, a Hub name or digits.")
+        raise EtfZooError("No data: give --data.source a folder, a Hub name or digits.")
     if data.source == "digits":
         return _digits(data.size, split)
     if prepared := prepared_splits(data.source):
@@ -80,7 +81,7 @@ def load_hierarchy(data: Data, label_names: list[str]) -> Tensor:
     """
     file = Path(find_source(data.source)) / "hierarchy.json"
     if not file.is_file():
-        raise ValueError(f"A hierarchy frame needs {file}: a JSON object {{child: parent}} over the label names.")
+        raise EtfZooError(f"A hierarchy frame needs {file}: a JSON object {{child: parent}} over the label names.")
     return Hierarchy.from_json(file).distances(label_names)
 
 
@@ -97,7 +98,7 @@ def _digits(size: int, split: str) -> Split:
     pixels, labels = load_digits(return_X_y=True)
     train, test = train_test_split(np.arange(len(labels)), test_size=0.25, random_state=0, stratify=labels)
     if split not in ("train", "test"):
-        raise ValueError(f"digits has the splits train and test, not {split!r}.")
+        raise EtfZooError(f"digits has the splits train and test, not {split!r}.")
     keep = train if split == "train" else test
     gray = (255 - pixels[keep] * (255 / 16)).clip(0, 255).astype(np.uint8).reshape(-1, 8, 8)
     images = [

@@ -13,6 +13,8 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
+from etf_zoo.errors import EtfZooError
+
 __all__ = ["Corrupt", "Unreadable", "decode", "decoders", "encoded"]
 
 
@@ -100,7 +102,7 @@ class Corrupt:
     def check(self) -> None:
         """Raise ValueError if there are too many."""
         if len(self.found) > self.share * (self.total or 1000):
-            raise ValueError(
+            raise EtfZooError(
                 f"{self.text()} That is more than --data.max_corrupt {self.share:g} allows: mend or remove them, or "
                 f"raise the share."
             )

@@ -15,6 +15,8 @@ from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
+from etf_zoo.errors import EtfZooError
+
 from ..recipe.config import Augment, Data
 from .decode import Corrupt, Unreadable, decode, decoders, encoded
 from .sources import Rows, Stream
@@ -85,7 +87,7 @@ def _readable(batches: Any, corrupt: Corrupt, train: bool) -> Iterator[tuple[Ten
         if len(images):
             yield images, labels
         elif train:
-            raise ValueError(f"None of a batch's images of {corrupt.source} can be read. Mend them.")
+            raise EtfZooError(f"None of a batch's images of {corrupt.source} can be read. Mend them.")
     if len(corrupt.found) > before:
         corrupt.warn()
 
@@ -188,7 +190,7 @@ class _Stream(IterableDataset):
         names = self.stream.label_names
         label = names.index(label) if isinstance(label, str) and label in names else label
         if not isinstance(label, int) or not 0 <= label < len(names):
-            raise ValueError(f"{self.stream.source}: label {label!r} is none of 0 to {len(names) - 1}.")
+            raise EtfZooError(f"{self.stream.source}: label {label!r} is none of 0 to {len(names) - 1}.")
         with _seeded(*self.key, worker, number):
             return self.transform(image), label
 
@@ -265,4 +267,4 @@ def _passes(batches: Callable[[int, int], DataLoader], start: int, steps: int, s
             if step >= steps:
                 return
         if step == before:
-            raise ValueError(f"{source}: a process has less than a batch. Take a smaller batch_size or data.workers.")
+            raise EtfZooError(f"{source}: a process has less than a batch. Take a smaller batch_size or data.workers.")

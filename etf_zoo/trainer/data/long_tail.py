@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from etf_zoo.errors import EtfZooError
+
 __all__ = ["long_tail_counts", "long_tail_indices"]
 
 
@@ -22,9 +24,9 @@ def long_tail_counts(num_classes: int, max_count: int, imbalance: float) -> list
         ValueError: On numbers outside these ranges.
     """
     if num_classes < 2 or max_count < 1:
-        raise ValueError(f"A long tail needs at least 2 classes and 1 sample, got {num_classes} and {max_count}.")
+        raise EtfZooError(f"A long tail needs at least 2 classes and 1 sample, got {num_classes} and {max_count}.")
     if not 0 < imbalance <= 1:
-        raise ValueError(f"imbalance is the smallest class over the largest, in (0, 1], got {imbalance}.")
+        raise EtfZooError(f"imbalance is the smallest class over the largest, in (0, 1], got {imbalance}.")
     # 1e-9: 500 * 0.01 must stay 5 whatever the power's last bit
     return [max(1, int(max_count * imbalance ** (k / (num_classes - 1)) + 1e-9)) for k in range(num_classes)]
 
@@ -46,10 +48,10 @@ def long_tail_indices(labels, imbalance: float, seed: int) -> np.ndarray:
     """
     labels = np.asarray(labels)
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer) or not len(labels) or labels.min() < 0:
-        raise ValueError(f"Expected class numbers (N,), got {labels.dtype} {labels.shape}.")
+        raise EtfZooError(f"Expected class numbers (N,), got {labels.dtype} {labels.shape}.")
     sizes = np.bincount(labels)
     if not sizes.all():
-        raise ValueError(f"Classes without a sample: {np.flatnonzero(sizes == 0)[:5].tolist()}.")
+        raise EtfZooError(f"Classes without a sample: {np.flatnonzero(sizes == 0)[:5].tolist()}.")
     counts = long_tail_counts(len(sizes), int(sizes.min()), imbalance)
     rng = np.random.default_rng(seed)
     kept = [rng.permutation(np.flatnonzero(labels == k))[:count] for k, count in enumerate(counts)]

@@ -16,6 +16,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from etf_zoo.errors import EtfZooError
+
 from ..recipe.config import Data
 
 __all__ = ["DatasetsReader", "FolderReader", "HELD_OUT", "ParquetReader", "find_reader", "find_source"]
@@ -50,7 +52,7 @@ def find_reader(data: Data, resident: bool) -> FolderReader | ParquetReader | Da
 def _check_columns(columns: list[str], data: Data, source: str) -> None:
     for column in (data.image_column, data.label_column):
         if column not in columns:
-            raise ValueError(
+            raise EtfZooError(
                 f"{source} has no column {column!r} but {', '.join(columns)}. "
                 f"Set --data.image_column and --data.label_column."
             )
@@ -97,7 +99,7 @@ def _parquet_files(path: Path) -> dict[str, list[Path]]:
         splits.setdefault(name, []).append(file)
     for name, files in splits.items():
         if len(folders := {str(file.parent) for file in files}) > 1:
-            raise ValueError(
+            raise EtfZooError(
                 f"{path} holds several data sets with a split {name!r}: set --data.source to one of "
                 f"{', '.join(sorted(folders))}."
             )
@@ -126,9 +128,9 @@ class ParquetReader:
             _check_columns(schema.names, self.data, self.source)
             table = pa.concat_tables(pq.read_table(file, columns=[image, label]) for file in self.files[split])
         except pa.ArrowException as error:
-            raise ValueError(f"Cannot load split {split!r} of {self.source!r}: {error}") from error
+            raise EtfZooError(f"Cannot load split {split!r} of {self.source!r}: {error}") from error
         if not (pa.types.is_struct(table[image].type) or pa.types.is_binary(table[image].type)):
-            raise ValueError(f"Column {image!r} of {self.source} holds {table[image].type}, not images.")
+            raise EtfZooError(f"Column {image!r} of {self.source} holds {table[image].type}, not images.")
         # `datasets` keeps the names of classes in the schema
         stated = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
         return table[image], table[label].to_pylist(), stated.get(label, {}).get("names")
@@ -149,14 +151,14 @@ class DatasetsReader:
         try:
             import datasets
         except ImportError as error:
-            raise ValueError(
+            raise EtfZooError(
                 f"Cannot load {what} of {self.source!r} without the package datasets: `pip install datasets`, or write "
                 f"the images with training/prepare.py where it is and give --data.source that folder."
             ) from error
         try:
             yield datasets
         except (OSError, ValueError) as error:  # datasets' own errors are FileNotFoundError, ConnectionError and such
-            raise ValueError(
+            raise EtfZooError(
                 f"Cannot load {what} of {self.source!r}: {error} Give a folder or a Hub name; a bare name is looked up "
                 f"in $ETF_ZOO_DATA ({os.environ.get('ETF_ZOO_DATA', 'not set')})."
             ) from error

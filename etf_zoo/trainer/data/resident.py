@@ -21,6 +21,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from etf_zoo.errors import EtfZooError, StorageError
+
 from ..recipe.config import Data
 from .decode import Corrupt, Unreadable, decode, decoders
 from .sources import Chosen, Rows
@@ -117,12 +119,12 @@ def read_prepared(folder: Path, data: Data, source: str = "") -> Split:
         labels = np.load(folder / "labels.npy")
         names, kept, corrupt = list(meta["names"]), meta["settings"], dict(meta["corrupt"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder} holds no complete images ({error}): delete it and prepare it again.") from error
+        raise EtfZooError(f"{folder} holds no complete images ({error}): delete it and prepare it again.") from error
     if images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8 or labels.shape != images.shape[:1]:
-        raise ValueError(f"{folder} holds no complete images: delete it and prepare it again.")
+        raise EtfZooError(f"{folder} holds no complete images: delete it and prepare it again.")
     for name, value in kept.items():
         if value != getattr(data, name):
-            raise ValueError(
+            raise EtfZooError(
                 f"{folder} was prepared with data.{name} {value!r}, not {getattr(data, name)!r}: give --data.{name} "
                 f"{value}, or prepare it again."
             )
@@ -149,7 +151,7 @@ def write_prepared(rows: Rows, size: int, folder: Path) -> None:
             if time.time() - rest.stat().st_mtime > 86400:
                 shutil.rmtree(rest, ignore_errors=True)
         if shutil.disk_usage(folder.parent).free < needed:
-            raise OSError(errno.ENOSPC, full)
+            raise StorageError(errno.ENOSPC, full)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".writing-") as temporary:
             made = Path(temporary) / "split"
             made.mkdir()
@@ -161,7 +163,7 @@ def write_prepared(rows: Rows, size: int, folder: Path) -> None:
                     raise
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise OSError(error.errno, full) from error
+            raise StorageError(error.errno, full) from error
         raise
 
 

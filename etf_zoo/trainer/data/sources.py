@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from etf_zoo.errors import EtfZooError
+
 from ..recipe.config import Data
 from .decode import Corrupt, Unreadable, decode, encoded
 from .readers import HELD_OUT, DatasetsReader, find_reader
@@ -122,7 +124,7 @@ class Stream:
 
     def __len__(self) -> int:
         if not self.count:
-            raise ValueError(f"{self.source} does not state how many images an epoch has: set --data.train_images.")
+            raise EtfZooError(f"{self.source} does not state how many images an epoch has: set --data.train_images.")
         return self.count
 
     def class_counts(self) -> list[int]:
@@ -132,16 +134,18 @@ class Stream:
     @property
     def labels(self) -> np.ndarray:
         """Not known, which raises ValueError, as do all choices of images."""
-        raise ValueError("What needs all labels or a choice of images cannot use a stream: set --data.streaming false.")
+        raise EtfZooError(
+            "What needs all labels or a choice of images cannot use a stream: set --data.streaming false."
+        )
 
     def subset(self, indices: np.ndarray) -> Stream:
-        raise ValueError("A stream has no subsets: set --data.streaming false.")
+        raise EtfZooError("A stream has no subsets: set --data.streaming false.")
 
     def readable(self) -> np.ndarray:
         return np.arange(len(self.labels))
 
     def picture(self, row: int) -> np.ndarray:
-        raise ValueError("A stream has no numbered images: set --data.streaming false.")
+        raise EtfZooError("A stream has no numbered images: set --data.streaming false.")
 
 
 def open_rows(data: Data, split: str, *, resident: bool) -> Rows:
@@ -173,7 +177,7 @@ def open_stream(data: Data, split: str) -> Stream:
     feature = rows.features[data.label_column]
     names = getattr(feature, "names", None) or [str(i) for i in range(data.num_classes)]
     if not names:
-        raise ValueError(
+        raise EtfZooError(
             f"{data.label_column!r} of {reader.source} has no class names, and a stream cannot be searched for them: "
             f"set --data.num_classes if it holds numbers, or --data.streaming false."
         )
@@ -194,7 +198,7 @@ def choose_split(splits: list[str], wanted: str, source: str) -> str:
     if wanted in HELD_OUT and len(held_out) == 1:
         warnings.warn(f"{source} has no split {wanted!r}: {held_out[0]!r} takes its place.", stacklevel=3)
         return held_out[0]
-    raise ValueError(
+    raise EtfZooError(
         f"Cannot load split {wanted!r} of {source!r}: it has {', '.join(splits) or 'none'}. "
         f"Set --data.train_split and --data.val_split."
     )
@@ -205,18 +209,18 @@ def _classes(
 ) -> tuple[np.ndarray, list[str]]:
     """Class numbers and names from a column of numbers, or of texts in sorted order; `train` says which there are."""
     if any(value is None for value in values):
-        raise ValueError(f"{what}: rows without a label.")
+        raise EtfZooError(f"{what}: rows without a label.")
     if all(isinstance(value, str) for value in values):
         names = sorted(set(train)) if names is None else names
         number = {name: i for i, name in enumerate(names)}
         if unknown := sorted(set(values) - set(number)):
-            raise ValueError(f"{what}: the training split has no class {', '.join(unknown[:5])}.")
+            raise EtfZooError(f"{what}: the training split has no class {', '.join(unknown[:5])}.")
         return np.array([number[value] for value in values], dtype=np.int64), names
     labels = np.asarray(values)
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
-        raise ValueError(f"{what}: expected class numbers or names, got {values[0]!r}. Set --data.label_column.")
+        raise EtfZooError(f"{what}: expected class numbers or names, got {values[0]!r}. Set --data.label_column.")
     size = int(max(train)) + 1 if names is None else len(names)
     if len(labels) and (labels.min() < 0 or labels.max() >= size):
         found = f"{labels.min()} to {labels.max()}"
-        raise ValueError(f"{what}: labels {found}, but the training split has classes 0 to {size - 1}.")
+        raise EtfZooError(f"{what}: labels {found}, but the training split has classes 0 to {size - 1}.")
     return labels.astype(np.int64), names or [str(i) for i in range(size)]

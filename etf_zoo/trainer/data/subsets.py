@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from etf_zoo.errors import EtfZooError
+
 from ..recipe.config import Data
 from .batches import Rows, Split, Stream, limited_rows, load_split
 from .long_tail import long_tail_indices
@@ -31,7 +33,7 @@ def load_images(data: Data, split: str) -> Images:
     """
     found = load_split(data, split)
     if isinstance(found, Stream):
-        raise ValueError("Choosing among images needs all of them at hand: set data.streaming to false.")
+        raise EtfZooError("Choosing among images needs all of them at hand: set data.streaming to false.")
     return found
 
 
@@ -51,7 +53,7 @@ def holdout_indices(labels, share: float, seed: int) -> tuple[np.ndarray, np.nda
     """
     labels = np.asarray(labels)
     if not 0 < share < 1:
-        raise ValueError(f"holdout is a share of the training images in (0, 1), 0 for none; got {share}.")
+        raise EtfZooError(f"holdout is a share of the training images in (0, 1), 0 for none; got {share}.")
     rng = np.random.default_rng([seed, 3])
     held = []
     for k in np.unique(labels):
@@ -59,7 +61,7 @@ def holdout_indices(labels, share: float, seed: int) -> tuple[np.ndarray, np.nda
         held.append(rows[: min(max(1, round(share * len(rows))), len(rows) - 1)])
     chosen = np.sort(np.concatenate(held))
     if not len(chosen):
-        raise ValueError("No class has two images, so none can be held out. Set holdout to 0.")
+        raise EtfZooError("No class has two images, so none can be held out. Set holdout to 0.")
     return np.setdiff1d(np.arange(len(labels)), chosen), chosen
 
 
@@ -80,12 +82,12 @@ def few_shot_indices(labels, shots: int, seed: int, names: list[str]) -> np.ndar
     """
     labels = np.asarray(labels)
     if shots < 1:
-        raise ValueError(f"shots must be positive, got {shots}.")
+        raise EtfZooError(f"shots must be positive, got {shots}.")
     counts = np.bincount(labels, minlength=len(names))
     short = np.flatnonzero(counts < shots)
     if len(short):
         worst = short[counts[short].argmin()]
-        raise ValueError(
+        raise EtfZooError(
             f"{len(short)} of {len(names)} classes have fewer than {shots} images for training, such as "
             f"{names[worst]!r} with {counts[worst]}. Ask for at most {counts.min()} shots, or hold out less."
         )
@@ -121,7 +123,7 @@ def training_rows(
         ValueError: See the other functions here; on both shots and long_tail.
     """
     if shots and long_tail:
-        raise ValueError("shots and data.long_tail are two ways to choose training images: set one.")
+        raise EtfZooError("shots and data.long_tail are two ways to choose training images: set one.")
     labels = np.asarray(labels)
     rows, watched = np.arange(len(labels)), np.arange(0)
     if holdout:
@@ -144,15 +146,15 @@ def check_classes(train: Images, test: Images) -> None:
     present = np.unique(train.labels)
     if len(present) < 2:
         names = ", ".join(train.label_names[k] for k in present) or "none"
-        raise ValueError(
+        raise EtfZooError(
             f"The training images of {train.source} are all of one class ({names}); a classifier needs at least 2."
         )
     known = {train.label_names[k] for k in present}
     unknown = [test.label_names[k] for k in np.unique(test.labels) if test.label_names[k] not in known]
     if unknown:
-        raise ValueError(
+        raise EtfZooError(
             f"The test images of {test.source} have {len(unknown)} classes without a training image, such as "
             f"{unknown[0]!r}. Add training images of these, or take them out of the test."
         )
     if train.label_names[: len(test.label_names)] != test.label_names:
-        raise ValueError(f"Training and test images of {train.source} number their classes differently.")
+        raise EtfZooError(f"Training and test images of {train.source} number their classes differently.")

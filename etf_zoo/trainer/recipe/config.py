@@ -12,6 +12,8 @@ from typing import Any, ClassVar, Literal
 
 import yaml
 
+from etf_zoo.errors import EtfZooError
+
 from .parsing import parse
 
 HEADS = ("frame", "random", "learned")
@@ -81,17 +83,17 @@ class Data:
 
     def __post_init__(self):
         if self.size < 1 or self.workers < 0 or self.shuffle_buffer < 1:
-            raise ValueError("data.size and data.shuffle_buffer must be positive, data.workers at least 0.")
+            raise EtfZooError("data.size and data.shuffle_buffer must be positive, data.workers at least 0.")
         if min(self.limit, self.train_images, self.num_classes) < 0:
-            raise ValueError("data.limit, data.train_images and data.num_classes are 0 for all, or positive.")
+            raise EtfZooError("data.limit, data.train_images and data.num_classes are 0 for all, or positive.")
         if not 0 <= self.max_corrupt <= 1 or not 0 < self.crop_pct <= 1:
-            raise ValueError("data.max_corrupt is a share in [0, 1], data.crop_pct one in (0, 1].")
+            raise EtfZooError("data.max_corrupt is a share in [0, 1], data.crop_pct one in (0, 1].")
         if self.image_column == self.label_column:
-            raise ValueError(f"data.image_column and data.label_column are one column, {self.image_column!r}.")
+            raise EtfZooError(f"data.image_column and data.label_column are one column, {self.image_column!r}.")
         if self.streaming and self.resident is True:
-            raise ValueError("A stream is never resident: set data.streaming or data.resident to false.")
+            raise EtfZooError("A stream is never resident: set data.streaming or data.resident to false.")
         if self.streaming and self.limit:
-            raise ValueError("data.limit needs all rows at hand; shorten a stream's epoch by data.train_images.")
+            raise EtfZooError("data.limit needs all rows at hand; shorten a stream's epoch by data.train_images.")
 
 
 @dataclass
@@ -133,21 +135,21 @@ class Augment:
     def __post_init__(self):
         for name, value in (("crop_scale", self.crop_scale), ("crop_ratio", self.crop_ratio)):
             if len(value) != 2 or not 0 < value[0] <= value[1] or (name == "crop_scale" and value[1] > 1):
-                raise ValueError(f"augment.{name} is [smallest, largest], both positive, got {value}.")
+                raise EtfZooError(f"augment.{name} is [smallest, largest], both positive, got {value}.")
         jitter = self.color_jitter
         if jitter and (len(jitter) != 4 or min(jitter) < 0 or jitter[3] > 0.5):
-            raise ValueError(
+            raise EtfZooError(
                 f"augment.color_jitter is [brightness, contrast, saturation, hue], none negative, hue at most 0.5, "
                 f"got {jitter}."
             )
         if self.randaug_ops < 0 or not 0 <= self.randaug_magnitude <= 10 or self.randaug_std < 0:
-            raise ValueError("augment.randaug_magnitude is 0 to 10, randaug_ops and randaug_std at least 0.")
+            raise EtfZooError("augment.randaug_magnitude is 0 to 10, randaug_ops and randaug_std at least 0.")
         if not 0 <= self.erase <= 1 or not 0 <= self.mix_prob <= 1:
-            raise ValueError("augment.erase and augment.mix_prob are probabilities.")
+            raise EtfZooError("augment.erase and augment.mix_prob are probabilities.")
         if self.randaug_ops and jitter:
-            raise ValueError("augment.color_jitter is left out with randaug_ops, as in timm: it has its own. Set one.")
+            raise EtfZooError("augment.color_jitter is left out with randaug_ops, as in timm: it has its own. Set one.")
         if min(self.mixup, self.cutmix) < 0:
-            raise ValueError("augment.mixup and augment.cutmix are 0 for none, or positive.")
+            raise EtfZooError("augment.mixup and augment.cutmix are 0 for none, or positive.")
 
 
 @dataclass
@@ -178,9 +180,9 @@ class Optim:
 
     def __post_init__(self):
         if not self.lr > 0 or not 0 <= self.min_lr <= self.lr:
-            raise ValueError(f"optim.lr is positive and optim.min_lr in [0, lr], got {self.lr} and {self.min_lr}.")
+            raise EtfZooError(f"optim.lr is positive and optim.min_lr in [0, lr], got {self.lr} and {self.min_lr}.")
         if not 0 < self.layer_decay <= 1:
-            raise ValueError(f"optim.layer_decay lies in (0, 1], 1 for none, got {self.layer_decay}.")
+            raise EtfZooError(f"optim.layer_decay lies in (0, 1], 1 for none, got {self.layer_decay}.")
 
 
 @dataclass
@@ -197,7 +199,7 @@ class Ema:
 
     def __post_init__(self):
         if not 0 <= self.decay < 1:
-            raise ValueError(f"ema.decay lies in [0, 1), 0 for no average, got {self.decay}.")
+            raise EtfZooError(f"ema.decay lies in [0, 1), 0 for no average, got {self.decay}.")
 
 
 @dataclass
@@ -299,16 +301,16 @@ class Recipe:
     def __post_init__(self):
         for name in ("epochs", "batch_size", "accumulate", "eval_every", "save_every", "keep_checkpoints", "log_every"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
+                raise EtfZooError(f"{name} must be positive, got {getattr(self, name)}.")
         if self.save_steps < 0 or self.save_minutes < 0:
-            raise ValueError("save_steps and save_minutes cannot be negative; 0 is for none.")
+            raise EtfZooError("save_steps and save_minutes cannot be negative; 0 is for none.")
         if self.head not in self.heads:
-            raise ValueError(f"head is one of {', '.join(self.heads)}, got {self.head!r}.")
+            raise EtfZooError(f"head is one of {', '.join(self.heads)}, got {self.head!r}.")
         if not self.sizes or any(len(pair) != 2 for pair in self.sizes) or self.sizes[0][0] != 0:
-            raise ValueError(f"sizes is a list of [first epoch, pixels] that begins at epoch 0, got {self.sizes}.")
+            raise EtfZooError(f"sizes is a list of [first epoch, pixels] that begins at epoch 0, got {self.sizes}.")
         self.precision = "fp32" if self.precision == "no" else self.precision  # what recipes said before
         if self.precision not in PRECISIONS:
-            raise ValueError(f"precision is fp32, bf16 or fp16, got {self.precision!r}.")
+            raise EtfZooError(f"precision is fp32, bf16 or fp16, got {self.precision!r}.")
         seconds(self.time_budget)
 
 
@@ -360,5 +362,5 @@ def seconds(text: str) -> float:
         return float("inf")
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", text)
     if not match:
-        raise ValueError(f"A time budget is a number with s, m or h, such as 9m; got {text!r}.")
+        raise EtfZooError(f"A time budget is a number with s, m or h, such as 9m; got {text!r}.")
     return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from etf_zoo import frame_heads
+from etf_zoo.errors import DivergedError, EtfZooError
 from etf_zoo.evaluation.measure import measure
 
 from ..data.augment import colors_of
@@ -111,9 +112,9 @@ class Run:
     def _check_batch(self) -> None:
         recipe, processes = self.recipe, self.accelerator.num_processes
         if not self.steps_per_epoch:
-            raise ValueError(f"{self.train_images} training images do not fill one batch of {recipe.batch_size}.")
+            raise EtfZooError(f"{self.train_images} training images do not fill one batch of {recipe.batch_size}.")
         if recipe.batch_size % (processes * recipe.accumulate):
-            raise ValueError(
+            raise EtfZooError(
                 f"batch_size {recipe.batch_size} does not divide by {processes} processes"
                 f"{f' times accumulate {recipe.accumulate}' if recipe.accumulate > 1 else ''}."
             )
@@ -122,7 +123,7 @@ class Run:
 
     def _start_folder(self) -> None:
         if checkpoint.exists(self.folder / CHECKPOINTS):
-            raise ValueError(
+            raise EtfZooError(
                 f"{self.folder} holds a run already. Continue it with --resume, or choose another --output."
             )
         self.accelerator.wait_for_everyone()
@@ -151,13 +152,13 @@ class Run:
     def _resume(self) -> None:
         found = checkpoint.newest(self.folder / CHECKPOINTS, self.accelerator)
         if found is None:
-            raise ValueError(f"There is no checkpoint in {self.folder} to resume from. Start without --resume.")
+            raise EtfZooError(f"There is no checkpoint in {self.folder} to resume from. Start without --resume.")
         path, state = found
         self._tell_changes()
         if (before := state.get("processes", 0)) and (before > 1) != (self.accelerator.num_processes > 1):
-            raise ValueError(f"{path} is of {before} process(es): resume with one if it was one, else with several.")
+            raise EtfZooError(f"{path} is of {before} process(es): resume with one if it was one, else with several.")
         if state["steps_per_epoch"] != self.steps_per_epoch:
-            raise ValueError(
+            raise EtfZooError(
                 f"{path} has {state['steps_per_epoch']} steps in an epoch, this recipe {self.steps_per_epoch}. Resume "
                 f"with the data and the batch_size of {self.folder / 'recipe.yaml'}."
             )
@@ -178,7 +179,7 @@ class Run:
         """Name what differs from the recipe that the run was started with; refuse another model."""
         changed = changes(self.folder / "recipe.yaml", self.record())
         if any(name.startswith(("model", "head", "optim.name", "ema.decay")) for name in changed):
-            raise ValueError(
+            raise EtfZooError(
                 f"{self.folder} holds a run of another model, optimizer or average ({'; '.join(changed.values())}). "
                 f"Resume with its recipe.yaml, or choose another --output."
             )
@@ -202,7 +203,7 @@ class Run:
         alone = held(self.folder / ".lock") if main else nullcontext(True)
         with alone as free, progress(total, self.step, recipe.batch_size, main) as bar:
             if not free:
-                raise ValueError(f"Another process trains in {self.folder}: choose another --output.")
+                raise EtfZooError(f"Another process trains in {self.folder}: choose another --output.")
             self.model.train()
             while self.step < total and not self.enough():
                 stop = self._epoch(bar)
@@ -287,7 +288,7 @@ class Run:
 
     def _check_finite(self, loss: float) -> None:
         if not math.isfinite(loss):
-            raise FloatingPointError(
+            raise DivergedError(
                 f"The loss is {loss} at step {self.step}; the last checkpoint in {self.folder} is intact. "
                 f"Try a lower --optim.lr, more --optim.warmup_epochs or --optim.clip_grad 1."
             )

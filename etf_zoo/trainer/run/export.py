@@ -12,6 +12,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from etf_zoo.errors import EtfZooError
 from etf_zoo.sharing.card import METRICS_NAME, write_card
 from etf_zoo.sharing.folder import save_folder
 
@@ -33,7 +34,7 @@ def check_storable(recipe: Recipe) -> None:
     args = recipe.model_args
     changed = args.get("neck") not in (None, "none") or args.get("whitening") not in (None, False)
     if recipe.head == "learned" and changed:
-        raise ValueError(
+        raise EtfZooError(
             "A learned head behind a neck or a whitening layer is a control that training/experiments/comparison.py "
             "measures; it has no model folder. Leave model_args.neck and model_args.whitening out, or use head=frame."
         )

@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import shutil
 import subprocess
-import traceback
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from multiprocessing.context import SpawnContext
@@ -19,7 +18,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 
-import etf_zoo
+from etf_zoo.errors import EtfZooError
 from etf_zoo.metrics import sum_over_processes
 
 from ..recipe.config import PRECISIONS
@@ -60,7 +59,7 @@ def make_accelerator(precision: str = "") -> Accelerator:
         AcceleratorState._reset_state()  # accelerate allows a process one precision; a list of runs may have several
     accelerator = Accelerator(mixed_precision=mixed, cpu=not torch.accelerator.is_available())
     if precision == "fp16" and accelerator.device.type == "cpu":
-        raise ValueError("fp16 needs a GPU: set --precision bf16 or fp32.")
+        raise EtfZooError("fp16 needs a GPU: set --precision bf16 or fp32.")
     torch.backends.cudnn.benchmark = accelerator.device.type == "cuda"  # sizes stay the same for many steps
     # Its gradients are not finite where attention logits are far below 0 and tokens are 64 more than a multiple of 128
     # (pytorch issue 196678, there with a mask). Two trainings of a ViT ended so at 64 pixels: an H200, torch 2.11.
@@ -82,7 +81,7 @@ def process_state() -> PartialState:
 def refuse_processes() -> None:
     """Raise ValueError in a script that several processes would get into one another's way in."""
     if process_state().num_processes > 1:
-        raise ValueError("Run this script as one process (--num_processes 1); started twice, it shares the work.")
+        raise EtfZooError("Run this script as one process (--num_processes 1); started twice, it shares the work.")
 
 
 def side_by_side(count: int) -> SpawnContext:
@@ -156,11 +155,7 @@ def checkout_commit() -> str:
 
 def is_deliberate(error: BaseException) -> bool:
     """Whether an error says what is wrong by itself: this project raised it on purpose, or the system refused."""
-    if not isinstance(error, ValueError | OSError | RuntimeError | FloatingPointError | ImportError):
-        return False
-    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
-    own = Path(etf_zoo.__file__).resolve().parent
-    return raised_in.is_relative_to(own) or getattr(error, "errno", None) in SYSTEM
+    return isinstance(error, EtfZooError) or getattr(error, "errno", None) in SYSTEM
 
 
 def run_script(main: Callable[[], None]) -> None:

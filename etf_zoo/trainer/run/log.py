@@ -10,6 +10,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from etf_zoo.errors import MissingPackageError, StorageError
+
 __all__ = ["METRICS", "Log", "forget_after", "progress"]
 
 METRICS = "metrics.jsonl"
@@ -34,7 +36,7 @@ class Log:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
-                raise ImportError(
+                raise MissingPackageError(
                     "TensorBoard is not installed: `pip install tensorboard`, or set --tensorboard false."
                 ) from error
             self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
@@ -53,7 +55,7 @@ class Log:
             with open(self.file, "a") as file:
                 file.write(json.dumps(record) + "\n")
         except OSError as error:
-            raise OSError(
+            raise StorageError(
                 f"Cannot write {self.file}: {error.strerror}. The checkpoints beside it are intact: make room, then go "
                 f"on with --resume."
             ) from error

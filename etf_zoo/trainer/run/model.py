@@ -19,6 +19,7 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
 from etf_zoo import attach_frame, frame_heads
+from etf_zoo.errors import EtfZooError
 from etf_zoo.frames import spherical_code
 from etf_zoo.layers.necks import build_neck
 from etf_zoo.layers.whitening import whiten
@@ -68,7 +69,7 @@ def find_model(model: str, pretrained: bool = True) -> Source:
     if folder.is_dir():
         found = next((path for path in (folder, folder / "model") if (path / CONFIG_NAME).is_file()), None)
         if found is None:
-            raise ValueError(f"{folder} holds no model: neither it nor its folder model/ has a {CONFIG_NAME}.")
+            raise EtfZooError(f"{folder} holds no model: neither it nor its folder model/ has a {CONFIG_NAME}.")
         cfg, architecture, _ = load_model_config_from_path(found)
         _check_base(model, architecture)
         return Source(f"local-dir:{found}", architecture, cfg["input_size"][-1], _identity(cfg, found))
@@ -80,7 +81,7 @@ def find_model(model: str, pretrained: bool = True) -> Source:
     if not timm.is_model(architecture):
         near = difflib.get_close_matches(architecture, timm.list_models(), n=3)
         hint = f" Did you mean {', '.join(near)}?" if near else ""
-        raise ValueError(f"There is no model or folder {model!r}.{hint}")
+        raise EtfZooError(f"There is no model or folder {model!r}.{hint}")
     name = model
     if pretrained and not tag and architecture.endswith("_etf") and (default := default_tag(architecture)):
         name = f"{architecture}.{default}"
@@ -88,7 +89,7 @@ def find_model(model: str, pretrained: bool = True) -> Source:
         cfg: Any = get_pretrained_cfg(name)
     except RuntimeError:
         known = ", ".join(timm.list_pretrained(f"{architecture}.*")) or "no tag"
-        raise ValueError(f"{architecture} has no tag {tag!r}; there is {known}.") from None
+        raise EtfZooError(f"{architecture} has no tag {tag!r}; there is {known}.") from None
     return Source(model, architecture, cfg.input_size[-1], _identity(cfg.to_dict(), cards_folder() / name))
 
 
@@ -100,7 +101,7 @@ def _identity(cfg: Mapping[str, Any], folder: Path | None = None) -> str:
 
 def _check_base(model: str, architecture: str) -> None:
     if architecture == SKIP_CONNECTION:
-        raise ValueError(
+        raise EtfZooError(
             f"{model} has a skip connection from an earlier tuning: start from the model that it came from."
         )
 
@@ -121,7 +122,7 @@ def make_model(recipe: Recipe, num_classes: int, hierarchy: Tensor | None = None
     except TypeError as error:
         if "unexpected keyword argument" not in str(error):
             raise
-        raise ValueError(f"model_args of {recipe.model}: {error}.") from error
+        raise EtfZooError(f"model_args of {recipe.model}: {error}.") from error
 
 
 def _make_model(recipe: Recipe, num_classes: int, hierarchy: Tensor | None) -> nn.Module:
@@ -154,7 +155,7 @@ def _with_spherical_code(recipe: Recipe, args: dict[str, Any]) -> nn.Module:
     model = make_model(quick, args["num_classes"])
     shapes = {tuple(head.weight.shape) for head in frame_heads(model).values()}
     if len(shapes) > 1:
-        raise ValueError(f"frame: spherical_code is for heads of one width; {quick.model} has several.")
+        raise EtfZooError(f"frame: spherical_code is for heads of one width; {quick.model} has several.")
     head_args = {key: args[key] for key in HEAD_ARGS if key in args and key != "orientation"}
     code = spherical_code(*shapes.pop(), seed=args.get("frame_seed", 0))
     return attach_frame(model, **{**head_args, "frame": code})
@@ -201,7 +202,7 @@ def _put_neck(model: nn.Module, neck: str) -> None:
     name = model.pretrained_cfg.get("classifier")  # type: ignore[union-attr]
     leaf = model.get_submodule(name) if isinstance(name, str) else None
     if not isinstance(leaf, nn.Linear):
-        raise ValueError(f"A learned head behind a neck needs a model with one linear classifier, not {name}.")
+        raise EtfZooError(f"A learned head behind a neck needs a model with one linear classifier, not {name}.")
     module, width = build_neck(neck, leaf.in_features, leaf.out_features)
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, nn.Sequential(module, nn.Linear(width, leaf.out_features)))

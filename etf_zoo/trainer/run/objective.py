@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from etf_zoo import FrameClassifier, frame_heads, losses
+from etf_zoo.errors import EtfZooError
 from etf_zoo.layers.moving import MovingFrameClassifier
 
 from ..recipe.config import Loss
@@ -47,7 +48,7 @@ class Objective:
         self.classifier: Any = self.head or model.get_classifier()  # type: ignore[operator]
         self.label_smoothing = label_smoothing
         if (settings.class_weights or settings.class_scaling) and not class_counts:
-            raise ValueError(
+            raise EtfZooError(
                 "loss.class_weights and loss.class_scaling need the class counts, which a stream does not have."
             )
         self.class_weights = (
@@ -58,44 +59,44 @@ class Objective:
         self.penalty_weight = settings.variance_covariance
         self.moving = self.head if isinstance(self.head, MovingFrameClassifier) else None
         if self.moving is None and any(isinstance(head, MovingFrameClassifier) for head in heads):
-            raise ValueError(
+            raise EtfZooError(
                 f"A moving frame follows one head's features; {type(model).__name__} has {len(heads)} heads."
             )
         self.takes_shares = self.loss is None and self.moving is None  # of classes `(B, K)` in the place of labels
         self._observed: list[tuple[Tensor, Tensor]] = []  # embeddings and labels of this step
         if self.penalty is not None and not isinstance(self.classifier, nn.Module):
-            raise ValueError("The variance-covariance penalty needs a model with one classifier.")
+            raise EtfZooError("The variance-covariance penalty needs a model with one classifier.")
 
     def _build(self, settings: Loss, class_counts: list[int]) -> nn.Module | None:
         if settings.name == "cross_entropy":
             if settings.args or settings.class_scaling:
-                raise ValueError("loss.name cross_entropy takes neither loss.args nor loss.class_scaling.")
+                raise EtfZooError("loss.name cross_entropy takes neither loss.args nor loss.class_scaling.")
             return None
         if settings.class_weights:
-            raise ValueError(f"loss.class_weights is for cross_entropy, not {settings.name}.")
+            raise EtfZooError(f"loss.class_weights is for cross_entropy, not {settings.name}.")
         if settings.name not in LOSSES:
-            raise ValueError(f"Unknown loss {settings.name!r}. Choose one of cross_entropy, {', '.join(LOSSES)}.")
+            raise EtfZooError(f"Unknown loss {settings.name!r}. Choose one of cross_entropy, {', '.join(LOSSES)}.")
         if self.head is None:
-            raise ValueError(
+            raise EtfZooError(
                 f"The loss {settings.name} compares embeddings with one fixed frame: use head=frame, and a model with "
                 f"one classifier."
             )
         if self.head.logit_scale.requires_grad:
-            raise ValueError(f"A learnable logit scale learns from cross_entropy alone, not from {settings.name}.")
+            raise EtfZooError(f"A learnable logit scale learns from cross_entropy alone, not from {settings.name}.")
         args = dict(settings.args)
         raw = self.head.feature_norm == "none"  # whose scale is meant for raw features, not for their cosines
         if settings.name in _SCALED and not raw:
             args.setdefault("logit_scale", self.head.logit_scale.item())
         if settings.class_scaling:
             if settings.name != "dot_regression":
-                raise ValueError(f"loss.class_scaling is for dot_regression, not {settings.name}.")
+                raise EtfZooError(f"loss.class_scaling is for dot_regression, not {settings.name}.")
             args["class_counts"] = class_counts
         try:
             loss = LOSSES[settings.name](**args).to(self.head.weight.device)
         except TypeError as error:
-            raise ValueError(f"loss.args of {settings.name}: {error}.") from error
+            raise EtfZooError(f"loss.args of {settings.name}: {error}.") from error
         if isinstance(loss, losses.DotRegressionLoss) and not isinstance(loss.feature_length, int | float) and not raw:
-            raise ValueError(
+            raise EtfZooError(
                 f"loss.args.feature_length {loss.feature_length!r} is of raw features, which this head's norm makes "
                 f"all of length 1: set model_args.feature_norm none, or feature_length to a number."
             )
@@ -132,15 +133,15 @@ class Objective:
 
 def _penalty(settings: Loss) -> nn.Module | None:
     if settings.variance_covariance < 0:
-        raise ValueError(f"loss.variance_covariance must not be negative, got {settings.variance_covariance}.")
+        raise EtfZooError(f"loss.variance_covariance must not be negative, got {settings.variance_covariance}.")
     if not settings.variance_covariance:
         if settings.penalty_args:
-            raise ValueError("loss.penalty_args are of the penalty: set its weight, loss.variance_covariance.")
+            raise EtfZooError("loss.penalty_args are of the penalty: set its weight, loss.variance_covariance.")
         return None
     try:
         return losses.VarianceCovarianceLoss(**settings.penalty_args)
     except TypeError as error:
-        raise ValueError(f"loss.penalty_args: {error}.") from error
+        raise EtfZooError(f"loss.penalty_args: {error}.") from error
 
 
 def _rows(x: Tensor) -> Tensor:

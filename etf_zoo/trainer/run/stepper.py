@@ -11,6 +11,7 @@ from timm.scheduler.cosine_lr import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from etf_zoo.errors import EtfZooError
 from etf_zoo.layers.moving import copy_moving_frames
 
 from ..data.batches import batch_generator, mix
@@ -57,7 +58,7 @@ class Stepper:
         self.ema = self._make_ema()
         self.objective = Objective(recipe.loss, self.plain, class_counts, recipe.label_smoothing)
         if recipe.augment.mixes and not self.objective.takes_shares:
-            raise ValueError(
+            raise EtfZooError(
                 "augment.mixup and augment.cutmix give an image several classes, which only loss.name cross_entropy "
                 "without a moving frame can use: set them to 0."
             )
@@ -77,7 +78,7 @@ class Stepper:
         if not settings.decay:
             return None
         if is_sharded(self.accelerator):
-            raise ValueError("An average of the weights is not available under FSDP: set --ema.decay 0.")
+            raise EtfZooError("An average of the weights is not available under FSDP: set --ema.decay 0.")
         ema = ModelEmaV3(self.plain, decay=settings.decay, use_warmup=settings.warmup)
         self.accelerator.register_for_checkpointing(ema)
         return ema

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from etf_zoo import add_skip, attach_frame, frame_heads
+from etf_zoo.errors import EtfZooError
 from etf_zoo.frames import nearest_simplex_etf
 from etf_zoo.models.heads import HEAD_ARGS, become, timm_classifier_names
 
@@ -70,13 +71,15 @@ def pick_layer(model: nn.Module, layer: str = "") -> str:
     known = blocks(model)
     if layer:
         if layer not in dict(model.named_modules()) or not any(True for _ in model.get_submodule(layer).parameters()):
-            raise ValueError(
+            raise EtfZooError(
                 f"{type(model).__name__} has no layer {layer!r} with parameters. Its blocks: {', '.join(known)}."
             )
         return layer
     small = [name for name, share in known.items() if share <= LAYER_SHARE]
     if not small:
-        raise ValueError(f"{type(model).__name__} has no block with a tenth of the parameters or less: name a --layer.")
+        raise EtfZooError(
+            f"{type(model).__name__} has no block with a tenth of the parameters or less: name a --layer."
+        )
     return small[-1]
 
 
@@ -96,7 +99,7 @@ def prepare(model: nn.Module, method: str, layer: str = "") -> nn.Module:
         ValueError: On an unknown method or layer, or if nothing would train.
     """
     if method not in METHODS:
-        raise ValueError(f"Unknown method {method!r}. Choose one of {', '.join(METHODS)}.")
+        raise EtfZooError(f"Unknown method {method!r}. Choose one of {', '.join(METHODS)}.")
     if method == "full":
         return model
     tuned = timm_classifier_names(model)
@@ -108,7 +111,7 @@ def prepare(model: nn.Module, method: str, layer: str = "") -> nn.Module:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(_below(name, tuned))
     if not any(p.requires_grad for p in model.parameters()):
-        raise ValueError(
+        raise EtfZooError(
             "Nothing would train: a fixed frame on a frozen backbone has no parameter. Give the head a neck "
             "(--model_args.neck mlp), take --head learned, or another method (ncm, layer, scl, full)."
         )
@@ -162,6 +165,6 @@ def warm_head(model: nn.Module, features: Tensor, labels: Tensor, names: list[st
     """
     heads = list(frame_heads(model).values())
     if any(head.neck is not None for head in heads):
-        raise ValueError("A warm frame meets the backbone's features themselves: take the neck out, or --head frame.")
+        raise EtfZooError("A warm frame meets the backbone's features themselves: take the neck out, or --head frame.")
     kept = {k: v for k, v in head_args.items() if k in HEAD_ARGS and k not in ("frame", "orientation", "frame_seed")}
     attach_frame(model, len(names), frame=warm_frame(features, labels, names), **kept)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from etf_zoo.errors import EtfZooError
 from etf_zoo.models.heads import split_head, timm_classifier_names
 
 from ..data.augment import colors_of
@@ -89,7 +90,7 @@ def backbone_features(
         found.append(model.forward_head(hidden, pre_logits=True).flatten(1).float().cpu())  # type: ignore[operator]
     features = torch.cat(found)
     if len(features) != len(split):
-        raise ValueError(f"{len(split) - len(features)} images of {split.source} cannot be read: remove them.")
+        raise EtfZooError(f"{len(split) - len(features)} images of {split.source} cannot be read: remove them.")
     return features
 
 
@@ -102,7 +103,7 @@ def class_means(features: Tensor, labels: Tensor, names: list[str]) -> Tensor:
     counts = torch.bincount(labels, minlength=len(names))
     if not counts.all():
         missing = [names[int(k)] for k in torch.nonzero(counts == 0)[:3, 0]]
-        raise ValueError(f"No training image of {', '.join(missing)}: there is no class mean.")
+        raise EtfZooError(f"No training image of {', '.join(missing)}: there is no class mean.")
     sums = torch.zeros(len(names), features.shape[1], dtype=torch.float64)
     return sums.index_add_(0, labels, features.double()) / counts[:, None]
 
@@ -126,9 +127,9 @@ def fit_probe(
         ValueError: On an unknown method, a single class, or too few images to choose by cross-validation.
     """
     if method not in PROBES:
-        raise ValueError(f"Unknown probe {method!r}. Choose one of {', '.join(PROBES)}.")
+        raise EtfZooError(f"Unknown probe {method!r}. Choose one of {', '.join(PROBES)}.")
     if len(labels.unique()) < 2:
-        raise ValueError("All training images are of one class; a classifier needs at least 2.")
+        raise EtfZooError("All training images are of one class; a classifier needs at least 2.")
     if method == "ncm":
         return _nearest_mean(features, labels, names)
     x, y = features.numpy(), labels.numpy()
@@ -150,7 +151,7 @@ def fit_probe(
 def _choose(estimator: Any, key: str, values: list, x: np.ndarray, y: np.ndarray, seed: int) -> GridSearchCV:
     smallest = int(np.unique(y, return_counts=True)[1].min())
     if smallest < 2:
-        raise ValueError(
+        raise EtfZooError(
             "A class has a single training image: nothing is left to choose the probe by. Give at least 2 of each, "
             "set the strength of a linear_probe (--strength 0.01), or use ncm."
         )

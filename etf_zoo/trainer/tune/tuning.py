@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from etf_zoo import attach_frame
+from etf_zoo.errors import EtfZooError
 from etf_zoo.models.heads import HEAD_ARGS
 
 from ..data.batches import frame_tree
@@ -82,13 +83,13 @@ class Finetune(Recipe):
             self.data = dataclasses.replace(self.data, size=max(self.data.size, source.input_size))
         super().__post_init__()
         if self.method not in METHODS + PROBES:
-            raise ValueError(f"method is one of {', '.join(METHODS + PROBES)}, got {self.method!r}.")
+            raise EtfZooError(f"method is one of {', '.join(METHODS + PROBES)}, got {self.method!r}.")
         if self.patience and not self.holdout:
-            raise ValueError("Early stopping (patience) needs held-out images: set holdout, such as 0.1.")
+            raise EtfZooError("Early stopping (patience) needs held-out images: set holdout, such as 0.1.")
         if self.data.streaming:
-            raise ValueError("Fine-tuning chooses among images, which a stream does not let it: data.streaming false.")
+            raise EtfZooError("Fine-tuning chooses among images, which a stream does not let it: data.streaming false.")
         if self.compare and self.method in PROBES:
-            raise ValueError(f"compare is for training, not for {self.method}.")
+            raise EtfZooError(f"compare is for training, not for {self.method}.")
 
 
 @dataclass
@@ -131,7 +132,7 @@ class Tuning(Run):
         super().__init__(recipe, train=train, val=held or test, model=model)
         self.patience = recipe.patience
         if self.patience and is_sharded(self.accelerator):
-            raise ValueError("Early stopping is not available under FSDP: set --patience 0.")
+            raise EtfZooError("Early stopping is not available under FSDP: set --patience 0.")
         if not self.patience and self.accelerator.is_main_process:  # the weights of an earlier session that had some
             (self.folder / BEST).unlink(missing_ok=True)
         file = self.folder / METRICS
@@ -248,7 +249,7 @@ def _probe(settings: Finetune, train: Images, test: Images) -> Tuned:
     layer: Any = linear_classifier(model)
     several = f"{type(model).__name__} has more than one linear layer behind its features"
     if layer is None and settings.method == "linear_probe":
-        raise ValueError(f"{several}: a linear probe has no place in it. Take --method ncm, knn or head.")
+        raise EtfZooError(f"{several}: a linear probe has no place in it. Take --method ncm, knn or head.")
     features, tested = (features_of(settings, model, split) for split in (train, test))
     probe = fit_probe(settings.method, features, labels, names, seed=settings.seed, strength=settings.strength)
     top1 = 100 * float(np.mean(probe.predict(tested.numpy()) == test.labels))
