@@ -35,7 +35,7 @@ def test_wheel_holds_library_and_weights_only(wheel):
         assert f"etf_zoo/model_cards/{name}/model.safetensors" in names
         assert f"etf_zoo/model_cards/{name}/config.json" in names
     assert not [name for name in names if "_control." in name]
-    assert "etf_zoo/card_template.md" in names
+    assert "etf_zoo/sharing/card_template.md" in names
     assert wheel.stat().st_size <= 95e6
 
 

@@ -1,6 +1,7 @@
 """The quick start, short: three runs, a table, a picture, a folder that predicts."""
 
 import json
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -19,7 +20,7 @@ def test_what_no_folder_can_hold_is_refused_at_once(monkeypatch):
 
 
 def test_quick_start(tmp_path, monkeypatch, capsys):
-    recipe = finetune.__file__.replace("finetune.py", "recipes/digits.yaml")
+    recipe = str(Path(__file__).parents[2] / "training" / "recipes" / "digits.yaml")
     arguments = ["finetune.py", "--config", recipe, "--output", str(tmp_path / "run"), "--epochs", "2"]
     arguments += ["--sizes", "[[0, 32]]", "--data.limit", "640"]
     monkeypatch.setattr("sys.argv", arguments)
