@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["DivergedError", "EtfZooError", "LoadError", "MissingPackageError", "StorageError"]
+__all__ = ["DivergedError", "EtfZooError", "ExportError", "LoadError", "MissingPackageError", "StorageError"]
 
 
 class EtfZooError(ValueError):
@@ -16,6 +16,10 @@ class EtfZooError(ValueError):
         ...     print(type(error).__name__)
         EtfZooError
     """
+
+
+class ExportError(EtfZooError, RuntimeError):
+    """A model cannot be written in the form that was asked for."""
 
 
 class LoadError(EtfZooError, RuntimeError):

@@ -18,7 +18,7 @@ from timm.models._input import get_model_input_config
 from timm.models._registry import get_pretrained_cfg
 from torch import Tensor, nn
 
-from ..errors import EtfZooError, LoadError, MissingPackageError
+from ..errors import EtfZooError, ExportError, LoadError, MissingPackageError
 from ..evaluation.measure import evaluate
 from ..layers.classifier import FrameClassifier
 from ..layers.necks import Center
@@ -305,7 +305,7 @@ def export_plain(model: nn.Module, folder: str | Path, *, half: bool = False) ->
     # random images can be close decisions: theirs may only be a class that ours finds as good
     regret = ours.max(1).values - ours.gather(1, theirs.argmax(1, keepdim=True)).squeeze(1)
     if not half and bool((regret > 1e-3 * ours.std(1).clamp_min(1e-6)).any()):
-        raise LoadError(f"{folder} predicts something else than the model; do not use it, and please report this.")
+        raise ExportError(f"{folder} predicts something else than the model; do not use it, and please report this.")
     return exact
 
 
@@ -346,7 +346,7 @@ def export_onnx(model: nn.Module, folder: str | Path) -> Path:
             program = torch.onnx.export(model, (images,), dynamo=True, verbose=False, **names)
     except Exception as error:  # torch wraps whatever went wrong in a class of its own
         reason = str(error.__cause__ or error).strip().splitlines()[0]
-        raise EtfZooError(f"torch cannot export {type(model).__name__} to ONNX: {reason}") from error
+        raise ExportError(f"torch cannot export {type(model).__name__} to ONNX: {reason}") from error
     program.model.metadata_props.update(_metadata(model))  # type: ignore[union-attr]
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
