@@ -330,7 +330,8 @@ def export_onnx(model: nn.Module, folder: str | Path) -> Path:
         The file.
 
     Raises:
-        RuntimeError: If onnx or onnxscript is missing, or torch cannot export the model.
+        MissingPackageError: If onnx or onnxscript is missing.
+        ExportError: If torch cannot export the model.
     """
     model = copy.deepcopy(model).cpu().eval()
     try:

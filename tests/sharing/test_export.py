@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard
 from torch import nn
 
 from etf_zoo import FrameClassifier, convert_classifier
+from etf_zoo.errors import MissingPackageError
 from etf_zoo.frames import nearest_simplex_etf
 from etf_zoo.sharing.export import convert_checkpoint, export_onnx, export_plain, fold_head, load_learned
 from etf_zoo.sharing.folder import save_folder
@@ -290,6 +291,6 @@ def test_onnx_failures_are_one_line(monkeypatch, tmp_path):
     with pytest.raises(RuntimeError, match=r"torch cannot export ResNet.* to ONNX: no such operator$"):
         export_onnx(model, tmp_path / "out")
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    with pytest.raises(RuntimeError, match="needs onnxscript: pip install"):
+    with pytest.raises(MissingPackageError, match="needs onnxscript: pip install"):
         export_onnx(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
