@@ -2,10 +2,13 @@
 
 import math  # no `from __future__ import annotations` here: TorchScript cannot read the class's as strings
 import warnings
+from collections import OrderedDict
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 
 from ..errors import EtfZooError
 from ..frames.build import CUSTOM, HELMERT, build_frame, check_frame, check_unit_rows
@@ -147,6 +150,7 @@ class FrameClassifier(nn.Module):
         device: torch.device | str | None = None,
     ):
         super().__init__()
+        self._embedding_hooks = OrderedDict()  # unannotated: TorchScript warns of annotations here
         if feature_norm not in FEATURE_NORMS:
             raise EtfZooError(f"Unknown feature_norm {feature_norm!r}. Choose one of {', '.join(FEATURE_NORMS)}.")
         device = torch.empty(0, device=device).device  # None means the default device, `with torch.device(...)` too
@@ -227,10 +231,43 @@ class FrameClassifier(nn.Module):
             return _helmert_product(x, self.logit_scale)
         return _scaled_product(x, self.weight, self.logit_scale)
 
+    @torch.jit.unused
+    def register_embedding_hook(self, hook: Callable[[Tensor, Tensor], None]) -> RemovableHandle:
+        """Have every forward pass hand over what it computes on the way, for losses and penalties on embeddings.
+
+        The tensors are those of the pass, with their gradient. Copies of the classifier (deepcopy, pickle) have no
+        hooks; scripted ones call none.
+
+        Args:
+            hook: Called as `hook(features, embeddings)` with `(..., in_features)` and `(..., dim)`, see `embed`;
+                the classes' dimension is last, with `channels_first` too.
+
+        Returns:
+            A handle: `handle.remove()` ends it, as leaving `with handle:` does.
+
+        Example:
+            >>> head = FrameClassifier(8, 3)
+            >>> seen = []
+            >>> with head.register_embedding_hook(lambda features, embeddings: seen.append(embeddings)):
+            ...     logits = head(torch.randn(2, 8))
+            >>> seen[0].shape
+            torch.Size([2, 8])
+        """
+        handle = RemovableHandle(self._embedding_hooks)
+        self._embedding_hooks[handle.id] = hook
+        return handle
+
+    def __getstate__(self):
+        return {**self.__dict__, "_embedding_hooks": OrderedDict()}
+
     def forward(self, x: Tensor) -> Tensor:
         if self.channels_first:
             x = x.movedim(1, -1)
-        logits = self.project(self.embed(x))
+        embeddings = self.embed(x)
+        if not torch.jit.is_scripting():
+            for hook in self._embedding_hooks.values():
+                hook(x, embeddings)
+        logits = self.project(embeddings)
         return logits.movedim(-1, 1) if self.channels_first else logits
 
     def _apply(self, fn, recurse=True):

@@ -1,5 +1,6 @@
 import copy
 import math
+import pickle
 import warnings
 
 import pytest
@@ -377,3 +378,61 @@ def test_repr_and_linear_names():
     head = FrameClassifier(8, 5)
     assert (head.in_features, head.out_features, head.num_classes) == (8, 5, 5)
     assert repr(head) == "FrameClassifier(8, 5, frame='auto', dim=8, feature_norm='l2')"
+
+
+# --------------------------------------------------------------------------------------------------- embedding hooks
+
+
+@pytest.mark.parametrize("channels_first", [False, True])
+def test_embedding_hook_sees_what_the_pass_computes(channels_first):
+    head = FrameClassifier(6, 4, neck="mlp", channels_first=channels_first).eval()
+    x = features(3, 6, 1, 1) if channels_first else features(3, 6)
+    x.requires_grad_()
+    seen = []
+    handle = head.register_embedding_hook(lambda *pair: seen.append(pair))
+    logits = head(x)
+    handle.remove()
+    head(x)
+    ((before, after),) = seen
+    rows = x.movedim(1, -1) if channels_first else x
+    torch.testing.assert_close(before, rows)
+    torch.testing.assert_close(after, head.embed(rows))
+    by_loss, by_logits = (torch.autograd.grad(out, x, retain_graph=True)[0] for out in (after.sum(), logits.sum()))
+    assert by_loss.abs().max() > 0
+    torch.testing.assert_close(
+        by_logits, torch.autograd.grad(after, x, head.logit_scale * head.weight.sum(0).expand_as(after))[0]
+    )
+
+
+def test_several_hooks_end_each_for_itself():
+    head, order = FrameClassifier(6, 4), []
+    first = head.register_embedding_hook(lambda *_: order.append("first"))
+    with head.register_embedding_hook(lambda *_: order.append("second")):
+        head(features(2, 6))
+    head(features(2, 6))
+    first.remove()
+    head(features(2, 6))
+    assert order == ["first", "second", "first"]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_copies_have_no_embedding_hooks():
+    head, calls = FrameClassifier(6, 4), []
+    head.register_embedding_hook(lambda *_: calls.append(1))  # a lambda, which pickle could not write
+    for twin in (copy.deepcopy(head), pickle.loads(pickle.dumps(head)), torch.jit.script(head)):
+        twin(features(2, 6))
+    assert not calls
+    head(features(2, 6))
+    assert calls == [1]
+
+
+def test_embedding_hooks_come_and_go_under_compile():
+    head = FrameClassifier(6, 4)
+    compiled = torch.compile(head, backend="eager", fullgraph=True)
+    x, seen = features(2, 6), []
+    compiled(x)
+    with head.register_embedding_hook(lambda _, embeddings: seen.append(embeddings)):
+        compiled(x)
+    compiled(x)
+    assert len(seen) == 1
+    torch.testing.assert_close(seen[0], head.embed(x))
