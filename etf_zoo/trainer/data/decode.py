@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 
 from etf_zoo.errors import EtfZooError
 
-__all__ = ["Corrupt", "Unreadable", "decode", "decoders", "encoded"]
+__all__ = ["Corrupt", "Unreadable", "decode", "decoders", "encoded", "ending"]
 
 
 class Unreadable(ValueError):
@@ -44,6 +44,23 @@ def encoded(item: Any) -> bytes:
         return Path(item).read_bytes()
     except OSError as error:
         raise Unreadable(str(error)) from error
+
+
+def ending(item: Any, count: int = 4096) -> tuple[int, bytes]:
+    """Length in bytes of what `encoded` reads, and its last bytes; the beginnings of image files are much alike."""
+    if isinstance(item, Path):
+        try:
+            with open(item, "rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                file.seek(max(0, size - count))
+                return size, file.read()
+        except OSError:
+            return 0, b""
+    try:
+        data = encoded(item)
+    except Unreadable:
+        data = b""
+    return len(data), data[-count:]
 
 
 def decode(data: bytes) -> Image.Image:

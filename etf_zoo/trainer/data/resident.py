@@ -9,6 +9,7 @@ import os
 import shutil
 import tempfile
 import time
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,10 +28,27 @@ from ..recipe.config import Data
 from .decode import Corrupt, Unreadable, decode, decoders
 from .sources import Chosen, Rows
 
-__all__ = ["Split", "cache", "read_prepared", "write_prepared"]
+__all__ = ["Split", "cache", "cache_root", "read_prepared", "write_prepared"]
 
 META = "meta.json"  # written last: a folder that has it is complete
 PIECE = 512  # images that a worker process decodes and sends at a time
+
+
+class _Checks:
+    """CRC-32 of each image of an array on disk, compared when an image is first read: nobody waits for all of them."""
+
+    def __init__(self, folder: Path, values: np.ndarray):
+        self.folder, self.values, self.done = folder, values, np.zeros(len(values), dtype=bool)
+
+    def check(self, at: np.ndarray, images: np.ndarray) -> None:
+        """Raise ValueError if any of these images, `(B, H, W, 3)`, is not what was stored at these places."""
+        for i in np.flatnonzero(~self.done[at]):
+            if zlib.crc32(np.ascontiguousarray(images[i])) != self.values[at[i]]:
+                raise EtfZooError(
+                    f"{self.folder / 'images.npy'} is damaged at image {at[i]}. Delete that folder: the images are "
+                    f"decoded anew when they are needed, and a run goes on with --resume."
+                )
+        self.done[at] = True
 
 
 @dataclass
@@ -45,6 +63,8 @@ class Split(Chosen):
         name: Of the split.
         corrupt: What was left out as unreadable: where -> why.
         index: Rows of `images` that belong to the split, in its order; None for all.
+        content: Hash of what the array was made from; empty where it is not known.
+        checks: What notices damage on disk; None for an array that was never stored.
     """
 
     images: np.ndarray
@@ -54,6 +74,8 @@ class Split(Chosen):
     name: str = ""
     corrupt: dict[str, str] = field(default_factory=dict)
     index: np.ndarray | None = None
+    content: str = ""
+    checks: _Checks | None = field(default=None, repr=False, compare=False)
     _on_device: dict[torch.device, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def readable(self) -> np.ndarray:
@@ -73,7 +95,16 @@ class Split(Chosen):
         order = np.argsort(at)  # a memory map reads forward faster than back and forth
         images = np.empty((len(at), *self.images.shape[1:]), np.uint8)
         images[order] = self.images[at[order]]
+        if self.checks is not None:
+            self.checks.check(at, images)
         return torch.from_numpy(images).to(device).permute(0, 3, 1, 2), labels
+
+    def _add_images(self, found: Any) -> None:
+        if self.content:
+            found.update(self.content.encode() + (b"" if self.index is None else self.index.tobytes()))
+        else:
+            for row in range(len(self)):
+                found.update(self.picture(row).tobytes())
 
     def _whole(self, device: torch.device) -> Tensor | None:
         """The array on an accelerator, copied there once if it takes less than a quarter of what is free."""
@@ -81,9 +112,16 @@ class Split(Chosen):
             whole = torch.empty(self.images.shape, dtype=torch.uint8, device=device)
             for start in range(0, len(whole), 4096):
                 part = np.array(self.images[start : start + 4096])  # torch wants a writable array
+                if self.checks is not None:
+                    self.checks.check(np.arange(start, start + len(part)), part)
                 whole[start : start + 4096] = torch.from_numpy(part).to(device)
             self._on_device[device] = whole
         return self._on_device.get(device)
+
+
+def cache_root() -> Path:
+    """$ETF_ZOO_CACHE, or ~/.cache/etf_zoo where that is not set or empty."""
+    return Path(os.environ.get("ETF_ZOO_CACHE") or Path.home() / ".cache" / "etf_zoo").expanduser()
 
 
 def cache(rows: Rows, size: int) -> Split:
@@ -93,11 +131,11 @@ def cache(rows: Rows, size: int) -> Split:
         ValueError: If too many images cannot be read.
         OSError: If the disk is full.
     """
-    key = hashlib.sha256(f"{rows.digest()} {size}".encode()).hexdigest()[:16]
-    root = Path(os.environ.get("ETF_ZOO_CACHE", Path.home() / ".cache" / "etf_zoo"))
-    folder = root / f"{Path(rows.source).name}-{rows.name}-{key}"
+    content = rows.content()
+    key = hashlib.sha256(f"{content} {size}".encode()).hexdigest()[:16]
+    folder = cache_root() / f"{Path(rows.source).name}-{rows.name}-{key}"
     if not (folder / META).is_file():
-        write_prepared(rows, size, folder)
+        write_prepared(rows, size, folder, content)
     return read_prepared(folder, replace(rows.settings, size=size), rows.source)
 
 
@@ -118,9 +156,13 @@ def read_prepared(folder: Path, data: Data, source: str = "") -> Split:
         images = np.load(folder / "images.npy", mmap_mode="r")
         labels = np.load(folder / "labels.npy")
         names, kept, corrupt = list(meta["names"]), meta["settings"], dict(meta["corrupt"])
+        checks = np.load(folder / "checks.npy") if (folder / "checks.npy").is_file() else None
+        content, of_labels = str(meta.get("content", "")), meta.get("labels_crc32")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise EtfZooError(f"{folder} holds no complete images ({error}): delete it and prepare it again.") from error
-    if images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8 or labels.shape != images.shape[:1]:
+    fits = images.ndim == 4 and images.shape[3] == 3 and images.dtype == np.uint8 and labels.shape == images.shape[:1]
+    fits = fits and (of_labels is None or zlib.crc32(labels.tobytes()) == of_labels)
+    if not fits or (checks is not None and checks.shape != labels.shape):
         raise EtfZooError(f"{folder} holds no complete images: delete it and prepare it again.")
     for name, value in kept.items():
         if value != getattr(data, name):
@@ -128,15 +170,22 @@ def read_prepared(folder: Path, data: Data, source: str = "") -> Split:
                 f"{folder} was prepared with data.{name} {value!r}, not {getattr(data, name)!r}: give --data.{name} "
                 f"{value}, or prepare it again."
             )
-    split = Split(images, labels, names, source or meta["source"], meta["split"], corrupt)
+    check = None if checks is None else _Checks(folder, checks)
+    split = Split(images, labels, names, source or meta["source"], meta["split"], corrupt, None, content, check)
     left_out = Corrupt(data.max_corrupt, meta["rows"], split.source, corrupt)
     left_out.check()
     left_out.warn()
     return split
 
 
-def write_prepared(rows: Rows, size: int, folder: Path) -> None:
+def write_prepared(rows: Rows, size: int, folder: Path, content: str = "") -> None:
     """Decode into a folder beside the final one and rename it: another process sees all of it or nothing.
+
+    Args:
+        rows: What to decode.
+        size: Side in pixels.
+        folder: Where to.
+        content: `rows.content()`, where it was computed before.
 
     Raises:
         ValueError: If too many images cannot be read.
@@ -155,7 +204,7 @@ def write_prepared(rows: Rows, size: int, folder: Path) -> None:
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".writing-") as temporary:
             made = Path(temporary) / "split"
             made.mkdir()
-            _write(rows, size, made)
+            _write(rows, size, made, content or rows.content())
             try:
                 os.rename(made, folder)
             except OSError:  # another process was first
@@ -167,8 +216,8 @@ def write_prepared(rows: Rows, size: int, folder: Path) -> None:
         raise
 
 
-def _write(rows: Rows, size: int, folder: Path) -> None:
-    kept = []
+def _write(rows: Rows, size: int, folder: Path, content: str) -> None:
+    kept, checks = [], []
     # plain writes, not a memory map: on a full disk a map ends the process with a signal
     with open(folder / "images.npy", "wb") as file:
         _write_header(file, len(rows), size)
@@ -179,13 +228,17 @@ def _write(rows: Rows, size: int, folder: Path) -> None:
             if isinstance(found, Unreadable):
                 rows.corrupt.add(rows.where(row), str(found))
             else:
-                file.write(found.tobytes())
+                pixels = found.tobytes()
+                file.write(pixels)
                 kept.append(row)
+                checks.append(zlib.crc32(pixels))
         file.seek(0)
         _write_header(file, len(kept), size)  # as long as the first: numpy leaves room for more rows
         file.flush()
         os.fsync(file.fileno())
-    np.save(folder / "labels.npy", rows.labels[np.array(kept, dtype=np.int64)])
+    np.save(folder / "checks.npy", np.array(checks, dtype=np.uint32))
+    labels = rows.labels[np.array(kept, dtype=np.int64)]
+    np.save(folder / "labels.npy", labels)
     meta = {
         "source": Path(rows.source).name if Path(rows.source).exists() else rows.source,
         "split": rows.name,
@@ -193,6 +246,8 @@ def _write(rows: Rows, size: int, folder: Path) -> None:
         "names": rows.label_names,
         "rows": len(rows),
         "corrupt": rows.corrupt.found,
+        "content": content,
+        "labels_crc32": zlib.crc32(labels.tobytes()),
     }
     (folder / META).write_text(json.dumps(meta, indent=1) + "\n")
 

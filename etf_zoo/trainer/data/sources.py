@@ -15,7 +15,7 @@ import numpy as np
 from etf_zoo.errors import EtfZooError
 
 from ..recipe.config import Data
-from .decode import Corrupt, Unreadable, decode, encoded
+from .decode import Corrupt, Unreadable, decode, encoded, ending
 from .readers import HELD_OUT, DatasetsReader, find_reader
 
 __all__ = ["Chosen", "Rows", "Stream", "choose_split", "open_rows", "open_stream"]
@@ -42,6 +42,20 @@ class Chosen:
     def class_counts(self) -> list[int]:
         """Images of each class."""
         return np.bincount(self.labels, minlength=len(self.label_names)).tolist()
+
+    @property
+    def digest(self) -> str:
+        """Hash of the classes' names, the labels and the images, in this order: other data have another.
+
+        Of images that are still encoded only the length and the end are read, which takes a moment, not an epoch.
+        """
+        found = hashlib.sha256(json.dumps(self.label_names).encode() + self.labels.tobytes())
+        self._add_images(found)
+        return found.hexdigest()
+
+    def _add_images(self, found: Any) -> None:
+        """Put what tells images apart into a hash."""
+        raise NotImplementedError
 
     def _at(self, row: int) -> int:
         return int(row if self.index is None else self.index[row])
@@ -88,8 +102,8 @@ class Rows(Chosen):
         """An image as `(H, W, 3)` uint8."""
         return np.asarray(decode(self.encoded(row)))
 
-    def digest(self) -> str:
-        """Hash of all images and labels."""
+    def content(self) -> str:
+        """Hash of all images and labels, to the last byte."""
         found = hashlib.sha256(json.dumps(self.label_names).encode() + self.labels.tobytes())
         for row in range(len(self)):
             try:
@@ -98,6 +112,11 @@ class Rows(Chosen):
                 data = b""
             found.update(len(data).to_bytes(8, "little") + data)
         return found.hexdigest()
+
+    def _add_images(self, found: Any) -> None:
+        for row in range(len(self)):
+            size, end = ending(self.images[self._at(row)])
+            found.update(size.to_bytes(8, "little") + end)
 
 
 @dataclass
@@ -126,6 +145,11 @@ class Stream:
         if not self.count:
             raise EtfZooError(f"{self.source} does not state how many images an epoch has: set --data.train_images.")
         return self.count
+
+    @property
+    def digest(self) -> str:
+        """Hash of the source, the split and the classes' names: what else a stream holds is not known before."""
+        return hashlib.sha256(json.dumps([self.source, self.name, self.label_names]).encode()).hexdigest()
 
     def class_counts(self) -> list[int]:
         """Unknown: empty."""

@@ -4,13 +4,14 @@ import json
 import os
 import resource
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from etf_zoo.trainer.data.batches import load_split
-from etf_zoo.trainer.data.resident import Split, write_prepared
+from etf_zoo.trainer.data.resident import Split, cache_root, write_prepared
 from etf_zoo.trainer.data.sources import open_rows
 from etf_zoo.trainer.prepare import Preparation, prepare
 from etf_zoo.trainer.recipe.config import Data, parse
@@ -44,6 +45,52 @@ def test_key_is_content_and_size(tmp_path):
     (source / "train" / "b").rename(source / "train" / "c")
     assert load_split(Data("made", size=8), "train").label_names == ["a", "c"]
     assert len(entries(tmp_path)) == 4
+
+
+def test_damage_on_disk_is_noticed(tmp_path):
+    write_folder(tmp_path / "made", {"train": {"a": [1, 2], "b": [3]}})
+    load_split(Data("made", size=8), "train").take(np.arange(3), torch.device("cpu"))
+    (folder,) = (tmp_path / "cache").iterdir()
+    for file, at in (("images.npy", -5), ("labels.npy", -8)):
+        whole = (folder / file).read_bytes()
+        flipped = bytearray(whole)
+        flipped[at] ^= 1
+        (folder / file).write_bytes(flipped)
+        with pytest.raises(ValueError, match="damaged at image 2" if file == "images.npy" else "no complete"):
+            load_split(Data("made", size=8), "train").take(np.array([2, 0]), torch.device("cpu"))
+        (folder / file).write_bytes(whole)
+    load_split(Data("made", size=8), "train").take(np.array([2, 0]), torch.device("cpu"))
+
+
+def test_an_empty_variable_is_not_the_present_folder(monkeypatch):
+    monkeypatch.setenv("ETF_ZOO_CACHE", "")
+    assert cache_root() == Path.home() / ".cache" / "etf_zoo"
+
+
+@pytest.mark.parametrize("size", [8, 200])  # resident, and not
+def test_a_digest_tells_data_apart(tmp_path, size):
+    def digest(split="train"):
+        return load_split(Data("made", size=size), split).digest
+
+    source = write_folder(tmp_path / "made", {"train": {"a": [1, 2], "b": [3]}, "val": {"a": [1, 2], "b": [3]}})
+    first = digest()
+    for file in source.rglob("*.png"):
+        file.touch()
+    assert digest() == first
+    assert digest("val") == first  # the same images and labels
+    part = load_split(Data("made", size=size), "train")
+    subsets = [part.subset(np.array(rows)).digest for rows in ([0, 1], [0, 2], [1, 0])]
+    assert len({first, *subsets}) == 4
+    (source / "train" / "b").rename(source / "train" / "c")
+    renamed = digest()
+    (source / "train" / "c").rename(source / "train" / "b")
+    image = source / "train" / "b" / "003.png"
+    before = image.read_bytes()
+    image.write_bytes(png(7))
+    other = digest()
+    image.write_bytes(before)
+    assert digest() == first
+    assert len({first, renamed, other}) == 3
 
 
 def test_what_a_kill_left_is_cleared_after_a_day(tmp_path):
