@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 from accelerate.utils import set_seed
-from timm.models import get_pretrained_cfg, load_model_config_from_hf
-from timm.models._hub import load_model_config_from_path
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
@@ -23,87 +16,27 @@ from etf_zoo.errors import EtfZooError
 from etf_zoo.frames import spherical_code
 from etf_zoo.layers.necks import build_neck
 from etf_zoo.layers.whitening import whiten
+from etf_zoo.models import find as models
+from etf_zoo.models.find import Source
 from etf_zoo.models.heads import HEAD_ARGS, SKIP_CONNECTION, base_name, split_head, timm_classifier_names
-from etf_zoo.models.variants import default_tag
-from etf_zoo.weights.native import CONFIG_NAME, cards_folder
 
 from ..recipe.config import Optim, Recipe
 
 __all__ = ["Source", "find_model", "make_model", "make_optimizer"]
 
 
-@dataclass(frozen=True)
-class Source:
-    """A model that timm can create.
-
-    Attributes:
-        name: For `timm.create_model`.
-        architecture: timm's name of the architecture, without a tag.
-        input_size: Side in pixels that its weights were trained for, or its architecture is meant for.
-        identity: What its features depend on besides the architecture: tag, recorded sha256 of the weights, colors. So
-            that what was measured on other weights of the same name is not taken for theirs.
-    """
-
-    name: str
-    architecture: str
-    input_size: int
-    identity: str = ""
-
-    @property
-    def is_twin(self) -> bool:
-        """Whether its classifier is a fixed frame already."""
-        return self.architecture.endswith("_etf")
-
-
 def find_model(model: str, pretrained: bool = True) -> Source:
-    """Look a model up without building it.
-
-    Args:
-        model: timm name with or without a tag, `hf-hub:` id, model folder, or the folder of a finished run.
-        pretrained: Whether its weights are wanted; a twin's default tag may have another size than its base.
+    """A model to start a training from, see `etf_zoo.models.find.find_model`.
 
     Raises:
-        ValueError: If there is no such model.
+        EtfZooError: If there is no such model, or it has a skip connection.
     """
-    folder = Path(model.removeprefix("local-dir:"))
-    if folder.is_dir():
-        found = next((path for path in (folder, folder / "model") if (path / CONFIG_NAME).is_file()), None)
-        if found is None:
-            raise EtfZooError(f"{folder} holds no model: neither it nor its folder model/ has a {CONFIG_NAME}.")
-        cfg, architecture, _ = load_model_config_from_path(found)
-        _check_base(model, architecture)
-        return Source(f"local-dir:{found}", architecture, cfg["input_size"][-1], _identity(cfg, found))
-    if model.startswith("hf-hub:"):
-        cfg, architecture, _ = load_model_config_from_hf(model.removeprefix("hf-hub:"))
-        _check_base(model, architecture)
-        return Source(model, architecture, cfg["input_size"][-1], _identity(cfg))
-    architecture, _, tag = model.partition(".")
-    if not timm.is_model(architecture):
-        near = difflib.get_close_matches(architecture, timm.list_models(), n=3)
-        hint = f" Did you mean {', '.join(near)}?" if near else ""
-        raise EtfZooError(f"There is no model or folder {model!r}.{hint}")
-    name = model
-    if pretrained and not tag and architecture.endswith("_etf") and (default := default_tag(architecture)):
-        name = f"{architecture}.{default}"
-    try:
-        cfg: Any = get_pretrained_cfg(name)
-    except RuntimeError:
-        known = ", ".join(timm.list_pretrained(f"{architecture}.*")) or "no tag"
-        raise EtfZooError(f"{architecture} has no tag {tag!r}; there is {known}.") from None
-    return Source(model, architecture, cfg.input_size[-1], _identity(cfg.to_dict(), cards_folder() / name))
-
-
-def _identity(cfg: Mapping[str, Any], folder: Path | None = None) -> str:
-    file = folder / CONFIG_NAME if folder else None
-    recorded = json.loads(file.read_text(encoding="utf-8")).get("weights_sha256") if file and file.is_file() else None
-    return repr([cfg.get("tag"), recorded, list(cfg["mean"]), list(cfg["std"])])
-
-
-def _check_base(model: str, architecture: str) -> None:
-    if architecture == SKIP_CONNECTION:
+    source = models.find_model(model, pretrained)
+    if source.architecture == SKIP_CONNECTION:
         raise EtfZooError(
             f"{model} has a skip connection from an earlier tuning: start from the model that it came from."
         )
+    return source
 
 
 def make_model(recipe: Recipe, num_classes: int, hierarchy: Tensor | None = None) -> nn.Module:
