@@ -12,8 +12,8 @@ from typing import Any
 
 from .recipe.config import parse
 from .run import checkpoint
-from .run.engine import CHECKPOINTS
 from .run.export import check_storable
+from .run.run import CHECKPOINTS
 from .tune.picture import plot
 from .tune.probes import PROBES
 from .tune.tuning import Finetune, Tuned, fine_tune, load_data

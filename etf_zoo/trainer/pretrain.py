@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 
 from .recipe.config import Recipe, parse
-from .run.engine import Run
 from .run.export import check_storable, export_run
+from .run.run import Run
 
 
 def main() -> None:

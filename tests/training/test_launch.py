@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from etf_zoo.trainer.recipe.config import Augment, Data, Ema, Optim, Recipe, parse, save_recipe
-from etf_zoo.trainer.run.engine import Run
+from etf_zoo.trainer.run.run import Run
 
 ROOT = Path(__file__).parents[2]
 DRIVER = ROOT / "tests" / "training" / "run_recipes.py"

@@ -42,7 +42,7 @@ from torch import nn
 from etf_zoo.trainer.data.augment import IMAGENET
 from etf_zoo.trainer.data.batches import Split, load_split
 from etf_zoo.trainer.recipe.config import Data, Optim, Recipe
-from etf_zoo.trainer.run.engine import Run
+from etf_zoo.trainer.run.run import Run
 
 OPTIM = Optim(name="sgd", lr=0.1, weight_decay=4e-5, warmup_epochs=0)
 

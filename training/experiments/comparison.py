@@ -26,10 +26,11 @@ from etf_zoo.trainer.data.long_tail import long_tail_indices
 from etf_zoo.trainer.recipe.config import Data, Recipe, final_size, parse
 from etf_zoo.trainer.recipe.parsing import merged, parse_entries
 from etf_zoo.trainer.run import checkpoint
-from etf_zoo.trainer.run.engine import CHECKPOINTS, Run, make_model
 from etf_zoo.trainer.run.launching import refuse_processes, run_script
-from etf_zoo.trainer.run.locks import held
+from etf_zoo.trainer.run.locks import acquire
 from etf_zoo.trainer.run.log import METRICS
+from etf_zoo.trainer.run.model import make_model
+from etf_zoo.trainer.run.run import CHECKPOINTS, Run
 from etf_zoo.trainer.tune.probes import backbone_features, fit_probe
 
 
@@ -207,7 +208,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for cell in [] if settings.table_only else cells(settings):
         file = folder / f"{cell.name}.json"
-        with held(Path(settings.base.output) / f"{cell.name}.lock") as free:
+        with acquire(Path(settings.base.output) / f"{cell.name}.lock") as free:
             if not free or file.is_file():
                 continue
             print(cell.name, flush=True)

@@ -40,7 +40,7 @@ from etf_zoo.trainer.data.subsets import (
 from etf_zoo.trainer.recipe.config import final_size, parse
 from etf_zoo.trainer.recipe.parsing import parse_entries
 from etf_zoo.trainer.run.launching import is_deliberate, refuse_processes, run_script, side_by_side
-from etf_zoo.trainer.run.locks import held
+from etf_zoo.trainer.run.locks import acquire
 from etf_zoo.trainer.run.model import find_model, make_model
 from etf_zoo.trainer.tune.probes import PROBES, backbone_size, fit_probe
 from etf_zoo.trainer.tune.tuning import Finetune, bare, features_of, fine_tune
@@ -240,7 +240,7 @@ def _cached(settings: Finetune, name: str, split: Images, work: Path) -> torch.T
     parts = [settings.data, name, final_size(settings), source.name, source.identity]
     parts += [settings.pretrained or settings.seed, settings.model_args, len(split)]
     file = work / "features" / (hashlib.sha256(repr(parts).encode()).hexdigest()[:16] + ".safetensors")
-    with held(file.with_suffix(".lock"), wait=True):
+    with acquire(file.with_suffix(".lock"), wait=True):
         if not file.is_file():
             features = features_of(settings, make_model(settings, len(split.label_names)), split)
             safetensors.torch.save_file({"features": features.contiguous()}, file.with_suffix(".new"))
@@ -275,7 +275,7 @@ def _append(file: Path, record: dict[str, Any]) -> None:
 
 def _held(cell: Cell, work: str) -> AbstractContextManager[bool]:
     """Whether no other process has the cell; then this one has it till the end of the block."""
-    return held(Path(work) / "locks" / f"{cell.file_name}.lock")
+    return acquire(Path(work) / "locks" / f"{cell.file_name}.lock")
 
 
 def run_missing(wanted: list[Cell], file: Path, work: str) -> None:

@@ -19,7 +19,7 @@ from etf_zoo.sharing.folder import save_folder
 from ..data.batches import Split
 from ..evaluate import Evaluation, command_line, evaluate_model
 from ..recipe.config import Recipe, final_size, save_recipe
-from .engine import Run
+from .run import Run
 
 __all__ = ["check_storable", "export_run", "plot_curve"]
 

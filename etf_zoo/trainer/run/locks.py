@@ -1,28 +1,45 @@
-"""Locks between processes of one machine: a file that one process holds, till its block or the process ends."""
+"""Locks between processes of one machine: a file that one process has, till its block or the process ends."""
 
 from __future__ import annotations
 
-import fcntl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["held"]
+from filelock import FileLock, Timeout
+
+from etf_zoo.errors import StorageError
+
+__all__ = ["acquire"]
 
 
 @contextmanager
-def held(file: Path, *, wait: bool = False) -> Iterator[bool]:
-    """Whether no other process holds a lock file; then this one does till the end of the block.
+def acquire(file: Path, *, wait: bool = False) -> Iterator[bool]:
+    """Try to get a lock; yields whether this process has it till the end of the block.
 
     Args:
-        file: Made if need be, its folder too.
-        wait: Whether to wait until it is free.
+        file: The lock's file, made if need be, its folder too. What a link points to is never touched.
+        wait: Whether to wait until it is free; then it is always yielded as true.
+
+    Raises:
+        StorageError: If the file cannot be made, or is a link.
+
+    Example:
+        >>> with acquire(Path("run/.lock")) as alone:  # doctest: +SKIP
+        ...     if not alone:
+        ...         raise EtfZooError("Another process trains in run: choose another --output.")
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with open(file, "w") as lock:
-        free = True
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            free = False
-        yield free
+    lock = FileLock(file)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(blocking=wait)
+    except Timeout:
+        yield False
+        return
+    except OSError as error:
+        reason = "it is a link: delete it" if file.is_symlink() else error.strerror or str(error)
+        raise StorageError(f"Cannot lock {file}: {reason}.") from error
+    try:
+        yield True
+    finally:
+        lock.release()

@@ -14,7 +14,7 @@ from ..data.augment import Colors
 from ..data.batches import eval_batches
 from ..data.subsets import Images
 from ..recipe.config import final_size
-from ..run.engine import Run
+from ..run.run import Run
 
 __all__ = ["plot"]
 

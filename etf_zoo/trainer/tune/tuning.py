@@ -20,11 +20,11 @@ from etf_zoo.models.heads import HEAD_ARGS
 from ..data.batches import frame_tree
 from ..data.subsets import Images, check_classes, load_images, split_training
 from ..recipe.config import HEADS, Recipe, final_size
-from ..run.engine import Run
 from ..run.export import export_run
 from ..run.launching import is_sharded, make_accelerator
 from ..run.log import METRICS
 from ..run.model import find_model, make_model
+from ..run.run import Run
 from .methods import METHODS, prepare, tuned_share, warm_head
 from .probes import PROBES, Probe, backbone_features, backbone_size, fit_probe, linear_classifier
 

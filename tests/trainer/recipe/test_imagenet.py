@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from etf_zoo.trainer.recipe.config import Recipe, parse
-from etf_zoo.trainer.run.engine import Run
+from etf_zoo.trainer.run.run import Run
 
 RECIPES = Path(__file__).parents[3] / "training" / "recipes"
 SMALL = ["--model", "mobilenetv3_small_050_etf", "--epochs", "1", "--batch_size", "16", "--optim.warmup_epochs", "0.5"]

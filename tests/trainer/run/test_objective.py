@@ -13,8 +13,9 @@ from etf_zoo.frames import Hierarchy, frame_report, hierarchy_cosines, spherical
 from etf_zoo.layers.moving import MovingFrameClassifier
 from etf_zoo.layers.whitening import Whitening
 from etf_zoo.trainer.recipe.config import Augment, Data, Loss, Optim, Recipe
-from etf_zoo.trainer.run.engine import Run, make_model
+from etf_zoo.trainer.run.model import make_model
 from etf_zoo.trainer.run.objective import Objective
+from etf_zoo.trainer.run.run import Run
 
 COUNTS = [40, 20, 10, 5, 5]
 IMAGES, LABELS = torch.randn(10, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.arange(10) % 5

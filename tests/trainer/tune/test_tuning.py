@@ -68,7 +68,7 @@ def test_early_stopping_goes_back_to_the_best(tmp_path, digits, monkeypatch):
         weights.append({k: v.clone() for k, v in run.plain_model().state_dict().items()})
         return {"top1": next(scores), "loss": 1.0}
 
-    monkeypatch.setattr("etf_zoo.trainer.run.engine.Run.evaluate", evaluate)
+    monkeypatch.setattr("etf_zoo.trainer.run.run.Run.evaluate", evaluate)
     tuned = fine_tune(recipe(tmp_path, epochs=5, patience=2), *digits)
     assert len(logged(tmp_path)) == 4  # two epochs without a better one
     final = tuned.run.plain_model().state_dict()
@@ -89,7 +89,7 @@ def test_early_stopping_resumed(tmp_path, digits):
 
 def test_early_stopping_begun_in_a_later_session(tmp_path, digits, monkeypatch, capsys):
     scores = iter([90.0, 30.0, 50.0, 40.0])
-    monkeypatch.setattr("etf_zoo.trainer.run.engine.Run.evaluate", lambda run: {"top1": next(scores), "loss": 1.0})
+    monkeypatch.setattr("etf_zoo.trainer.run.run.Run.evaluate", lambda run: {"top1": next(scores), "loss": 1.0})
     best = tmp_path / "run" / "best.safetensors"
 
     def resumed(**changes):

@@ -10,7 +10,7 @@ import yaml
 from torch import nn
 
 from etf_zoo.trainer.recipe.config import Data, Recipe
-from etf_zoo.trainer.run.engine import make_model
+from etf_zoo.trainer.run.model import make_model
 from training.experiments import comparison
 from training.experiments.comparison import Comparison, cells, small_stem
 

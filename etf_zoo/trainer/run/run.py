@@ -27,13 +27,13 @@ from ..data.long_tail import long_tail_indices
 from ..recipe.config import Recipe, changes, final_size, save_recipe, seconds, size_at
 from ..run import checkpoint
 from .launching import Repeatable, checkout_commit, gather_in, in_step, is_sharded, make_accelerator, sync_buffers
-from .locks import held
+from .locks import acquire
 from .log import Log, forget_after, progress
 from .model import make_model, make_optimizer
 from .small_maps import use_products
 from .stepper import Stepper, channels_last
 
-__all__ = ["Run", "make_model", "make_optimizer"]
+__all__ = ["Run"]
 
 CHECKPOINTS = "checkpoints"
 
@@ -200,7 +200,7 @@ class Run:
             self.plain_model()
             return True
         main = self.accelerator.is_main_process
-        alone = held(self.folder / ".lock") if main else nullcontext(True)
+        alone = acquire(self.folder / ".lock") if main else nullcontext(True)
         with alone as free, progress(total, self.step, recipe.batch_size, main) as bar:
             if not free:
                 raise EtfZooError(f"Another process trains in {self.folder}: choose another --output.")

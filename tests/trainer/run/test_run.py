@@ -18,9 +18,9 @@ from etf_zoo import frame_heads
 from etf_zoo.trainer.data.batches import Split
 from etf_zoo.trainer.recipe.config import Augment, Data, Ema, Optim, Recipe
 from etf_zoo.trainer.run.checkpoint import CheckpointError
-from etf_zoo.trainer.run.engine import Run
 from etf_zoo.trainer.run.export import export_run
 from etf_zoo.trainer.run.model import make_model, make_optimizer
+from etf_zoo.trainer.run.run import Run
 
 RECIPE = Recipe(
     model="mobilenetv3_small_050_etf",

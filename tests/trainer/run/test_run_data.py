@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from etf_zoo.trainer.recipe.config import Augment, Data, Loss, Optim, Recipe
-from etf_zoo.trainer.run.engine import Run
+from etf_zoo.trainer.run.run import Run
 from tests.made_data import write_folder, write_parquet
 
 RECIPE = Recipe(
