@@ -341,6 +341,8 @@ def _describe(name: str) -> tuple[str, str]:
         return f"{label}, by least risk", pattern
     if name.startswith("hier_dist@"):
         return f"hierarchical distance @ {name.partition('@')[2]}", "{:.3f}"
+    if name.partition("@")[0] == "hops":
+        return f"order of preference {name[4:].replace('@', '@ ')}".rstrip() + " (HOPS, best 1)", "{:.4f}"
     return name, "{:.4g}"
 
 

@@ -2,6 +2,6 @@
 
 from .collapse import NeuralCollapse
 from .distributed import sum_over_processes
-from .severity import MistakeSeverity
+from .severity import MistakeSeverity, preference_scores
 
-__all__ = ["NeuralCollapse", "MistakeSeverity", "sum_over_processes"]
+__all__ = ["NeuralCollapse", "MistakeSeverity", "preference_scores", "sum_over_processes"]

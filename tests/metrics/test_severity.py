@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from etf_zoo.metrics import MistakeSeverity
+from etf_zoo.errors import EtfZooError
+from etf_zoo.metrics import MistakeSeverity, preference_scores
 
 
 def lca_heights(parents, names):
@@ -37,6 +38,23 @@ def lca_heights(parents, names):
     return heights
 
 
+def hops_reference(order, distances, k=None):
+    """HOPS of one predicted order of classes, from its definition; distances are those from the true class."""
+    heights = sorted(set(distances))
+    rank = [heights.index(d) for d in distances]
+    ideal = sorted(rank)
+    weights = []
+    for position, r in enumerate(ideal):
+        tied = [p for p, other in enumerate(ideal) if other == r]
+        following = 2.0 ** -(r + 1) if r < ideal[-1] else 0.0
+        weights.append(2.0**-r + (following - 2.0**-r) * tied.index(position) / len(tied))
+    k = len(order) if k is None else k
+    worst = ideal[:k][::-1]
+    apart = sum(weights[p] * abs(ideal[p] - worst[p]) for p in range(k))
+    found = sum(weights[p] * abs(ideal[p] - rank[order[p]]) for p in range(k))
+    return min(1.0, max(0.0, 1 - found / apart))
+
+
 def reference(logits, labels, distances):
     """One sample at a time, in Python numbers."""
     k, n, out = len(distances), len(labels), {}
@@ -54,6 +72,10 @@ def reference(logits, labels, distances):
             if top <= k:
                 means = [sum(d[y][c] for c in o[:top]) / top for y, o in zip(labels.tolist(), ranking, strict=True)]
                 out[f"{prefix}hier_dist@{top}"] = sum(means) / n
+        for top in (None, 5, 20):
+            if top is None or top <= k:
+                each = [hops_reference(o, d[y], top) for y, o in zip(labels.tolist(), ranking, strict=True)]
+                out[f"{prefix}hops@{top}" if top else f"{prefix}hops"] = sum(each) / n
         if prefix:
             out["crm_top1"] = 1 - len(mistakes) / n
     return out
@@ -167,3 +189,30 @@ def test_trees_of_the_data_sets(name, column):
     largest = {"cifar100": 2, "grocery": 3}.get(name)
     assert largest is None or heights.max() == largest
     check(heights, n=40)
+
+
+def test_preference_scores_of_the_best_and_the_worst_order():
+    distances = lca_heights({"a": "x", "b": "x", "c": "y", "d": "y", "e": "y", "x": "r", "y": "r"}, list("abcde"))
+    labels = torch.arange(5)
+    best = -distances
+    assert torch.equal(preference_scores(best, labels, distances), torch.ones(5, dtype=torch.float64))
+    assert preference_scores(-best, labels, distances).max() == 0
+    assert torch.equal(preference_scores(best, labels, distances, k=1), torch.ones(5, dtype=torch.float64))
+    swapped = best.clone()
+    swapped[0] = torch.tensor([3.0, 4, 1, 1, 1])  # a's sibling first
+    one, two = (preference_scores(swapped, labels, distances, k=k)[0] for k in (1, 2))
+    assert one == 0
+    assert two == 0  # the ideal first two, reversed
+    assert 0.4 < preference_scores(swapped, labels, distances)[0] < 1
+
+
+def test_preference_scores_do_not_mind_the_order_within_a_tie():
+    distances = lca_heights({"a": "x", "b": "x", "c": "r", "d": "r", "x": "r"}, list("abcd"))
+    scores = torch.tensor([[4.0, 3, 2, 1], [4.0, 3, 1, 2]])
+    assert torch.equal(preference_scores(scores, torch.zeros(2, dtype=torch.int64), distances), torch.ones(2).double())
+
+
+@pytest.mark.parametrize("k", [0, 4])
+def test_preference_scores_of_too_many(k):
+    with pytest.raises(EtfZooError, match=r"k must lie in 1\.\.3"):
+        preference_scores(torch.zeros(1, 3), torch.zeros(1, dtype=torch.int64), torch.zeros(3, 3), k=k)
