@@ -5,9 +5,9 @@ from .layers.classifier import FrameClassifier
 from .models import vit  # noqa: F401  in timm's registry before the twins are made
 from .models.attach import attach_frame
 from .models.convert import convert_classifier
-from .models.heads import frame_heads
+from .models.names import frame_heads
 from .models.skip import add_skip
-from .models.variants import register_variants
+from .models.twins import register_twins
 from .weights.native import native_tags, read_weights
 
 __version__ = "0.1.0"
@@ -20,7 +20,7 @@ def register() -> list[str]:
     Returns:
         Names registered now, empty if all were there.
     """
-    return register_variants(native_tags(), read_weights)
+    return register_twins(native_tags(), read_weights)
 
 
 register()

@@ -55,7 +55,7 @@ def _source(name: str) -> str:
     """Where the weights of a tag come from, in words."""
     from timm.models import get_pretrained_cfg
 
-    from ..models.variants import is_converted
+    from ..models.tags import is_converted
 
     cfg = get_pretrained_cfg(name)
     if cfg is None or not cfg.has_weights:
@@ -69,15 +69,15 @@ def _describe(name: str) -> dict[str, Any]:
 
     from ..frames.report import frame_report, simplex_report
     from ..models.convert import EXACT
-    from ..models.heads import frame_heads
-    from ..models.variants import is_converted
+    from ..models.names import frame_heads
+    from ..models.tags import is_converted
     from ..weights.native import native_tags
 
     model: Any
     tagged = timm.models.get_pretrained_cfg(name) if timm.is_model(name) else None
     native = next((tag for tag in native_tags() if name in (tag, tag.partition(".")[0])), None)
     if tagged is not None and is_converted(tagged):  # its head is known without a download
-        kwargs: dict[str, Any] = EXACT
+        kwargs = EXACT.saved()
         model, weights = timm.create_model(name, **kwargs), _source(name)
     elif tagged is not None and native is None:
         converted = timm.list_pretrained(f"{name}.*") if "." not in name else []
@@ -186,7 +186,7 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 
 def _convert(args: argparse.Namespace) -> None:
-    from ..sharing.export import convert_checkpoint
+    from ..sharing.checkpoint import convert_checkpoint
 
     if args.center and not (args.data and args.mode == "nearest"):
         raise EtfZooError("--center SPLIT takes the mean features of --data, for --mode nearest.")
@@ -207,7 +207,8 @@ def _convert(args: argparse.Namespace) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
-    from ..sharing.export import export_onnx, export_plain
+    from ..sharing.onnx import export_onnx
+    from ..sharing.plain import export_plain
 
     model = _load(args.name).eval()
     if not (args.plain or args.onnx):

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from ..errors import EtfZooError
 from ..layers.classifier import FrameClassifier
 from ..metrics import MistakeSeverity, NeuralCollapse, sum_over_processes
-from ..models.heads import frame_heads
+from ..models.names import frame_heads
 
 __all__ = ["Measurement", "evaluate", "measure", "format_table"]
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from timm.layers import norm as timm_norm
 from timm.layers import norm_act as timm_norm_act
-from timm.models._input import update_model_args
 from torch import Tensor, nn
 
 from ..errors import EtfZooError
+from ..timm_compat import update_model_args
 from .classifier import FrameClassifier
-from .switches import read_switch
 
-__all__ = ["WHITENING_ARGS", "Whitening", "newton_whitening", "whiten", "whiten_last_norm"]
+__all__ = ["WHITENING_ARGS", "Whitening", "newton_whitening", "whiten_last_norm"]
 
 # Arguments of `whiten_last_norm`: which norm, and what stands in its place.
 WHITENING_ARGS = ("name", "group_size", "iterations", "eps", "momentum", "affine")
@@ -174,17 +171,6 @@ _NORMS = (
 )
 
 
-def whiten(model: nn.Module, whitening: Any) -> None:
-    """`whiten_last_norm` as a `whitening` argument says: not for False, by its arguments for a mapping; in place.
-
-    Raises:
-        ValueError: See `read_switch` and `whiten_last_norm`.
-    """
-    switch = read_switch("whitening", whitening, WHITENING_ARGS)
-    if switch:
-        whiten_last_norm(model, **(switch if isinstance(switch, dict) else {}))
-
-
 def whiten_last_norm(model: nn.Module, *, name: str = "", **kwargs) -> str:
     """Put `Whitening` in the place of a backbone's last normalization, in place.
 
@@ -204,7 +190,9 @@ def whiten_last_norm(model: nn.Module, *, name: str = "", **kwargs) -> str:
     Raises:
         ValueError: If there is no such norm, or on an argument that `Whitening` does not take.
     """
-    switch = read_switch("whitening", {"name": name, **kwargs} if name else kwargs, WHITENING_ARGS)
+    if unknown := kwargs.keys() - set(WHITENING_ARGS):
+        raise EtfZooError(f"whitening takes {', '.join(WHITENING_ARGS)}; not {', '.join(sorted(unknown))}.")
+    asked = {"name": name, **kwargs} if name else kwargs
     norms = {key: module for key, module in model.named_modules() if isinstance(module, _NORMS)}
     heads = [key for key, module in model.named_modules() if isinstance(module, FrameClassifier)]
     if not name:
@@ -235,7 +223,7 @@ def whiten_last_norm(model: nn.Module, *, name: str = "", **kwargs) -> str:
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, replacement.train(old.training))
     if isinstance(getattr(model, "pretrained_cfg", None), dict):
-        update_model_args(model, whitening=switch)
+        update_model_args(model, whitening=asked or True)
     return name
 
 

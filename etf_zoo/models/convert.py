@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +13,14 @@ from ..errors import EtfZooError
 from ..frames.build import CUSTOM, HELMERT, build_frame
 from ..frames.simplex import helmert_coordinates, nearest_simplex_etf
 from ..layers.classifier import HELMERT_MATRIX_CLASSES
-from .heads import KEPT_LEARNED, become_twin, frame_heads, replace_leaves, timm_classifier_names
+from .attach import KEPT_LEARNED, become_twin, replace_leaves
+from .head_config import HeadConfig
+from .names import frame_heads, timm_classifier_names
 
 __all__ = ["EXACT", "MODES", "convert_classifier", "learned_classifiers"]
 
 MODES = ("exact", "nearest")
-EXACT = {"frame": HELMERT, "neck": "linear", "feature_norm": "none"}  # head arguments of an exact conversion
+EXACT = HeadConfig(frame=HELMERT, neck="linear", feature_norm="none")  # of an exact conversion
 
 
 def learned_classifiers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
@@ -26,7 +29,7 @@ def learned_classifiers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
     Layers that a conversion leaves as they are (VOLO's `aux_head`) are left out.
 
     Raises:
-        ValueError: If there are none, or they are frames already.
+        EtfZooError: If there are none, or they are frames already.
     """
     names = timm_classifier_names(model)
     if frame_heads(model):
@@ -73,16 +76,21 @@ def convert_classifier(
         The same model.
 
     Raises:
-        ValueError: If there is no learned classifier, or for `"nearest"` it has fewer than K - 1 features.
+        EtfZooError: If there is no learned classifier, or for `"nearest"` it has fewer than K - 1 features.
+
+    Example:
+        >>> model = convert_classifier(timm.create_model("resnet18.a1_in1k", pretrained=True))
+        >>> frame_heads(model)["fc"].frame
+        'helmert'
     """
     if mode not in MODES:
         raise EtfZooError(f"Unknown mode {mode!r}. Choose one of {', '.join(MODES)}.")
     if feature_means is not None and mode == "exact":
         raise EtfZooError("An exact conversion has no use for feature means; they are for mode='nearest'.")
     leaves = learned_classifiers(model)
-    args: dict = dict(EXACT)
+    config = EXACT
     if mode == "nearest":
-        args = {"frame": CUSTOM, "neck": None if feature_means is None else "center", "feature_norm": "none"}
+        config = HeadConfig(frame=CUSTOM, neck=None if feature_means is None else "center", feature_norm="none")
     weights = {}
     for name, leaf in leaves.items():
         if mode == "exact":
@@ -91,10 +99,10 @@ def convert_classifier(
             head = _nearest(leaf, None if feature_means is None else feature_means[name])
         weights |= {f"{name}.{key}": value for key, value in head.items()}
     num_classes = int(model.num_classes)  # type: ignore[arg-type]
-    replace_leaves(model, num_classes, leaves, args, weights)
+    replace_leaves(model, num_classes, leaves, config, weights)
     if mode == "nearest":  # what reset_classifier returns to at this number of classes
-        args["frame"] = next(iter(frame_heads(model).values())).weight.clone()
-    return become_twin(model, args, timm_classifier_names(model))
+        config = replace(config, frame=next(iter(frame_heads(model).values())).weight.clone())
+    return become_twin(model, config, timm_classifier_names(model))
 
 
 def _exact(leaf: nn.Linear | nn.Conv2d) -> dict[str, Tensor]:

@@ -12,12 +12,12 @@ from typing import Any
 
 import timm
 from timm.models import get_pretrained_cfg, load_model_config_from_hf
-from timm.models._hub import load_model_config_from_path
 
 from ..errors import EtfZooError
+from ..timm_compat import load_model_config_from_path
 from ..weights.download import hub_errors
 from ..weights.native import CONFIG_NAME, cards_folder
-from .variants import default_tag
+from .tags import default_tag
 
 __all__ = ["Source", "find_model", "load_model", "model_folder"]
 

@@ -13,13 +13,14 @@ from typing import Any
 
 import timm
 from timm.models import register_model
-from timm.models._input import update_model_args
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import EtfZooError
 from ..layers.classifier import FrameClassifier
-from .heads import SKIP_CONNECTION, become
+from ..timm_compat import update_model_args
+from .mixing import become
+from .names import SKIP_CONNECTION
 
 __all__ = ["add_skip", "pooled_to_width", "skip_connection"]
 
@@ -88,7 +89,12 @@ def add_skip(model: nn.Module, layer: str) -> nn.Module:
         The same model.
 
     Raises:
-        ValueError: If there is no such layer, or the classifier is of another kind.
+        EtfZooError: If there is no such layer, or the classifier is of another kind.
+
+    Example:
+        >>> model = add_skip(timm.create_model("resnet50_etf", num_classes=10), "layer3.5")
+        >>> model.pretrained_cfg["architecture"]
+        'skip_connection'
     """
     if isinstance(model, _SkipModel):
         raise EtfZooError(f"The model has a skip connection from {model._skip_layer!r} already.")

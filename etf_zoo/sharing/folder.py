@@ -10,13 +10,13 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
 from ..errors import EtfZooError
-from ..frames.build import CUSTOM
 from ..layers.whitening import Whitening
-from ..models.heads import frame_heads, head_defaults
+from ..models.attach import FrameModel
+from ..models.names import frame_heads
+from ..timm_compat import save_config_for_hf
 from ..weights.native import CONFIG_NAME, WEIGHTS_NAME, sha256
 
 __all__ = ["save_folder", "storage_state_dict"]
@@ -78,6 +78,8 @@ def save_folder(
     if label_names is not None and len(label_names) != model.num_classes:
         raise EtfZooError(f"{len(label_names)} label names for {model.num_classes} classes.")
     _check_whitening(model)
+    if isinstance(model, FrameModel) and isinstance(model.head_config.neck, nn.Module):
+        raise EtfZooError("A model with a neck of your own cannot be saved for others to build; use a named neck.")
     folder.mkdir(parents=True, exist_ok=True)
     weights, config = folder / WEIGHTS_NAME, folder / CONFIG_NAME
     new_weights, new_config = folder / (WEIGHTS_NAME + ".new"), folder / (CONFIG_NAME + ".new")
@@ -91,7 +93,7 @@ def save_folder(
             model_config["label_names"] = list(label_names)
         if label_descriptions is not None:
             model_config["label_descriptions"] = dict(label_descriptions)
-        save_config_for_hf(model, str(new_config), model_config=model_config, model_args=_head_args(model))
+        save_config_for_hf(model, str(new_config), model_config=model_config)
         new_config.write_text(json.dumps(json.loads(new_config.read_text()), indent=1) + "\n", encoding="utf-8")
         new_weights.chmod(0o644)  # safetensors writes files that only their owner can read
         os.replace(new_weights, weights)
@@ -106,28 +108,8 @@ def _check_whitening(model: nn.Module) -> None:
     """Raise ValueError unless a twin's `whitening` argument builds all the whitening that the model has."""
     count = sum(isinstance(module, Whitening) for module in model.modules())
     recorded = getattr(model, "_model_args", {}).get("whitening")  # type: ignore[union-attr]
-    if count and not (count == 1 and recorded not in (None, False) and hasattr(model, "_frame_args")):
+    if count and not (count == 1 and recorded not in (None, False) and isinstance(model, FrameModel)):
         raise EtfZooError(
             "The model's whitening cannot be saved for others to build: that takes a fixed-frame head, and one "
             "whitening layer that whitening=... or etf_zoo.layers.whitening.whiten_last_norm put into it."
         )
-
-
-def _head_args(model: nn.Module) -> dict[str, Any]:
-    """Arguments that build the same head again, defaults spelled out; a frame given as a tensor is in the weights."""
-    if not hasattr(model, "_frame_args"):
-        return {}
-    args = head_defaults() | model._frame_args  # type: ignore[operator]
-    if args["hierarchy"] is None:
-        del args["hierarchy"], args["gamma"]
-    elif args["frame"] == "hierarchy":
-        args.update(frame=CUSTOM, hierarchy=None)
-    if isinstance(args["frame"], Tensor):
-        args["frame"] = CUSTOM
-    if not args.get("moving"):
-        args.pop("moving", None)
-    if isinstance(args["neck"], nn.Module):
-        raise EtfZooError("A model with a neck of your own cannot be saved for others to build; use a named neck.")
-    if args["neck"] is None and getattr(model, "_model_args", {}).get("neck"):  # type: ignore[union-attr]
-        args["neck"] = "none"  # the weights it came from had one
-    return {key: value for key, value in args.items() if value is not None or key == "hierarchy"}

@@ -11,10 +11,10 @@ from typing import Any
 import safetensors.torch
 from safetensors import SafetensorError
 from timm.models import PretrainedCfg
-from timm.models._hub import hf_split
 from torch import Tensor
 
 from ..errors import LoadError
+from ..timm_compat import hf_split
 from .download import download, sha256
 
 __all__ = ["cards_folder", "hub_location", "native_tags", "read_weights", "read_file", "recorded_location", "sha256"]

@@ -97,8 +97,8 @@ def test_classifier_without_a_bias():
 
 
 def test_computed_frame_is_the_stored_one():
-    stored = FrameClassifier(6, 4000, **EXACT)
-    computed = FrameClassifier(6, 4097, **EXACT)
+    stored = FrameClassifier(6, 4000, **EXACT.saved())
+    computed = FrameClassifier(6, 4097, **EXACT.saved())
     features = torch.randn(3, 4096)
     computed.neck, stored.neck = nn.Identity(), nn.Identity()
     gram = stored.weight[:50] @ stored.weight[:50].T
@@ -108,7 +108,7 @@ def test_computed_frame_is_the_stored_one():
 
 
 def test_gradients_pass_a_computed_frame():
-    head = FrameClassifier(6, IMPLICIT, **EXACT)
+    head = FrameClassifier(6, IMPLICIT, **EXACT.saved())
     with torch.enable_grad():
         nn.functional.cross_entropy(head(torch.randn(3, 6)), torch.tensor([0, 17, IMPLICIT - 1])).backward()
     assert head.neck.weight.grad.abs().sum() > 0
@@ -129,7 +129,7 @@ def test_half_precision_and_autocast(num_classes):
 
 
 def test_computed_frame_through_compilers_and_exporters(tmp_path):
-    head, x = FrameClassifier(6, IMPLICIT, **EXACT).eval(), torch.randn(2, 6)
+    head, x = FrameClassifier(6, IMPLICIT, **EXACT.saved()).eval(), torch.randn(2, 6)
     expected = head(x)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -162,7 +162,7 @@ def test_folder_of_a_converted_model(kind, tmp_path):
     twin = convert_classifier(build(kind, twin=False))
     folder = save_folder(twin, tmp_path / "converted", half=False)
     args = json.loads((folder / "config.json").read_text())["model_args"]
-    assert EXACT.items() <= args.items()
+    assert EXACT.saved().items() <= args.items()
     again = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     torch.testing.assert_close(again(images(kind)), twin(images(kind)))
     assert again.state_dict().keys() == twin.state_dict().keys()

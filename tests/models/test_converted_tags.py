@@ -14,7 +14,8 @@ from timm.models._builder import _resolve_pretrained_source
 from etf_zoo import frame_heads
 from etf_zoo.frames import best_frame
 from etf_zoo.models.convert import EXACT
-from etf_zoo.models.variants import classifies, is_converted, without_classifier
+from etf_zoo.models.tags import classifies, is_converted
+from etf_zoo.models.twins import without_classifier
 from etf_zoo.weights.native import native_tags
 from tests.kinds import CLASSES, KINDS, build, images, shared
 
@@ -169,7 +170,7 @@ def test_tag_from_the_hub(stock, hub, tmp_path):
     x = torch.randn(2, 3, 64, 64)
     twin = timm.create_model(TWIN, pretrained=True).eval()
     assert_same_softmax(twin(x), stock(x))
-    assert EXACT.items() <= twin._frame_args.items()
+    assert twin.head_config is EXACT
     cfg = twin.pretrained_cfg
     assert (cfg["architecture"], cfg["hf_hub_id"], cfg["tag"]) == ("test_resnet_etf", f"timm/{TAG}", "r160_in1k")
     hub.heal()

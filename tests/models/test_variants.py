@@ -14,8 +14,8 @@ from torch import nn
 import etf_zoo
 from etf_zoo import FrameClassifier, attach_frame, frame_heads
 from etf_zoo.frames import best_frame, random_frame, simplex_etf, turn_to_blocks
-from etf_zoo.models.heads import base_name, split_head
-from etf_zoo.models.variants import without_classifier
+from etf_zoo.models.names import base_name, split_head
+from etf_zoo.models.twins import without_classifier
 from tests.kinds import CLASSES, KINDS, build, images, leaves, shared
 
 each_kind = pytest.mark.parametrize("kind", KINDS)
@@ -379,7 +379,7 @@ def test_head_arguments_reach_the_head():
     assert torch.equal(twin.fc.weight, simplex_etf(5, 512, orientation="blocks"))
     assert twin.fc.norm is not None
     assert twin.fc.logit_scale == 3
-    seeded = timm.create_model("resnet18_etf", num_classes=5, orientation="random", frame_seed=3)
+    seeded = timm.create_model("resnet18_etf", num_classes=5, orientation="random", seed=3)
     assert torch.equal(seeded.fc.weight, simplex_etf(5, 512, orientation="random", seed=3))
     necked = timm.create_model("resnet18_etf", num_classes=5, neck="mlp")
     assert necked.fc.neck is not None
@@ -497,7 +497,7 @@ def small_resnet(**kwargs):
 
 def test_saved_twin_loads_with_its_own_frame(tmp_path):
     x = torch.randn(2, 3, 64, 64)
-    original = small_resnet(frame="random", frame_seed=3, feature_norm="batch", logit_scale=4.0)
+    original = small_resnet(frame="random", seed=3, feature_norm="batch", logit_scale=4.0)
     loaded = timm.create_model(save(original, tmp_path), pretrained=True).eval()
     assert_same(loaded(x), original(x))
     loaded.reset_classifier(4)
@@ -537,7 +537,7 @@ def test_the_orientation_that_weights_have_may_be_asked_for(tmp_path):
     [
         {"frame": "simplex"},
         {"orientation": "random"},
-        {"frame_seed": 1},
+        {"seed": 1},
         {"logit_scale": 9},
         {"neck": "mlp"},
         {"feature_norm": "batch"},
@@ -594,9 +594,9 @@ def test_architectures_that_a_user_registers_later_get_a_twin():
 
 
 def test_module_exports_only_what_it_has():
-    from etf_zoo.models import variants
+    from etf_zoo.models import twins
 
-    assert all(hasattr(variants, name) for name in variants.__all__)
+    assert all(hasattr(twins, name) for name in twins.__all__)
 
 
 def test_twins_take_no_source_of_weights_from_their_base():

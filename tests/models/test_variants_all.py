@@ -6,7 +6,7 @@ import torch
 from timm.models import get_pretrained_cfg
 
 from etf_zoo import convert_classifier, frame_heads
-from etf_zoo.models.variants import classifies
+from etf_zoo.models.tags import classifies
 
 CLASSES = 7
 

@@ -11,8 +11,8 @@ import etf_zoo
 from etf_zoo.frames import best_frame, hierarchy_frame, turn_to_blocks
 from etf_zoo.layers.moving import MovingFrameClassifier
 from etf_zoo.layers.whitening import Whitening, whiten_last_norm
-from etf_zoo.sharing.export import export_plain
 from etf_zoo.sharing.folder import save_folder, storage_state_dict
+from etf_zoo.sharing.plain import export_plain
 
 DISTANCES = torch.tensor([[0, 1, 2, 2, 2], [1, 0, 2, 2, 2], [2, 2, 0, 1, 2], [2, 2, 1, 0, 2], [2, 2, 2, 2, 0.0]])
 ARGS = [
@@ -82,7 +82,7 @@ def test_reset_to_other_classes_and_back(args):
 
 
 def test_hierarchy_frame():
-    net = small(frame="hierarchy", hierarchy=DISTANCES, gamma=1.0, frame_seed=3)
+    net = small(frame="hierarchy", hierarchy=DISTANCES, gamma=1.0, seed=3)
     head = net.get_classifier()
     assert torch.equal(head.weight, turn_to_blocks(hierarchy_frame(DISTANCES, head.dim, gamma=1.0, seed=3)))
     assert head.frame == "hierarchy"

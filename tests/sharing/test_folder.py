@@ -44,7 +44,7 @@ def test_config_names_labels_hash_and_every_head_argument(folder):
     assert config["architecture"] == "mobilenetv3_small_050_etf"
     assert config["label_names"] == list("abcde")
     assert len(config["weights_sha256"]) == 64
-    wanted = {"frame": "auto", "feature_norm": "l2", "logit_scale": "auto", "orientation": "blocks", "frame_seed": 0}
+    wanted = {"frame": "auto", "feature_norm": "l2", "logit_scale": "auto", "orientation": "blocks", "seed": 0}
     assert wanted.items() <= config["model_args"].items()
 
 

@@ -26,7 +26,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 
 from etf_zoo.errors import EtfZooError
-from etf_zoo.models.heads import base_name
+from etf_zoo.models.names import base_name
 from etf_zoo.sharing.card import METRICS_NAME, write_card
 from etf_zoo.trainer.data.batches import load_split
 from etf_zoo.trainer.recipe.config import Recipe, parse, seconds

@@ -15,10 +15,11 @@ from etf_zoo import attach_frame, frame_heads
 from etf_zoo.errors import EtfZooError
 from etf_zoo.frames import spherical_code
 from etf_zoo.layers.necks import build_neck
-from etf_zoo.layers.whitening import whiten
 from etf_zoo.models import find as models
+from etf_zoo.models.create import whiten
 from etf_zoo.models.find import Source
-from etf_zoo.models.heads import HEAD_ARGS, SKIP_CONNECTION, base_name, split_head, timm_classifier_names
+from etf_zoo.models.head_config import split_head_args
+from etf_zoo.models.names import SKIP_CONNECTION, base_name, split_head, timm_classifier_names
 
 from ..recipe.config import Optim, Recipe
 
@@ -71,7 +72,7 @@ def _make_model(recipe: Recipe, num_classes: int, hierarchy: Tensor | None) -> n
     if recipe.head != "learned" and source.is_twin:
         return timm.create_model(source.name, **args)
     whitening = args.pop("whitening", False)
-    head_args = {key: args.pop(key) for key in HEAD_ARGS if key in args}
+    head_args, args = split_head_args(args)
     neck = head_args.get("neck")
     plain = _plain_model(source, args) if recipe.head == "learned" else timm.create_model(source.name, **args)
     whiten(plain, whitening)
@@ -89,8 +90,8 @@ def _with_spherical_code(recipe: Recipe, args: dict[str, Any]) -> nn.Module:
     shapes = {tuple(head.weight.shape) for head in frame_heads(model).values()}
     if len(shapes) > 1:
         raise EtfZooError(f"frame: spherical_code is for heads of one width; {quick.model} has several.")
-    head_args = {key: args[key] for key in HEAD_ARGS if key in args and key != "orientation"}
-    code = spherical_code(*shapes.pop(), seed=args.get("frame_seed", 0))
+    head_args = {key: value for key, value in split_head_args(args)[0].items() if key != "orientation"}
+    code = spherical_code(*shapes.pop(), seed=head_args.get("seed", 0))
     return attach_frame(model, **{**head_args, "frame": code})
 
 

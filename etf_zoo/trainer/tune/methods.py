@@ -12,7 +12,9 @@ from torch.nn import functional as F
 from etf_zoo import add_skip, attach_frame, frame_heads
 from etf_zoo.errors import EtfZooError
 from etf_zoo.frames import nearest_simplex_etf
-from etf_zoo.models.heads import HEAD_ARGS, become, timm_classifier_names
+from etf_zoo.models.head_config import split_head_args
+from etf_zoo.models.mixing import become
+from etf_zoo.models.names import timm_classifier_names
 
 from .probes import class_means
 
@@ -166,5 +168,5 @@ def warm_head(model: nn.Module, features: Tensor, labels: Tensor, names: list[st
     heads = list(frame_heads(model).values())
     if any(head.neck is not None for head in heads):
         raise EtfZooError("A warm frame meets the backbone's features themselves: take the neck out, or --head frame.")
-    kept = {k: v for k, v in head_args.items() if k in HEAD_ARGS and k not in ("frame", "orientation", "frame_seed")}
+    kept = {k: v for k, v in split_head_args(head_args)[0].items() if k not in ("frame", "orientation", "seed")}
     attach_frame(model, len(names), frame=warm_frame(features, labels, names), **kept)

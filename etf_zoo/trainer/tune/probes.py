@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from etf_zoo.errors import EtfZooError
-from etf_zoo.models.heads import split_head, timm_classifier_names
+from etf_zoo.models.names import split_head, timm_classifier_names
 
 from ..data.augment import colors_of
 from ..data.batches import eval_batches

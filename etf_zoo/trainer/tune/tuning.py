@@ -15,7 +15,7 @@ from torch import nn
 
 from etf_zoo import attach_frame
 from etf_zoo.errors import EtfZooError
-from etf_zoo.models.heads import HEAD_ARGS
+from etf_zoo.models.head_config import split_head_args
 
 from ..data.batches import frame_tree
 from ..data.subsets import Images, check_classes, load_images, split_training
@@ -215,7 +215,7 @@ def fine_tune(settings: Finetune, train: Images, test: Images) -> Tuned | None:
 
 def bare(settings: Finetune) -> Finetune:
     """The recipe of the same backbone under its own classifier, which frozen features do not depend on."""
-    args = {key: value for key, value in settings.model_args.items() if key not in HEAD_ARGS}
+    _, args = split_head_args(settings.model_args)
     return dataclasses.replace(settings, head="learned", model_args=args)
 
 

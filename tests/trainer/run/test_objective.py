@@ -239,7 +239,7 @@ def test_hierarchy_frame_from_the_datas_tree():
 
 
 def test_an_optimized_code():
-    args = {"channels": [4, 4, 4, 4], "neck": "mlp", "frame_seed": 3}
+    args = {"channels": [4, 4, 4, 4], "neck": "mlp", "seed": 3}
     recipe = dataclasses.replace(RECIPE, model="resnet10t_etf", model_args={**args, "neck": None})
     net = make_model(dataclasses.replace(recipe, model_args={**recipe.model_args, "frame": "spherical_code"}), 10)
     quick = make_model(recipe, 10)  # the same backbone, more classes than twice the width

@@ -1,9 +1,6 @@
-"""Checkpoints converted to folders, twins folded for stock timm, ONNX files."""
+"""Checkpoints converted to folders."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import safetensors.torch
@@ -12,12 +9,10 @@ import torch
 from huggingface_hub import ModelCard
 from torch import nn
 
-from etf_zoo import FrameClassifier, convert_classifier
-from etf_zoo.errors import MissingPackageError
+from etf_zoo import convert_classifier
 from etf_zoo.frames import nearest_simplex_etf
-from etf_zoo.sharing.export import convert_checkpoint, export_onnx, export_plain, fold_head, load_learned
+from etf_zoo.sharing.checkpoint import convert_checkpoint, load_learned
 from etf_zoo.sharing.folder import save_folder
-from tests.kinds import CLASSES, build, images, shared
 
 SMALL = "mobilenetv3_small_050"
 
@@ -53,9 +48,6 @@ def load(folder):
 
 def assert_same_softmax(ours, theirs):
     torch.testing.assert_close(ours.softmax(-1), theirs.softmax(-1), atol=1e-5, rtol=0)
-
-
-# -------------------------------------------------------------------------------------------------------------- convert
 
 
 @pytest.mark.parametrize("source", ["folder", "file beside its config", "bare file", "local-dir"])
@@ -164,133 +156,4 @@ def test_bad_sources(source, architecture, error, message, learned, tmp_path, mo
         save_folder(timm.create_model(SMALL, num_classes=0), "headless")
     with pytest.raises(error, match=message):
         convert_checkpoint(source, "out", architecture=architecture)
-    assert not (tmp_path / "out").exists()
-
-
-# ---------------------------------------------------------------------------------------------------------------- plain
-
-
-@pytest.mark.parametrize("norm", ["l2", "batch", "none"])
-@pytest.mark.parametrize("channels_first", [False, True])
-def test_folded_head_ranks_as_the_head(norm, channels_first):
-    torch.manual_seed(0)
-    head = FrameClassifier(8, 6, feature_norm=norm, logit_scale=3.0, channels_first=channels_first).eval()
-    if head.norm is not None:
-        head.norm.bn.running_mean.normal_()
-        head.norm.bn.running_var.uniform_(0.5, 2)
-    x = torch.randn(5, 8, 1, 1) if channels_first else torch.randn(5, 8)
-    ours, plain = head(x).flatten(1), fold_head(head)(x).flatten(1)
-    lengths = plain.norm(dim=1) / ours.norm(dim=1)
-    torch.testing.assert_close(plain, ours * lengths[:, None], atol=1e-5, rtol=1e-4)
-    assert torch.allclose(lengths, torch.ones(5), atol=1e-5) == (norm == "none")
-
-
-LOAD = """
-import sys, timm, torch
-model = timm.create_model(f"local-dir:{sys.argv[1]}", pretrained=True).eval()
-assert "etf_zoo" not in sys.modules
-assert "Frame" not in str(model) and not type(model).__name__.endswith("ETF")
-with torch.no_grad():
-    torch.save(model(torch.load(sys.argv[2])), sys.argv[3])
-"""
-
-
-def stock_timm(folder, x, tmp_path):
-    """Logits of a folder's model in a process without this package."""
-    torch.save(x, tmp_path / "x.pt")
-    command = [sys.executable, "-c", LOAD, str(folder), str(tmp_path / "x.pt"), str(tmp_path / "y.pt")]
-    subprocess.run(command, check=True, cwd="/", env={**os.environ, "PYTHONPATH": ""})
-    return torch.load(tmp_path / "y.pt")
-
-
-def test_plain_checkpoint_loads_in_stock_timm(tmp_path):
-    twin = timm.create_model("mobilenetv3_small_100_etf", pretrained=True).eval()
-    assert not export_plain(twin, tmp_path / "out")
-    x = torch.randn(16, *twin.pretrained_cfg["input_size"])
-    ours, theirs = twin(x), stock_timm(tmp_path / "out", x, tmp_path)
-    assert torch.equal(theirs.argmax(1), ours.argmax(1))
-    torch.testing.assert_close(
-        theirs / theirs.norm(dim=1, keepdim=True), ours / ours.norm(dim=1, keepdim=True), atol=1e-4, rtol=1e-3
-    )
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["architecture"] == "mobilenetv3_small_100"
-    assert config["label_names"] == list(twin.pretrained_cfg["label_names"])
-    assert config["pretrained_cfg"]["description"].endswith("folded into a linear classifier")
-    assert not {"frame", "neck", "orientation"} & config.get("model_args", {}).keys()
-    assert isinstance(twin.classifier, FrameClassifier)  # the model itself is left alone
-
-
-ONE_HEAD = ["linear", "conv", pytest.param("mlp", marks=pytest.mark.slow), "norm_linear"]
-
-
-@pytest.mark.parametrize("kind", ONE_HEAD)
-def test_plain_form_of_every_kind_of_head(kind, tmp_path):
-    twin, base = build(kind), shared(kind, twin=False)
-    assert not export_plain(twin, tmp_path)
-    plain, x = load(tmp_path), images(kind)
-    assert type(plain) is type(base)
-    assert plain.state_dict().keys() == base.state_dict().keys()
-    assert torch.equal(plain(x).argmax(1), twin(x).argmax(1))
-
-
-@pytest.mark.parametrize(
-    "kind", ["pair", "norm_linear_pair", pytest.param("list_by_stage", marks=pytest.mark.slow), "aux"]
-)
-def test_plain_form_of_several_heads(kind, tmp_path):
-    with pytest.raises(ValueError, match=r"has \d heads, each on features of length one.*--onnx"):
-        export_plain(build(kind), tmp_path / "l2")
-    base = build(kind, twin=False)
-    x = images(kind)
-    expected = base(x)
-    assert export_plain(convert_classifier(base), tmp_path / "exact")
-    plain = load(tmp_path / "exact")
-    assert type(plain) is type(shared(kind, twin=False))
-    assert_same_softmax(plain(x), expected)
-
-
-@pytest.mark.parametrize(
-    ("model", "message"),
-    [
-        (lambda: timm.create_model("resnet10t_etf", num_classes=5, neck="mlp"), "neck is not linear.*--onnx"),
-        (lambda: timm.create_model("resnet10t_etf", num_classes=5, whitening=True), "no whitening layer"),
-        (lambda: timm.create_model("resnet10t", num_classes=5), "no fixed frame; it is a plain model already"),
-    ],
-)
-def test_what_has_no_plain_form(model, message, tmp_path):
-    with pytest.raises(ValueError, match=message):
-        export_plain(model(), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-# ----------------------------------------------------------------------------------------------------------------- ONNX
-
-
-@pytest.mark.parametrize("name", ["test_resnet", pytest.param(SMALL, marks=pytest.mark.slow)])
-def test_onnx_has_our_logits(name, tmp_path):
-    onnxruntime = pytest.importorskip("onnxruntime")
-    model = timm.create_model(f"{name}_etf", num_classes=CLASSES, feature_norm="batch", neck="mlp").eval()
-    model.pretrained_cfg["label_names"] = [f"class {i}" for i in range(CLASSES)]
-    session = onnxruntime.InferenceSession(str(export_onnx(model, tmp_path)), providers=["CPUExecutionProvider"])
-    for batch in (1, 3):
-        x = torch.randn(batch, *timm.data.resolve_data_config(model=model)["input_size"])
-        (logits,) = session.run(["logits"], {"images": x.numpy()})
-        torch.testing.assert_close(torch.from_numpy(logits), model(x), atol=1e-4, rtol=1e-3)
-    metadata = session.get_modelmeta().custom_metadata_map
-    assert json.loads(metadata["label_names"])[2] == "class 2"
-    assert json.loads(metadata["mean"]) == list(model.pretrained_cfg["mean"])
-    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
-
-
-def test_onnx_failures_are_one_line(monkeypatch, tmp_path):
-    model = timm.create_model("test_resnet_etf", num_classes=5)
-
-    def fail(*args, **kwargs):
-        raise ValueError("no such operator\nand much more")
-
-    monkeypatch.setattr(torch.onnx, "export", fail)
-    with pytest.raises(RuntimeError, match=r"torch cannot export ResNet.* to ONNX: no such operator$"):
-        export_onnx(model, tmp_path / "out")
-    monkeypatch.setitem(sys.modules, "onnxscript", None)
-    with pytest.raises(MissingPackageError, match="needs onnxscript: pip install"):
-        export_onnx(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -1,0 +1,71 @@
+"""Models as ONNX files."""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.data import resolve_data_config
+from timm.models import get_model_input_config
+from torch import nn
+
+from ..errors import ExportError, MissingPackageError
+
+__all__ = ["export_onnx"]
+
+_EXTERNAL_BYTES = 1_800_000_000  # protobuf files end at 2 GB; larger weights go into a file beside
+
+
+def export_onnx(model: nn.Module, folder: str | Path) -> Path:
+    """Write a model, whatever its head, as `model.onnx`: images `(batch, C, H, W)` to exactly its logits `(batch, K)`.
+
+    What preprocessing needs, the class names and the license are in the file's metadata. Weights of more than 1.8 GB go
+    into a file beside.
+
+    Args:
+        model: A timm model.
+        folder: Where to; made if need be.
+
+    Returns:
+        The file.
+
+    Raises:
+        MissingPackageError: If onnx or onnxscript is missing.
+        ExportError: If torch cannot export the model.
+    """
+    model = copy.deepcopy(model).cpu().eval()
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise MissingPackageError(f"ONNX export needs {error.name}: pip install 'etf-zoo[onnx]'.") from None
+    images = torch.randn(2, *get_model_input_config(model)["input_size"])
+    names: Any = {"input_names": ["images"], "output_names": ["logits"], "dynamic_shapes": ({0: "batch"},)}
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")  # of torch, on what it is going to change
+            program = torch.onnx.export(model, (images,), dynamo=True, verbose=False, **names)
+    except Exception as error:  # torch wraps whatever went wrong in a class of its own
+        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        raise ExportError(f"torch cannot export {type(model).__name__} to ONNX: {reason}") from error
+    program.model.metadata_props.update(_metadata(model))  # type: ignore[union-attr]
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "model.onnx"
+    size = sum(value.numel() * value.element_size() for value in model.state_dict().values())
+    program.save(path, external_data=size > _EXTERNAL_BYTES)  # type: ignore[union-attr]
+    return path
+
+
+def _metadata(model: nn.Module) -> dict[str, str]:
+    cfg: Mapping[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
+    entries = {
+        **resolve_data_config(model=model),
+        **{k: cfg.get(k) for k in ("label_names", "license", "architecture")},
+    }
+    return {key: json.dumps(value) for key, value in entries.items() if value is not None}

@@ -1,0 +1,51 @@
+"""ONNX files."""
+
+import json
+import sys
+
+import pytest
+import timm
+import torch
+
+from etf_zoo.errors import MissingPackageError
+from etf_zoo.sharing.onnx import export_onnx
+from tests.kinds import CLASSES
+
+SMALL = "mobilenetv3_small_050"
+
+
+@pytest.fixture(autouse=True)
+def _no_grad():
+    with torch.no_grad():
+        yield
+
+
+@pytest.mark.parametrize("name", ["test_resnet", pytest.param(SMALL, marks=pytest.mark.slow)])
+def test_onnx_has_our_logits(name, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model = timm.create_model(f"{name}_etf", num_classes=CLASSES, feature_norm="batch", neck="mlp").eval()
+    model.pretrained_cfg["label_names"] = [f"class {i}" for i in range(CLASSES)]
+    session = onnxruntime.InferenceSession(str(export_onnx(model, tmp_path)), providers=["CPUExecutionProvider"])
+    for batch in (1, 3):
+        x = torch.randn(batch, *timm.data.resolve_data_config(model=model)["input_size"])
+        (logits,) = session.run(["logits"], {"images": x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(logits), model(x), atol=1e-4, rtol=1e-3)
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert json.loads(metadata["label_names"])[2] == "class 2"
+    assert json.loads(metadata["mean"]) == list(model.pretrained_cfg["mean"])
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+
+
+def test_onnx_failures_are_one_line(monkeypatch, tmp_path):
+    model = timm.create_model("test_resnet_etf", num_classes=5)
+
+    def fail(*args, **kwargs):
+        raise ValueError("no such operator\nand much more")
+
+    monkeypatch.setattr(torch.onnx, "export", fail)
+    with pytest.raises(RuntimeError, match=r"torch cannot export ResNet.* to ONNX: no such operator$"):
+        export_onnx(model, tmp_path / "out")
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(MissingPackageError, match="needs onnxscript: pip install"):
+        export_onnx(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
