@@ -3,6 +3,7 @@
 from .codes import best_frame, orthogonal_simplices, quick_code, random_frame
 from .hierarchy import Hierarchy, hierarchy_cosines, hierarchy_frame
 from .imbalanced import imbalanced_frame, seli_frame
+from .kerdock import kerdock_frame
 from .orientation import turn_to_blocks
 from .polar import polar_factor
 from .report import FrameReport, frame_report
@@ -20,6 +21,7 @@ __all__ = [
     "Hierarchy",
     "hierarchy_cosines",
     "hierarchy_frame",
+    "kerdock_frame",
     "imbalanced_frame",
     "seli_frame",
     "turn_to_blocks",

@@ -9,12 +9,13 @@ from torch import Tensor
 from ..errors import EtfZooError
 from .codes import best_frame, quick_code, random_frame
 from .hierarchy import check_gamma, check_hierarchy_fits, check_matrix, hierarchy_frame
+from .kerdock import check_kerdock_fits, kerdock_frame
 from .orientation import resolve_orientation, turn_to_blocks
 from .simplex import check_simplex_fits, check_sizes, helmert_basis, simplex_etf
 
 __all__ = ["CUSTOM", "FRAMES", "HELMERT", "build_frame", "check_frame", "check_unit_rows"]
 
-FRAMES = ("auto", "simplex", "random", "code", "hierarchy")
+FRAMES = ("auto", "simplex", "random", "code", "kerdock", "hierarchy")
 CUSTOM = "custom"  # name of a frame that was given as a tensor
 # Simplex ETF in the Helmert basis, K - 1 wide: what softmax-preserving conversion puts behind its linear neck.
 HELMERT = "helmert"
@@ -69,6 +70,8 @@ def check_frame(
     elif frame != CUSTOM:
         if frame == "simplex":
             check_simplex_fits(num_classes, dim)
+        if frame == "kerdock":
+            check_kerdock_fits(num_classes, dim)
         resolve_orientation(orientation, num_classes, dim)
 
 
@@ -85,8 +88,8 @@ def build_frame(
     """Frame by name, or a checked copy of the one given.
 
     Args:
-        frame: `"auto"`, `"simplex"`, `"random"`, `"code"`, `"hierarchy"`, or a tensor `(num_classes, dim)` with unit
-            rows.
+        frame: `"auto"`, `"simplex"`, `"random"`, `"code"`, `"kerdock"`, `"hierarchy"`, or a tensor `(num_classes,
+            dim)` with unit rows.
         num_classes: K.
         dim: Width of the features that meet the frame.
         orientation: See `simplex_etf`; the other frames are turned alike, see `turn_to_blocks`.
@@ -117,7 +120,8 @@ def build_frame(
     if hierarchy is not None:
         found = hierarchy_frame(hierarchy, dim, gamma=gamma, seed=seed)
     else:
-        found = (random_frame if frame == "random" else quick_code)(num_classes, dim, seed=seed)
+        builders = {"random": random_frame, "code": quick_code, "kerdock": kerdock_frame}
+        found = builders[str(frame)](num_classes, dim, seed=seed)
     return turn_to_blocks(found) if resolve_orientation(orientation, num_classes, dim) == "blocks" else found
 
 

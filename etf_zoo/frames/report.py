@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from ..errors import EtfZooError
+from .kerdock import check_kerdock_fits, kerdock_core
 from .simplex import check_simplex_fits
 
-__all__ = ["FrameReport", "frame_report", "simplex_report"]
+__all__ = ["FrameReport", "frame_report", "kerdock_report", "simplex_report"]
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,9 @@ def frame_report(weight: Tensor) -> FrameReport:
     for start in range(0, k, 1024):
         cosines = w[start : start + 1024] @ w.T
         own = torch.arange(len(cosines), device="cpu")
-        cosines[own, start + own] = ideal
+        cosines[own, start + own] = -math.inf
         largest = max(largest, cosines.max().item())
+        cosines[own, start + own] = math.inf
         smallest = min(smallest, cosines.min().item())
     spectrum = torch.linalg.svdvals(w).square()
     spectrum = spectrum[spectrum > spectrum[0] * 1e-6]  # float32 rows leave eigenvalues of about 1e-14, not zeros
@@ -109,6 +111,40 @@ def simplex_report(num_classes: int, dim: int) -> FrameReport:
         rankin_bound=ideal,
         equiangularity_error=0.0,
         tightness_error=0.0,
+    )
+
+
+def kerdock_report(num_classes: int, dim: int) -> FrameReport:
+    """What `frame_report` finds of a Kerdock frame, in closed form and without the matrix.
+
+    Args:
+        num_classes: K.
+        dim: d.
+
+    Raises:
+        ValueError: If the frame does not fit.
+    """
+    check_kerdock_fits(num_classes, dim)
+    core = kerdock_core(dim)
+    whole, rest = divmod(num_classes, 2 * core)
+    step = 1 / math.sqrt(core) if num_classes > 2 * core else 0.0
+    smallest = -1.0 if num_classes > core else -step
+    ideal = -1 / (num_classes - 1)
+    # a basis and its negatives add 2 to all eigenvalues, the rest of the last basis 1 for each vector
+    twice = max(rest - core, 0)
+    once = rest - 2 * twice
+    counts = {2 * whole + 2: twice, 2 * whole + 1: once, 2 * whole: core - twice - once}
+    spectrum = {value: count for value, count in counts.items() if value and count}
+    mean = sum(value * count for value, count in spectrum.items()) / sum(spectrum.values())
+    return FrameReport(
+        num_classes=num_classes,
+        dim=dim,
+        largest_cosine=step,
+        coherence=max(step, -smallest),
+        welch_bound=_welch(num_classes, dim),
+        rankin_bound=ideal if num_classes <= dim + 1 else 0.0,
+        equiangularity_error=max(step - ideal, ideal - smallest),
+        tightness_error=(max(spectrum) - min(spectrum)) / mean,
     )
 
 

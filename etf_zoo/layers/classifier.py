@@ -12,13 +12,28 @@ from torch.utils.hooks import RemovableHandle
 
 from ..errors import EtfZooError
 from ..frames.build import CUSTOM, HELMERT, build_frame, check_frame, check_unit_rows
+from ..frames.kerdock import kerdock_capacity, kerdock_core, kerdock_rotation, kerdock_signs, kerdock_width
 from ..frames.numerics import at_least_float32, unit
+from ..frames.report import FrameReport, frame_report, kerdock_report, simplex_report
+from .implicit import helmert_product, highest_classes, into_core, kerdock_product
 from .necks import LastDimBatchNorm, build_neck
 
-__all__ = ["FrameClassifier", "FEATURE_NORMS", "HELMERT_MATRIX_CLASSES", "MAX_LOGIT_SCALE", "solve_logit_scale"]
+__all__ = [
+    "AUTO_KERDOCK_CLASSES",
+    "FEATURE_NORMS",
+    "HELMERT_MATRIX_CLASSES",
+    "KERDOCK_MATRIX_CLASSES",
+    "MAX_LOGIT_SCALE",
+    "FrameClassifier",
+    "kerdock_logit_scale",
+    "solve_logit_scale",
+]
 
 FEATURE_NORMS = ("l2", "batch", "none")
 HELMERT_MATRIX_CLASSES = 4096  # above, the Helmert frame is a transform in O(K) without a matrix of 67 MB and more
+KERDOCK_MATRIX_CLASSES = 4096  # above, a Kerdock frame is computed from its sign bits
+# Above, frame="auto" is a Kerdock frame: see training/benchmarks/kerdock_code_cpu.json and kerdock_auto_cpu.json.
+AUTO_KERDOCK_CLASSES = 16384
 MAX_LOGIT_SCALE = 100.0
 # Rows of the Gram matrix that solve_logit_scale looks at, so that 100,000 classes need no 100,000^2 matrix.
 _SCALE_ROWS = 1024
@@ -67,6 +82,50 @@ def solve_logit_scale(frame: Tensor, *, probability: float = 0.999) -> float:
     return high
 
 
+def kerdock_logit_scale(num_classes: int, dim: int, *, probability: float = 0.999) -> float:
+    """What `solve_logit_scale` finds of a Kerdock frame, in closed form and without the matrix.
+
+    Args:
+        num_classes: K.
+        dim: Width of the features, see `kerdock_frame`.
+        probability: Wanted softmax probability of a feature on its prototype.
+
+    Returns:
+        The scale, at most `MAX_LOGIT_SCALE`; where not all vectors of a basis are classes an upper bound of it.
+    """
+    core = kerdock_core(dim)
+    whole, rest = divmod(num_classes, 2 * core)
+    # how many others have cosine 0 and, at most, 1 / sqrt(d) with a vector of a whole basis, and with one of the rest
+    rows = []
+    if whole:
+        rows.append((2 * core - 2, (whole - 1) * core + min(rest, core)))
+    if rest:
+        rows.append((min(rest - 1, 2 * core - 2), whole * core))
+    wanted = (1 - probability) / probability
+
+    def odds(scale: float) -> float:
+        near, far = math.exp(scale / math.sqrt(core) - scale), math.exp(-scale / math.sqrt(core) - scale)
+        return max(
+            side * math.exp(-scale) + count * near + max(num_classes - 1 - side - count, 0) * far
+            for side, count in rows
+        )
+
+    low, high = 0.0, MAX_LOGIT_SCALE
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if odds(middle) > wanted else (low, middle)
+    return high
+
+
+def _kerdock_logits(x: Tensor, rotation: Tensor, signs: Tensor, scale: Tensor, num_classes: int) -> Tensor:
+    """scale * x W^T for a Kerdock frame behind its rotation, in float32 at least, autocast or not."""
+    if not torch.jit.is_scripting():  # noqa: SIM102
+        if not x.is_meta and torch.is_autocast_enabled(x.device.type):
+            with torch.autocast(x.device.type, enabled=False):
+                return kerdock_product(into_core(x * scale, rotation), signs, num_classes)
+    return kerdock_product(into_core(x * scale, rotation), signs, num_classes)
+
+
 def _scaled_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """scale * x W^T in float32 at least, autocast or not."""
     # a test of its own, as TorchScript skips the block only then
@@ -77,20 +136,12 @@ def _scaled_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     return F.linear(x * scale, weight.to(x.dtype))
 
 
-def _helmert_product(x: Tensor, scale: Tensor) -> Tensor:
-    """The same for the Helmert frame of K classes and x `(..., K-1)`, in O(K) and without the frame's matrix."""
-    k = x.shape[-1] + 1
-    j = torch.arange(1, k, device=x.device, dtype=x.dtype)
-    x = x * (scale * math.sqrt(k / (k - 1)) / torch.sqrt(j * (j + 1)))
-    sums = x.flip(-1).cumsum(-1).flip(-1)  # row i of the basis: 1 for each later column, -j in the one before
-    return F.pad(sums, (0, 1)) - F.pad(j * x, (1, 0))
-
-
 # Leaves for torch.fx: their branches on dtype and autocast are not for a tracer to follow.
 torch.fx.wrap("at_least_float32")
 torch.fx.wrap("unit")
 torch.fx.wrap("_scaled_product")
-torch.fx.wrap("_helmert_product")
+torch.fx.wrap("helmert_product")
+torch.fx.wrap("_kerdock_logits")
 
 
 class FrameClassifier(nn.Module):
@@ -106,7 +157,10 @@ class FrameClassifier(nn.Module):
         in_features: Width of the features.
         num_classes: Number of classes K.
         frame: `"auto"` (the best known arrangement: the simplex ETF where it fits), `"simplex"`, `"random"` (the
-            control), `"code"`, `"hierarchy"` (2303.05689, with `hierarchy`), or a tensor `(K, dim)` with unit rows. The
+            control), `"code"`, `"kerdock"`, `"hierarchy"` (2303.05689, with `hierarchy`), or a tensor `(K, dim)` with
+            unit rows. A Kerdock frame of more than 4,096 classes is computed from d^2/2 sign bits, not stored: `weight`
+            is `(K, 0)`, `implicit` is true, and `losses.FrameCrossEntropy` trains it without holding the logits;
+            `"auto"` takes it above 16,384 classes. The
             attribute `frame` then reads `"custom"`, which is accepted here on the meta device only, where a checkpoint
             will bring the frame. `"helmert"`, with neck `"linear"` and norm `"none"`, is a converted classifier, see
             `etf_zoo.models.convert`: above 4,096 classes its frame is computed, not stored, `weight` is `(K, 0)` and
@@ -114,6 +168,8 @@ class FrameClassifier(nn.Module):
         neck: None, `"mlp"`, `"residual"`, or a module whose output is `dim` wide (then pass the frame as a tensor
             or let its `out_features` say the width). See `etf_zoo.layers.necks` for why none is linear; `"linear"` and
             `"center"` are for converted classifiers.
+        neck_features: Width of a named neck's output. By default that of the features, or what the frame needs where
+            that is more: K - 1, or for a Kerdock frame the power of four that has K vectors.
         feature_norm: `"l2"` (unit features: logits are scaled cosines), `"batch"` (batch norm without affine part,
             then unit: centers nonnegative features; 2203.09081's code has an affine one and no unit features) or
             `"none"`.
@@ -131,6 +187,8 @@ class FrameClassifier(nn.Module):
     """
 
     weight: Tensor
+    signs: Tensor
+    rotation: Tensor
     logit_scale: Tensor
 
     def __init__(
@@ -140,6 +198,7 @@ class FrameClassifier(nn.Module):
         *,
         frame: str | Tensor = "auto",
         neck: str | nn.Module | None = None,
+        neck_features: int | None = None,
         feature_norm: str = "l2",
         logit_scale: float | str = "auto",
         orientation: str = "auto",
@@ -160,16 +219,25 @@ class FrameClassifier(nn.Module):
         self.channels_first = channels_first
         self.frame = frame if isinstance(frame, str) else CUSTOM
         _check_conversion(self.frame, neck, feature_norm)
-        self.implicit = self.frame == HELMERT and num_classes > HELMERT_MATRIX_CLASSES
+        if neck_features is not None and not (isinstance(neck, str) and neck != "linear"):
+            raise EtfZooError("neck_features is the width of a neck='mlp' or neck='residual': name one, or drop it.")
 
         if isinstance(neck, str):
-            self.neck, self.dim = build_neck(neck, in_features, num_classes, device=device)
+            if neck_features is None and neck != "linear" and _may_be_kerdock(self.frame, num_classes):
+                neck_features = max(kerdock_core(max(in_features, 4)), kerdock_width(num_classes))
+            self.neck, self.dim = build_neck(neck, in_features, num_classes, neck_features, device=device)
         elif neck is not None:
             self.neck, self.dim = neck, int(getattr(neck, "out_features", _frame_width(frame, in_features)))
         else:
             self.neck, self.dim = None, in_features
         self.norm = LastDimBatchNorm(self.dim, affine=False, device=device) if feature_norm == "batch" else None
 
+        self.auto = self.frame == "auto"
+        if self.auto and _auto_is_kerdock(num_classes, self.dim):
+            self.frame = frame = "kerdock"
+        self.implicit = num_classes > {HELMERT: HELMERT_MATRIX_CLASSES, "kerdock": KERDOCK_MATRIX_CLASSES}.get(
+            self.frame, num_classes
+        )
         if device.type == "meta" or self.implicit:
             check_frame(frame, num_classes, self.dim, orientation=orientation, hierarchy=hierarchy, gamma=gamma)
             width = 0 if self.implicit else self.dim
@@ -185,11 +253,38 @@ class FrameClassifier(nn.Module):
                 gamma=gamma,
             ).to(device)
         self.register_buffer("weight", weight)
+        self._register_kerdock(seed, device)
         scale = torch.tensor(self._initial_scale(logit_scale), dtype=torch.float32, device=device)
         if logit_scale == "learnable":
             self.logit_scale = nn.Parameter(scale)
         else:
             self.register_buffer("logit_scale", scale)
+
+    def _register_kerdock(self, seed: int, device: torch.device) -> None:
+        """Buffers of a Kerdock frame that is not stored; empty, and in no state dict, with any other."""
+        signs, rotation = torch.empty(0, dtype=torch.uint8), None
+        if kerdock := self.implicit and self.frame == "kerdock":
+            core = kerdock_core(self.dim)
+            if device.type == "meta":
+                signs = torch.empty(core // 2, math.ceil(core / 8), dtype=torch.uint8, device=device)
+                rotation = None if core == self.dim else torch.empty(core, self.dim, device=device)
+            else:
+                signs, rotation = kerdock_signs(core, seed=seed), kerdock_rotation(self.dim, seed=seed)
+        self.register_buffer("signs", signs.to(device), persistent=kerdock)
+        empty = torch.empty(0, device=device)
+        self.register_buffer(
+            "rotation", empty if rotation is None else rotation.to(device), persistent=rotation is not None
+        )
+
+    @torch.jit.unused
+    def store_frame(self) -> None:
+        """Become a head whose frame is a matrix, still to be filled, in the place of a Kerdock frame that is computed.
+
+        For a model that `frame="auto"` gave a Kerdock frame, about to be filled from a file with a stored frame.
+        """
+        self.frame, self.implicit = CUSTOM, False
+        self.weight = torch.empty(self.num_classes, self.dim, device=self.weight.device)
+        self._register_kerdock(0, self.weight.device)
 
     def _initial_scale(self, logit_scale: float | str) -> float:
         if isinstance(logit_scale, str):
@@ -197,6 +292,8 @@ class FrameClassifier(nn.Module):
                 raise EtfZooError(f"Unknown logit_scale {logit_scale!r}. Give a number, 'auto' or 'learnable'.")
             if self.feature_norm == "none" or self.weight.is_meta:
                 return 1.0
+            if self.implicit:
+                return kerdock_logit_scale(self.num_classes, self.dim)
             return solve_logit_scale(self.weight)
         if not (math.isfinite(logit_scale) and logit_scale > 0):
             raise EtfZooError(f"logit_scale must be positive and finite, got {logit_scale}.")
@@ -228,8 +325,44 @@ class FrameClassifier(nn.Module):
     def project(self, x: Tensor) -> Tensor:
         """Logits of what `embed` gives: `(..., dim)` to `(..., num_classes)`."""
         if self.implicit:
-            return _helmert_product(x, self.logit_scale)
+            if self.frame == "kerdock":
+                return _kerdock_logits(x, self.rotation, self.signs, self.logit_scale, self.num_classes)
+            return helmert_product(x, self.logit_scale)
         return _scaled_product(x, self.weight, self.logit_scale)
+
+    @torch.jit.unused
+    @torch.no_grad()
+    def top_k(self, x: Tensor, k: int = 5) -> tuple[Tensor, Tensor]:
+        """The k classes with the largest logits, in blocks of classes: the `(B, K)` logits are never held.
+
+        Args:
+            x: `(..., in_features)`; with `channels_first` too, the features come last.
+            k: How many, at most K.
+
+        Returns:
+            Logits, falling, and class numbers, both `(..., k)`.
+
+        Raises:
+            ValueError: On a k out of range, or a converted classifier whose frame is not stored.
+        """
+        if not 1 <= k <= self.num_classes:
+            raise EtfZooError(f"k lies between 1 and {self.num_classes}, the number of classes, got {k}.")
+        if self.implicit and self.frame == HELMERT:
+            raise EtfZooError("A converted classifier of so many classes has no blocks: use head(x).topk(k).")
+        embeddings = self.embed(x)
+        if torch.compiler.is_exporting():  # a graph has no loop; one image's logits are no burden
+            return self.project(embeddings).topk(k)
+        with torch.autocast(x.device.type, enabled=False):
+            rows = into_core(embeddings * self.logit_scale, self.rotation).flatten(0, -2)
+            logits, classes = highest_classes(rows, self.weight, self.signs, self.num_classes, k)
+        return logits.view(*x.shape[:-1], k), classes.view(*x.shape[:-1], k)
+
+    @torch.jit.unused
+    def frame_report(self) -> FrameReport:
+        """How good the frame is, see `etf_zoo.frames.frame_report`; of one that is not stored in closed form."""
+        if not self.implicit:
+            return frame_report(self.weight)
+        return (kerdock_report if self.frame == "kerdock" else simplex_report)(self.num_classes, self.dim)
 
     @torch.jit.unused
     def register_embedding_hook(self, hook: Callable[[Tensor, Tensor], None]) -> RemovableHandle:
@@ -289,6 +422,8 @@ class FrameClassifier(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
         weight = state_dict.get(prefix + "weight")
+        if self.auto and self.implicit and weight is not None and weight.shape == (self.num_classes, self.dim):
+            self.store_frame()
         if weight is not None and weight.shape != self.weight.shape:
             errors.append(
                 f"the frame {prefix}weight has shape {tuple(weight.shape)} in the checkpoint and "
@@ -324,6 +459,14 @@ def _check_conversion(frame: str, neck: str | nn.Module | None, feature_norm: st
             f"frame={HELMERT!r} is for converted classifiers and needs neck='linear' and feature_norm='none'. "
             f"To train with a simplex use frame='simplex' or 'auto'."
         )
+
+
+def _may_be_kerdock(frame: str, num_classes: int) -> bool:
+    return frame == "kerdock" or (frame == "auto" and num_classes > AUTO_KERDOCK_CLASSES)
+
+
+def _auto_is_kerdock(num_classes: int, dim: int) -> bool:
+    return max(AUTO_KERDOCK_CLASSES, 2 * dim) < num_classes <= kerdock_capacity(dim)
 
 
 def _frame_width(frame: str | Tensor, in_features: int) -> int:

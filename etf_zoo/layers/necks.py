@@ -112,7 +112,9 @@ class Center(nn.Module):
         return x - self.running_mean
 
 
-def build_neck(name: str, in_features: int, num_classes: int, *, device=None) -> tuple[nn.Module, int]:
+def build_neck(
+    name: str, in_features: int, num_classes: int, out_features: int | None = None, *, device=None
+) -> tuple[nn.Module, int]:
     """Build the neck called `name`; its output is as wide as the features, or K - 1 where they are narrower.
 
     Beside `NECKS` there are `"linear"` (always K - 1 wide) and `"center"`, which conversion writes.
@@ -123,7 +125,9 @@ def build_neck(name: str, in_features: int, num_classes: int, *, device=None) ->
     Raises:
         ValueError: On an unknown name.
     """
-    out_features = max(in_features, num_classes - 1)
+    out_features = max(in_features, num_classes - 1) if out_features is None else out_features
+    if out_features < 1:
+        raise EtfZooError(f"A neck's output has at least one feature, got {out_features}.")
     if name == "mlp":
         return mlp_neck(in_features, out_features, device=device), out_features
     if name == "residual":

@@ -1,13 +1,18 @@
-"""Losses for fixed frames. Most take `(embeddings, labels, frame)`: `FrameClassifier.embed(features)` and `.weight`."""
+"""Losses for fixed frames. Most take `(embeddings, labels, frame)`: `FrameClassifier.embed(features)` and `.weight`.
+
+`FrameCrossEntropy(head)` takes `(features, labels)` instead, and needs no matrix of the frame.
+"""
 
 from .center_collapse import CenterCollapseLoss
 from .dot_regression import DotRegressionLoss
+from .frame_cross_entropy import FrameCrossEntropy
 from .hierarchy_cosine import HierarchyCosineLoss
 from .separating_cone import SeparatingConeLoss
 from .squared import SquaredLoss
 from .variance_covariance import VarianceCovarianceLoss
 
 __all__ = [
+    "FrameCrossEntropy",
     "DotRegressionLoss",
     "HierarchyCosineLoss",
     "SeparatingConeLoss",

@@ -13,11 +13,11 @@ from ..errors import EtfZooError
 from ..frames.numerics import at_least_float32
 
 
-def without_autocast(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def without_autocast(forward: Callable[..., Any]) -> Callable[..., Any]:
     """A loss's forward, run outside autocast: a cosine near 1 has three digits in bfloat16."""
 
     @functools.wraps(forward)
-    def wrapped(self: Any, *args: Tensor, **kwargs: Tensor) -> Tensor:
+    def wrapped(self: Any, *args: Tensor, **kwargs: Tensor) -> Any:
         tensors = [*args, *kwargs.values()]  # by position or by name; without any, let forward say what it takes
         with torch.autocast(tensors[0].device.type if tensors else "cpu", enabled=False):
             return forward(self, *args, **kwargs)
@@ -37,16 +37,28 @@ def check_inputs(embeddings: Tensor, labels: Tensor, frame: Tensor) -> tuple[Ten
             f"Expected embeddings (B, dim) and frame (K, dim), got {tuple(embeddings.shape)} and "
             f"{tuple(frame.shape)}. Embeddings are what FrameClassifier.embed returns, not the backbone's features."
         )
-    if labels.shape != embeddings.shape[:1] or labels.is_floating_point():
+    labels = check_labels(labels, len(embeddings), len(frame))
+    embeddings = at_least_float32(embeddings)
+    return embeddings, frame.to(embeddings.dtype), labels
+
+
+def check_labels(labels: Tensor, batch: int, num_classes: int) -> Tensor:
+    """Labels as int64.
+
+    Raises:
+        ValueError: If there are none or not `(batch,)` of them, they are soft, or out of range (on the CPU: elsewhere
+            looking would wait for the device).
+    """
+    if labels.shape != (batch,) or labels.is_floating_point():
         raise EtfZooError(
-            f"Expected class numbers ({len(embeddings)},), got {labels.dtype} {tuple(labels.shape)}. "
+            f"Expected class numbers ({batch},), got {labels.dtype} {tuple(labels.shape)}. "
             f"This loss does not take soft labels (mixup, cutmix)."
         )
-    if not len(labels):
+    if not batch:
         raise EtfZooError("The batch is empty.")
-    if labels.device.type == "cpu" and not 0 <= labels.min() <= labels.max() < len(frame):
+    looks = labels.device.type == "cpu" and not torch.compiler.is_compiling()
+    if looks and not 0 <= labels.min() <= labels.max() < num_classes:
         raise EtfZooError(
-            f"Labels are rows of the frame, 0 to {len(frame) - 1}; got {labels.min().item()} to {labels.max().item()}."
+            f"Labels are rows of the frame, 0 to {num_classes - 1}; got {labels.min().item()} to {labels.max().item()}."
         )
-    embeddings = at_least_float32(embeddings)
-    return embeddings, frame.to(embeddings.dtype), labels.long()
+    return labels.long()
