@@ -16,6 +16,8 @@ from .simplex import check_room, haar_columns
 
 __all__ = ["Hierarchy", "hierarchy_cosines", "hierarchy_frame"]
 
+MIN_GAMMA = 1e-6
+
 
 class Hierarchy:
     """Tree of classes, given as each node's parent.
@@ -28,6 +30,8 @@ class Hierarchy:
     """
 
     def __init__(self, parents: Mapping[str, str]):
+        if not isinstance(parents, Mapping):
+            raise EtfZooError(f"A hierarchy is a mapping {{child: parent}}, got a {type(parents).__name__}.")
         if not parents:
             raise EtfZooError("The hierarchy is empty: give {child: parent} for every node but the root.")
         for child, parent in parents.items():
@@ -59,6 +63,10 @@ class Hierarchy:
         """
         try:
             parents = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_unique_keys)
+        except RecursionError:
+            raise EtfZooError(f"{path} is nested too deeply: expected one object {{child: parent}}.") from None
+        except OSError as error:
+            raise EtfZooError(f"Cannot read the hierarchy {path}: {error.strerror}.") from error
         except ValueError as error:
             raise EtfZooError(f"{path}: {error}") from error
         if not isinstance(parents, dict):
@@ -102,6 +110,8 @@ class Hierarchy:
         Raises:
             ValueError: If there is no such node.
         """
+        if not isinstance(node, str):
+            raise EtfZooError(f"Classes of a hierarchy are named by texts, got {node!r}.")
         if node not in self._heights:
             close = difflib.get_close_matches(node, self._heights, n=1)
             hint = f" Did you mean {close[0]!r}?" if close else ""
@@ -121,10 +131,10 @@ class Hierarchy:
             ValueError: If a class is not in the tree, is not a leaf, or is named twice.
         """
         names = list(class_names)
+        inner = [name for name in names if self.height(name) > 0]
         if len(set(names)) < len(names):
             twice = sorted({name for name in names if names.count(name) > 1})
             raise EtfZooError(f"Classes named twice: {', '.join(twice[:5])}.")
-        inner = [name for name in names if self.height(name) > 0]
         if inner:
             raise EtfZooError(f"Classes are leaves of the hierarchy, but these have children: {', '.join(inner[:5])}.")
         below: dict[str, list[int]] = {}  # node -> the classes under it
@@ -211,9 +221,9 @@ def check_hierarchy_fits(num_classes: int, dim: int) -> None:
 
 
 def check_gamma(gamma: float) -> None:
-    """Raise ValueError unless gamma is positive and finite."""
-    if not (math.isfinite(gamma) and gamma > 0):
-        raise EtfZooError(f"gamma must be positive and finite, got {gamma}.")
+    """Raise ValueError unless gamma is a finite number, and not so small that rounding decides on the frame."""
+    if not isinstance(gamma, int | float) or not (math.isfinite(gamma) and gamma >= MIN_GAMMA):
+        raise EtfZooError(f"gamma must be positive, at least {MIN_GAMMA} and finite, got {gamma!r}.")
 
 
 def check_matrix(distance: Tensor) -> None:

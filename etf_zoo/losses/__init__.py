@@ -3,6 +3,8 @@
 `FrameCrossEntropy(head)` takes `(features, labels)` instead, and needs no matrix of the frame.
 """
 
+from torch import nn
+
 from .center_collapse import CenterCollapseLoss
 from .dot_regression import DotRegressionLoss
 from .frame_cross_entropy import FrameCrossEntropy
@@ -19,4 +21,13 @@ __all__ = [
     "SquaredLoss",
     "CenterCollapseLoss",
     "VarianceCovarianceLoss",
+    "LOSSES",
 ]
+
+# Losses on (embeddings, labels, frame), by the name that recipes have for them.
+LOSSES: dict[str, type[nn.Module]] = {
+    "dot_regression": DotRegressionLoss,
+    "hierarchy_cosine": HierarchyCosineLoss,
+    "separating_cone": SeparatingConeLoss,
+    "squared": SquaredLoss,
+}

@@ -8,16 +8,56 @@ import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 
 from etf_zoo.errors import EtfZooError
 
+from .fields import MAX_COUNT, Choice, Count, Fields, Probability, Range, Rule, Texts
 from .parsing import parse
 
 HEADS = ("frame", "random", "learned")
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # our names -> accelerate's
+MAX_SIZE = 10_000  # pixels
+MAX_SEED = 2**32 - 1  # NumPy's
+RESERVED = {  # arguments of timm.create_model that a recipe sets, or that name another source of weights
+    *("num_classes", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"),
+    *("features_only", "scriptable", "exportable", "no_jit"),
+}
+TIME = r"(\d+(?:\.\d+)?)\s*([smh]?)"
+
+
+def _is_span(values: list[float]) -> bool:
+    return len(values) == 2 and 0 < values[0] <= values[1]
+
+
+def _is_schedule(sizes: list[list[int]]) -> bool:
+    if not sizes or any(len(pair) != 2 for pair in sizes):
+        return False
+    starts, pixels = zip(*sizes, strict=True)
+    return starts[0] == 0 and list(starts) == sorted(set(starts)) and all(1 <= p <= MAX_SIZE for p in pixels)
+
+
+# Rules that fields share, or that are long.
+CROP_SCALE = Rule("[smallest, largest], 0 < smallest <= largest <= 1", lambda x: _is_span(x) and x[1] <= 1)
+CROP_RATIO = Rule("[smallest, largest], 0 < smallest <= largest", _is_span)
+JITTER = Rule(
+    "[brightness, contrast, saturation, hue], none negative, hue at most 0.5, or []",
+    lambda x: not x or (len(x) == 4 and min(x) >= 0 and x[3] <= 0.5),
+)
+MODEL_ARGS = Rule(
+    "arguments of the model, but none that the recipe sets (num_classes, pretrained) or that names other weights",
+    lambda args: not RESERVED & args.keys(),
+)
+SIZES = Rule(
+    f"a list of [first epoch, pixels] that begins at epoch 0, epochs rising, pixels in [1, {MAX_SIZE}]", _is_schedule
+)
+NoneOr = Annotated[int, Range(0, MAX_COUNT, note="0 for none")]
+AllOr = Annotated[int, Range(0, MAX_COUNT, note="0 for all")]
+Weight = Annotated[float, Range(0, 1_000_000, note="0 for none")]
+Name = Annotated[str, Texts(r"(?s).{1,500}", "a text of 1 to 500 characters")]
+Pixels = Annotated[int, Range(1, MAX_SIZE)]
 
 __all__ = [
     "Data",
@@ -36,7 +76,7 @@ __all__ = [
 
 
 @dataclass
-class Data:
+class Data(Fields):
     """Where images and labels come from, see `training/readers.py`.
 
     Attributes:
@@ -63,31 +103,28 @@ class Data:
         num_classes: Number of classes, where a stream's labels are numbers without names.
     """
 
+    group: ClassVar[str] = "data"
+
     source: str = ""
     config: str = ""
-    train_split: str = "train"
-    val_split: str = "validation"
-    image_column: str = "image"
-    label_column: str = "label"
+    train_split: Name = "train"
+    val_split: Name = "validation"
+    image_column: Name = "image"
+    label_column: Name = "label"
     resident: bool | Literal["auto"] = "auto"
-    size: int = 64
-    limit: int = 0
-    long_tail: float = 0.0
-    max_corrupt: float = 0.001
-    crop_pct: float = 1.0
-    workers: int = 4
+    size: Pixels = 64
+    limit: AllOr = 0
+    long_tail: Annotated[float, Range(0, 1, note="0 for none")] = 0.0
+    max_corrupt: Probability = 0.001
+    crop_pct: Annotated[float, Range(0, 1, above=True)] = 1.0
+    workers: Annotated[int, Range(0, 1024)] = 4
     streaming: bool = False
-    shuffle_buffer: int = 10_000
-    train_images: int = 0
-    num_classes: int = 0
+    shuffle_buffer: Count = 10_000
+    train_images: AllOr = 0
+    num_classes: AllOr = 0
 
     def __post_init__(self):
-        if self.size < 1 or self.workers < 0 or self.shuffle_buffer < 1:
-            raise EtfZooError("data.size and data.shuffle_buffer must be positive, data.workers at least 0.")
-        if min(self.limit, self.train_images, self.num_classes) < 0:
-            raise EtfZooError("data.limit, data.train_images and data.num_classes are 0 for all, or positive.")
-        if not 0 <= self.max_corrupt <= 1 or not 0 < self.crop_pct <= 1:
-            raise EtfZooError("data.max_corrupt is a share in [0, 1], data.crop_pct one in (0, 1].")
+        super().__post_init__()
         if self.image_column == self.label_column:
             raise EtfZooError(f"data.image_column and data.label_column are one column, {self.image_column!r}.")
         if self.streaming and self.resident is True:
@@ -97,7 +134,7 @@ class Data:
 
 
 @dataclass
-class Augment:
+class Augment(Fields):
     """Augmentation of training batches; resident and other images get the same, up to interpolation.
 
     Attributes:
@@ -115,17 +152,19 @@ class Augment:
         mix_prob: Probability that an image is mixed at all.
     """
 
-    crop_scale: list[float] = field(default_factory=lambda: [0.35, 1.0])
-    crop_ratio: list[float] = field(default_factory=lambda: [0.75, 1.3333])
+    group: ClassVar[str] = "augment"
+
+    crop_scale: Annotated[list[float], CROP_SCALE] = field(default_factory=lambda: [0.35, 1.0])
+    crop_ratio: Annotated[list[float], CROP_RATIO] = field(default_factory=lambda: [0.75, 1.3333])
     flip: bool = True
-    color_jitter: list[float] = field(default_factory=list)
-    randaug_ops: int = 0
-    randaug_magnitude: int = 9
-    randaug_std: float = 0.5
-    erase: float = 0.0
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    mix_prob: float = 1.0
+    color_jitter: Annotated[list[float], JITTER] = field(default_factory=list)
+    randaug_ops: Annotated[int, Range(0, 20, note="0 for none")] = 0
+    randaug_magnitude: Annotated[int, Range(0, 10)] = 9
+    randaug_std: Annotated[float, Range(0, 10)] = 0.5
+    erase: Probability = 0.0
+    mixup: Weight = 0.0
+    cutmix: Weight = 0.0
+    mix_prob: Probability = 1.0
 
     @property
     def mixes(self) -> bool:
@@ -133,27 +172,13 @@ class Augment:
         return self.mix_prob > 0 and max(self.mixup, self.cutmix) > 0
 
     def __post_init__(self):
-        for name, value in (("crop_scale", self.crop_scale), ("crop_ratio", self.crop_ratio)):
-            if len(value) != 2 or not 0 < value[0] <= value[1] or (name == "crop_scale" and value[1] > 1):
-                raise EtfZooError(f"augment.{name} is [smallest, largest], both positive, got {value}.")
-        jitter = self.color_jitter
-        if jitter and (len(jitter) != 4 or min(jitter) < 0 or jitter[3] > 0.5):
-            raise EtfZooError(
-                f"augment.color_jitter is [brightness, contrast, saturation, hue], none negative, hue at most 0.5, "
-                f"got {jitter}."
-            )
-        if self.randaug_ops < 0 or not 0 <= self.randaug_magnitude <= 10 or self.randaug_std < 0:
-            raise EtfZooError("augment.randaug_magnitude is 0 to 10, randaug_ops and randaug_std at least 0.")
-        if not 0 <= self.erase <= 1 or not 0 <= self.mix_prob <= 1:
-            raise EtfZooError("augment.erase and augment.mix_prob are probabilities.")
-        if self.randaug_ops and jitter:
+        super().__post_init__()
+        if self.randaug_ops and self.color_jitter:
             raise EtfZooError("augment.color_jitter is left out with randaug_ops, as in timm: it has its own. Set one.")
-        if min(self.mixup, self.cutmix) < 0:
-            raise EtfZooError("augment.mixup and augment.cutmix are 0 for none, or positive.")
 
 
 @dataclass
-class Optim:
+class Optim(Fields):
     """Optimizer and schedule, by timm's factories.
 
     Attributes:
@@ -168,25 +193,26 @@ class Optim:
         clip_grad: Largest norm of the gradient; 0 for none.
     """
 
+    group: ClassVar[str] = "optim"
+
     name: str = "adamw"
-    lr: float = 2e-3
-    min_lr: float = 0.0
-    layer_decay: float = 1.0
-    weight_decay: float = 0.05
-    momentum: float = 0.9
-    betas: list[float] = field(default_factory=list)
-    warmup_epochs: float = 1.0
-    clip_grad: float = 0.0
+    lr: Annotated[float, Range(0, 1000, above=True)] = 2e-3
+    min_lr: Annotated[float, Range(0, 1000)] = 0.0
+    layer_decay: Annotated[float, Range(0, 1, above=True, note="1 for none")] = 1.0
+    weight_decay: Annotated[float, Range(0, 1000)] = 0.05
+    momentum: Annotated[float, Range(0, 1, below=True)] = 0.9
+    betas: list[Annotated[float, Range(0, 1, below=True)]] = field(default_factory=list)
+    warmup_epochs: Annotated[float, Range(0, 100_000)] = 1.0
+    clip_grad: Weight = 0.0
 
     def __post_init__(self):
-        if not self.lr > 0 or not 0 <= self.min_lr <= self.lr:
-            raise EtfZooError(f"optim.lr is positive and optim.min_lr in [0, lr], got {self.lr} and {self.min_lr}.")
-        if not 0 < self.layer_decay <= 1:
-            raise EtfZooError(f"optim.layer_decay lies in (0, 1], 1 for none, got {self.layer_decay}.")
+        super().__post_init__()
+        if self.min_lr > self.lr:
+            raise EtfZooError(f"optim.min_lr is at most optim.lr, got {self.min_lr} and {self.lr}.")
 
 
 @dataclass
-class Ema:
+class Ema(Fields):
     """Exponential moving average of the weights, timm's. Where it is on, its weights are evaluated and exported.
 
     Attributes:
@@ -194,16 +220,14 @@ class Ema:
         warmup: Start with a small decay that grows toward `decay`; else the average remembers the first weights long.
     """
 
-    decay: float = 0.0
-    warmup: bool = True
+    group: ClassVar[str] = "ema"
 
-    def __post_init__(self):
-        if not 0 <= self.decay < 1:
-            raise EtfZooError(f"ema.decay lies in [0, 1), 0 for no average, got {self.decay}.")
+    decay: Annotated[float, Range(0, 1, below=True, note="0 for no average")] = 0.0
+    warmup: bool = True
 
 
 @dataclass
-class Loss:
+class Loss(Fields):
     """What is minimized.
 
     Attributes:
@@ -216,16 +240,18 @@ class Loss:
         penalty_args: Arguments of that penalty.
     """
 
+    group: ClassVar[str] = "loss"
+
     name: str = "cross_entropy"
     args: dict[str, Any] = field(default_factory=dict)
     class_weights: bool = False
     class_scaling: bool = False
-    variance_covariance: float = 0.0
+    variance_covariance: Weight = 0.0
     penalty_args: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
-class Recipe:
+class Recipe(Fields):
     """A training run.
 
     Attributes:
@@ -266,52 +292,47 @@ class Recipe:
 
     heads: ClassVar[tuple[str, ...]] = HEADS
 
-    output: str = "runs/run"
-    model: str = "resnet18_etf"
+    output: Name = "runs/run"
+    model: Name = "resnet18_etf"
     head: str = "frame"
-    model_args: dict[str, Any] = field(default_factory=dict)
+    model_args: Annotated[dict[str, Any], MODEL_ARGS] = field(default_factory=dict)
     pretrained: bool = False
     data: Data = field(default_factory=Data)
     augment: Augment = field(default_factory=Augment)
     optim: Optim = field(default_factory=Optim)
     ema: Ema = field(default_factory=Ema)
     loss: Loss = field(default_factory=Loss)
-    epochs: int = 30
-    batch_size: int = 256
-    accumulate: int = 1
-    sizes: list[list[int]] = field(default_factory=lambda: [[0, 64]])
-    eval_size: int = 0
-    label_smoothing: float = 0.1
-    precision: str = "fp32"
+    epochs: Count = 30
+    batch_size: Count = 256
+    accumulate: Count = 1
+    sizes: Annotated[list[list[int]], SIZES] = field(default_factory=lambda: [[0, 64]])
+    eval_size: Annotated[int, Range(0, MAX_SIZE, note="0 for the last of sizes")] = 0
+    label_smoothing: Annotated[float, Range(0, 1, below=True)] = 0.1
+    precision: Annotated[str, Choice(PRECISIONS, former=("no",))] = "fp32"
     compile: bool = False
     channels_last: bool = True
-    seed: int = 0
-    eval_every: int = 1
-    save_every: int = 1
-    save_steps: int = 0
-    save_minutes: float = 0.0
-    keep_checkpoints: int = 2
-    log_every: int = 20
+    seed: Annotated[int, Range(0, MAX_SEED)] = 0
+    eval_every: Count = 1
+    save_every: Count = 1
+    save_steps: NoneOr = 0
+    save_minutes: Weight = 0.0
+    keep_checkpoints: Count = 2
+    log_every: Count = 20
     tensorboard: bool = True
-    time_budget: str = ""
+    time_budget: Annotated[str, Texts(f"(?:{TIME})?", "a number with s, m or h, such as 9m, or nothing")] = ""
     resume: bool = False
-    tag: str = ""
+    tag: Annotated[str, Texts(r"[A-Za-z0-9_-]{0,100}", "letters, digits, _ and -")] = ""
     notes: str = ""
 
     def __post_init__(self):
-        for name in ("epochs", "batch_size", "accumulate", "eval_every", "save_every", "keep_checkpoints", "log_every"):
-            if getattr(self, name) < 1:
-                raise EtfZooError(f"{name} must be positive, got {getattr(self, name)}.")
-        if self.save_steps < 0 or self.save_minutes < 0:
-            raise EtfZooError("save_steps and save_minutes cannot be negative; 0 is for none.")
+        self.precision = "fp32" if self.precision == "no" else self.precision
+        super().__post_init__()
         if self.head not in self.heads:
-            raise EtfZooError(f"head is one of {', '.join(self.heads)}, got {self.head!r}.")
-        if not self.sizes or any(len(pair) != 2 for pair in self.sizes) or self.sizes[0][0] != 0:
-            raise EtfZooError(f"sizes is a list of [first epoch, pixels] that begins at epoch 0, got {self.sizes}.")
-        self.precision = "fp32" if self.precision == "no" else self.precision  # what recipes said before
-        if self.precision not in PRECISIONS:
-            raise EtfZooError(f"precision is fp32, bf16 or fp16, got {self.precision!r}.")
-        seconds(self.time_budget)
+            raise EtfZooError(f"head takes one of {', '.join(self.heads)}, got {self.head!r}.")
+        from .checks import check_loss, check_optimizer  # these import torch and timm
+
+        check_optimizer(self.optim)
+        check_loss(self.loss)
 
 
 def size_at(recipe: Recipe, epoch: int) -> int:
@@ -360,7 +381,7 @@ def seconds(text: str) -> float:
     """
     if not text:
         return float("inf")
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", text)
+    match = re.fullmatch(TIME, text)
     if not match:
         raise EtfZooError(f"A time budget is a number with s, m or h, such as 9m; got {text!r}.")
     return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]

@@ -13,18 +13,12 @@ from torch.nn import functional as F
 from etf_zoo import FrameClassifier, frame_heads, losses
 from etf_zoo.errors import EtfZooError
 from etf_zoo.layers.moving import MovingFrameClassifier
+from etf_zoo.losses import LOSSES
 
 from ..recipe.config import Loss
 
-__all__ = ["Objective", "LOSSES"]
+__all__ = ["Objective"]
 
-# Losses on (embeddings, labels, frame), by the name a recipe has for them.
-LOSSES: dict[str, type[nn.Module]] = {
-    "dot_regression": losses.DotRegressionLoss,
-    "hierarchy_cosine": losses.HierarchyCosineLoss,
-    "separating_cone": losses.SeparatingConeLoss,
-    "squared": losses.SquaredLoss,
-}
 # Losses with a scale of their own, which has to be the head's: its logits classify.
 _SCALED = ("hierarchy_cosine", "separating_cone")
 
@@ -132,8 +126,6 @@ class Objective:
 
 
 def _penalty(settings: Loss) -> nn.Module | None:
-    if settings.variance_covariance < 0:
-        raise EtfZooError(f"loss.variance_covariance must not be negative, got {settings.variance_covariance}.")
     if not settings.variance_covariance:
         if settings.penalty_args:
             raise EtfZooError("loss.penalty_args are of the penalty: set its weight, loss.variance_covariance.")

@@ -261,14 +261,14 @@ def test_a_share_of_the_batch_gets_what_the_batch_would(images):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"crop_scale": [0.5]}, r"crop_scale is \[smallest, largest\]"),
+        ({"crop_scale": [0.5]}, r"crop_scale takes \[smallest, largest\], 0 < smallest <= largest <= 1, got \[0.5\]"),
         ({"crop_scale": [0.5, 1.5]}, "crop_scale"),
         ({"crop_ratio": [2.0, 0.5]}, "crop_ratio"),
         ({"color_jitter": [0.4]}, r"\[brightness, contrast, saturation, hue\]"),
         ({"color_jitter": [0.4, 0.4, 0.4, 0.6]}, "at most 0.5"),
         ({"color_jitter": [0.4, 0.4, 0.4, 0.1], "randaug_ops": 2}, "Set one"),
-        ({"randaug_magnitude": 11}, "0 to 10"),
-        ({"erase": 1.5}, "probabilities"),
+        ({"randaug_magnitude": 11}, r"randaug_magnitude .* in \[0, 10\], got 11"),
+        ({"erase": 1.5}, r"augment.erase .* in \[0, 1\], got 1.5"),
         ({"mixup": -1.0}, "0 for none"),
     ],
 )

@@ -195,10 +195,10 @@ def test_corrupt_images_are_counted():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"size": 0}, "positive"),
-        ({"workers": -1}, "at least 0"),
+        ({"size": 0}, r"data.size .* in \[1, 10000\], got 0"),
+        ({"workers": -1}, r"data.workers .* in \[0, 1024\], got -1"),
         ({"limit": -5}, "0 for all"),
-        ({"max_corrupt": 2.0}, "share"),
+        ({"max_corrupt": 2.0}, r"data.max_corrupt .* in \[0, 1\], got 2.0"),
         ({"image_column": "x", "label_column": "x"}, "one column"),
         ({"streaming": True, "resident": True}, "never resident"),
         ({"streaming": True, "limit": 5}, "train_images"),

@@ -7,7 +7,18 @@ import pytest
 
 from etf_zoo.trainer.evaluate import Evaluation
 from etf_zoo.trainer.finetune import Finetune
-from etf_zoo.trainer.recipe.config import Ema, Optim, Recipe, changes, final_size, parse, save_recipe, seconds, size_at
+from etf_zoo.trainer.recipe.config import (
+    Ema,
+    Loss,
+    Optim,
+    Recipe,
+    changes,
+    final_size,
+    parse,
+    save_recipe,
+    seconds,
+    size_at,
+)
 from training.experiments.comparison import Comparison, recipe_of
 from training.experiments.comparison import cells as cells_of
 from training.experiments.transfer_table import Table, cells
@@ -66,11 +77,11 @@ def test_seconds(text, value):
     [
         ({"time_budget": "soon"}, "such as 9m"),
         ({"sizes": [[3, 32]]}, "begins at epoch 0"),
-        ({"head": "nice"}, "frame, random, learned"),
-        ({"precision": "fp8"}, "fp32, bf16 or fp16"),
-        ({"epochs": 0}, "must be positive"),
-        ({"keep_checkpoints": 0}, "keep_checkpoints must be positive"),
-        ({"save_minutes": -1}, "cannot be negative"),
+        ({"head": "nice"}, "head takes one of frame, random, learned, got 'nice'"),
+        ({"precision": "fp8"}, "precision takes one of fp32, bf16, fp16, got 'fp8'"),
+        ({"epochs": 0}, "epochs takes a whole number at least 1, got 0"),
+        ({"keep_checkpoints": 0}, "keep_checkpoints takes a whole number at least 1, got 0"),
+        ({"save_minutes": -1}, r"save_minutes takes a number in \[0, 1000000\] \(0 for none\), got -1"),
     ],
 )
 def test_wrong_values(values, message):
@@ -78,7 +89,10 @@ def test_wrong_values(values, message):
         Recipe(**values)
 
 
-@pytest.mark.parametrize(("kind", "values"), [(Optim, {"min_lr": 1}), (Optim, {"layer_decay": 0}), (Ema, {"decay": 1})])
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [(Optim, {"min_lr": 1}), (Optim, {"layer_decay": 0}), (Ema, {"decay": 1}), (Loss, {"variance_covariance": -1.0})],
+)
 def test_wrong_values_of_groups(kind, values):
     with pytest.raises(ValueError, match=next(iter(values))):
         kind(**values)
@@ -90,15 +104,15 @@ def test_wrong_values_of_groups(kind, values):
         (["--optim.lrr", "1"], "no field 'optim.lrr' (on the command line). Did you mean 'optim.lr'?"),
         (["--lr=1"], "no field 'lr' (on the command line). Did you mean 'optim.lr'?"),
         (["--xyz", "1"], "no field 'xyz' (on the command line). There are: output, model"),
-        (["--epochs", "many"], "epochs: Expected a int. Got value: many"),
-        (["--resume", "perhaps"], "resume: Expected a bool. Got value: perhaps"),
-        (["--epochs", "0"], "epochs must be positive, got 0"),
+        (["--epochs", "many"], "epochs takes a whole number at least 1, got 'many'"),
+        (["--resume", "perhaps"], "resume takes true or false, got 'perhaps'"),
+        (["--epochs", "0"], "epochs takes a whole number at least 1, got 0"),
         (["--config", "nowhere.yaml"], "Cannot read the recipe nowhere.yaml: No such file"),
         ("optim: {lerning_rate: 1}", "no field 'optim.lerning_rate' (in FILE). Did you mean"),
         ("epoch: 3", "no field 'epoch' (in FILE). Did you mean 'epochs'?"),
         ("epochs: [", "FILE is not YAML"),
         ("- epochs", "FILE has to be fields and values"),
-        ("optim: {lr: fast}", "lr: Expected a float. Got value: fast"),
+        ("optim: {lr: fast}", "optim.lr takes a number in (0, 1000], got 'fast'"),
     ],
 )
 def test_a_mistake_gets_one_line(arguments, message, tmp_path, capsys):
@@ -137,5 +151,5 @@ def test_help_describes_every_field(capsys):
     with pytest.raises(SystemExit, match="0"):
         parse(Recipe, ["--help"])
     out = " ".join(capsys.readouterr().out.split())
-    assert "--optim.lr LR Peak learning rate." in out
+    assert "--optim.lr LR Peak learning rate. Allowed: in (0, 1000]." in out
     assert "How many checkpoints are kept." in out

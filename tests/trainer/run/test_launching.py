@@ -11,7 +11,7 @@ from etf_zoo.trainer.run.launching import Repeatable, in_step, make_accelerator,
 
 
 def test_own_errors_end_a_script_with_one_line():
-    with pytest.raises(SystemExit, match=re.escape("error: epochs must be positive, got 0.")):
+    with pytest.raises(SystemExit, match=re.escape("error: epochs takes a whole number at least 1, got 0.")):
         run_script(lambda: Recipe(epochs=0))
 
 

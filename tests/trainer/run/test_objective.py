@@ -131,7 +131,6 @@ def test_moving_frame_follows_after_the_step_and_not_before():
         (Loss(args={"x": 1}), {}, "cross_entropy takes neither"),
         (Loss("dot_regression", {"feature_length": "own"}), {}, "set model_args.feature_norm none"),
         (Loss("dot_regression", {"feature_length": None}), {"feature_norm": "batch"}, "set model_args.feature_norm"),
-        (Loss(variance_covariance=-1.0), {}, "must not be negative"),
         (Loss(penalty_args={"variance": 1.0}), {}, "set its weight, loss.variance_covariance"),
         (Loss(variance_covariance=1.0, penalty_args={"var": 1.0}), {}, "loss.penalty_args: .*var"),
     ],

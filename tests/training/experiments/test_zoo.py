@@ -116,5 +116,5 @@ def test_errors(listed):
         zoo.entry_of(some, "c")
     with pytest.raises(ValueError, match="not learnd"):
         zoo.entry_of(some, "a")
-    with pytest.raises(SystemExit):
+    with pytest.raises(ValueError, match=r"no field 'optim.rate'"):
         zoo.entry_of(some, "b")
