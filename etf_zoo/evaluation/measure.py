@@ -107,7 +107,8 @@ def measure(
         ValueError: If there are no samples, the model has no such methods, or shapes or labels do not fit.
 
     Warns:
-        UserWarning: If NC4 cannot be measured: features do not fit and the batches can be read only once.
+        UserWarning: If NC4 cannot be measured: features do not fit and the batches can be read only once. If there are
+            samples of one class alone, which have no collapse.
     """
     was_training = model.training
     model.eval()
@@ -116,7 +117,9 @@ def measure(
         for labels, features, logits, seconds in _forwarded(model, batches, autocast, forward):
             tally.update(labels, features, logits, seconds)
         tally.reduce(processes)
-        if tally.stored is None:
+        if tally.classes < 2:
+            warnings.warn("Collapse is left out: it needs samples of two classes.", stacklevel=2)
+        elif tally.stored is None:
             for _, features, logits, _ in _forwarded(model, batches, autocast, forward):
                 tally.collapse.update_agreement(features, predictions=logits.argmax(1))
         else:
@@ -247,6 +250,29 @@ class _Tally:
         if not self.sums[0]:
             raise EtfZooError("There are no samples to evaluate on: the batches are empty.")
 
+    @property
+    def classes(self) -> int:
+        """Classes with samples."""
+        return int((self.collapse.counts > 0).sum())
+
+    def _collapse(self, global_mean: str) -> dict[str, float]:
+        if self.classes < 2:
+            return {"classes": self.classes}
+        fits = self.weight is not None and self.weight.shape == (self.num_classes, self.collapse.dim)
+        own_side = fits and self.after_neck is None
+        figures = self.collapse.compute(*((self.weight, self.bias) if own_side else ()), global_mean=global_mean)
+        if figures.pop("samples") != self.collapse.agreement_samples:
+            warnings.warn(
+                "NC4 is left out: the features do not fit store_limit, and the batches cannot be read twice. Pass a "
+                "list or a DataLoader instead of a generator, or a higher store_limit.",
+                stacklevel=5,
+            )
+            figures.pop("nc4_agreement", None)
+        if self.after_neck is not None:
+            behind = self.after_neck.compute(self.weight, global_mean=global_mean)
+            figures |= {f"{name}_after_neck": value for name, value in behind.items() if name.startswith("nc3")}
+        return figures
+
     def finish(self, processes: Any, global_mean: str) -> Measurement:
         if processes is not None:
             self.collapse.reduce(processes)
@@ -260,20 +286,7 @@ class _Tally:
             "ece": 100 * (filled[1] - filled[2]).abs().sum().item() / images,
             "images_per_second": self.speed.item(),
         }
-        fits = self.weight is not None and self.weight.shape == (self.num_classes, self.collapse.dim)
-        own_side = fits and self.after_neck is None
-        collapse = self.collapse.compute(*((self.weight, self.bias) if own_side else ()), global_mean=global_mean)
-        if collapse.pop("samples") != self.collapse.agreement_samples:
-            warnings.warn(
-                "NC4 is left out: the features do not fit store_limit, and the batches cannot be read twice. Pass a "
-                "list or a DataLoader instead of a generator, or a higher store_limit.",
-                stacklevel=4,
-            )
-            collapse.pop("nc4_agreement", None)
-        if self.after_neck is not None:
-            behind = self.after_neck.compute(self.weight, global_mean=global_mean)
-            collapse |= {f"{name}_after_neck": value for name, value in behind.items() if name.startswith("nc3")}
-        figures |= collapse
+        figures |= self._collapse(global_mean)
         if self.severity is not None:
             figures |= self.severity.compute()
         figures = {name: value for name, value in figures.items() if math.isfinite(value)}

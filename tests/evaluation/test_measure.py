@@ -134,6 +134,18 @@ class Two:
         return 2 * tensor
 
 
+def test_one_class_alone_has_an_accuracy_and_no_collapse():
+    model = build("test_resnet_etf")
+    images, labels = (torch.cat(parts) for parts in zip(*data(), strict=True))
+    batches = [(images[labels == 2], labels[labels == 2])]
+    with pytest.warns(UserWarning, match="needs samples of two classes"):
+        figures = evaluate(model, batches)
+    _, logits, truth = outputs(model, batches)
+    assert figures["top1"] == pytest.approx(100 * (logits.argmax(1) == truth).double().mean().item())
+    assert (figures["classes"], figures["images"]) == (1, len(truth))
+    assert not [name for name in figures if name.startswith("nc")]
+
+
 def test_processes_are_summed():
     model, batches = build(), data()
     alone, both = evaluate(model, batches), evaluate(model, batches, processes=Two())

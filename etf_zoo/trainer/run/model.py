@@ -53,10 +53,12 @@ def make_model(recipe: Recipe, num_classes: int, hierarchy: Tensor | None = None
     """
     try:
         return _make_model(recipe, num_classes, hierarchy)
-    except TypeError as error:
-        if "unexpected keyword argument" not in str(error):
+    except EtfZooError:
+        raise
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if not recipe.model_args or isinstance(error, torch.OutOfMemoryError):
             raise
-        raise EtfZooError(f"model_args of {recipe.model}: {error}.") from error
+        raise EtfZooError(f"{recipe.model} cannot be made with model_args {recipe.model_args}: {error}.") from error
 
 
 def _make_model(recipe: Recipe, num_classes: int, hierarchy: Tensor | None) -> nn.Module:

@@ -23,7 +23,7 @@ from etf_zoo.trainer.data.augment import augment
 from etf_zoo.trainer.recipe.config import Recipe, final_size, save_recipe, size_at
 from etf_zoo.trainer.recipe.fields import field_hints
 from etf_zoo.trainer.recipe.parsing import parse, read_arguments
-from etf_zoo.trainer.run.model import make_optimizer
+from etf_zoo.trainer.run.model import make_model, make_optimizer
 from etf_zoo.trainer.run.stepper import Stepper
 
 ROOT = Path(__file__).parents[3]
@@ -265,6 +265,24 @@ def test_the_command_line_is_checked_alike(args, words):
         read_arguments(Recipe, args)
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        {"nope": 1},
+        {"act_layer": 3},
+        {"frame": 3},
+        {"frame": "nope"},
+        {"logit_scale": [1]},
+        {"whitening": 5},
+        {"moving": "x"},
+    ],
+)
+def test_a_model_that_cannot_be_made_is_one_error(args):
+    recipe = Recipe(model="test_resnet_etf", model_args=args)
+    with pytest.raises(EtfZooError):
+        make_model(recipe, 5)
 
 
 # --------------------------------------------------------------------------------------------------- hierarchies
