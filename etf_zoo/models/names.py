@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
+from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor, nn
 
 from ..errors import EtfZooError
@@ -14,6 +17,7 @@ __all__ = [
     "SUFFIX",
     "as_names",
     "base_name",
+    "class_names",
     "features_of_leaf",
     "frame_heads",
     "leaf_of",
@@ -25,6 +29,7 @@ __all__ = [
 ]
 
 SUFFIX = "_etf"
+_IMAGENET_TAG = re.compile(r"in(1k|12k|21k|22k)($|_)")
 SKIP_CONNECTION = "skip_connection"  # a model around another one, see skip.py: no architecture of its own
 
 
@@ -98,6 +103,30 @@ def no_classifier(model: nn.Module) -> str:
         f"Cannot tell which layer of {type(model).__name__} classifies. Name it with classifier='...'; "
         f"its last linear layers: {', '.join(linear_names(model)) or 'none'}."
     )
+
+
+def class_names(model: nn.Module) -> list[str]:
+    """What a timm model's classes are called, in their order: for people, not for matching.
+
+    Returns:
+        The descriptions that its config has, else its label names, else ImageNet's where its weights are of that, else
+        numbers.
+
+    Example:
+        >>> class_names(timm.create_model("tf_efficientnet_lite0_etf", pretrained=True))[985]
+        'daisy'
+    """
+    cfg: Any = getattr(model, "pretrained_cfg", {})
+    num_classes = int(getattr(model, "num_classes", 0))
+    names, described = cfg.get("label_names"), cfg.get("label_descriptions") or {}
+    if not names and _IMAGENET_TAG.search(cfg.get("tag") or "") and cfg.get("num_classes") == num_classes:
+        subset = infer_imagenet_subset({"num_classes": num_classes})
+        if subset is not None:
+            info = ImageNetInfo(subset)
+            names, described = [info.index_to_description(number) for number in range(num_classes)], {}
+    if not names or len(names) != num_classes:
+        return [str(number) for number in range(num_classes)]
+    return [str(described.get(name, name)) for name in names]
 
 
 def split_head(

@@ -17,12 +17,21 @@ from ..errors import LoadError
 from ..timm_compat import hf_split
 from .download import download, sha256
 
-__all__ = ["cards_folder", "hub_location", "native_tags", "read_weights", "read_file", "recorded_location", "sha256"]
+__all__ = [
+    "cards_folder",
+    "chosen_source",
+    "hub_location",
+    "native_tags",
+    "read_weights",
+    "read_file",
+    "recorded_location",
+    "sha256",
+]
 
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
 RECORD_NAME = "hub.json"  # where a model folder was published
-SOURCES = ("auto", "embedded", "hub")
+SOURCES = ("auto", "embedded", "package", "hub")
 
 
 def cards_folder() -> Path:
@@ -103,7 +112,8 @@ def read_weights(cfg: Mapping[str, Any], cache_dir: Any = None) -> dict[str, Ten
     """State dict that a pretrained cfg points to: in memory, a file, a folder or a Hub repository.
 
     Native weights come from the package if they are in it, else from the Hub. The environment variable
-    `ETF_ZOO_SOURCE` says otherwise: `embedded` never downloads them, `hub` always takes the published ones.
+    `ETF_ZOO_SOURCE` says otherwise: `embedded` never downloads them, `hub` always takes the published ones. (`package`
+    is for timm's own weights, see `etf_zoo.weights.packages`.)
 
     Args:
         cfg: Pretrained cfg as a dict.
@@ -119,7 +129,7 @@ def read_weights(cfg: Mapping[str, Any], cache_dir: Any = None) -> dict[str, Ten
     if cfg.get("state_dict"):
         return dict(cfg["state_dict"])
     native = _native_folder(cfg)
-    if native and (_source() == "hub" or not cfg.get("file")):
+    if native and (chosen_source() == "hub" or not cfg.get("file")):
         return _read_published(native, cache_dir)
     if cfg.get("file"):
         path = Path(cfg["file"])
@@ -135,7 +145,12 @@ def read_weights(cfg: Mapping[str, Any], cache_dir: Any = None) -> dict[str, Ten
     )
 
 
-def _source() -> str:
+def chosen_source() -> str:
+    """What `ETF_ZOO_SOURCE` says of where weights come from; `"auto"` if it says nothing.
+
+    Raises:
+        LoadError: If it names something else.
+    """
     source = os.environ.get("ETF_ZOO_SOURCE") or "auto"
     if source not in SOURCES:
         raise LoadError(f"ETF_ZOO_SOURCE is {source!r}; set it to one of {', '.join(SOURCES)}, or unset it.")
@@ -151,7 +166,7 @@ def _native_folder(cfg: Mapping[str, Any]) -> Path | None:
 
 def _read_published(folder: Path, cache_dir: Any) -> dict[str, Tensor]:
     """Weights of a native model from the Hub: whatever the revision, they are those of this package's `config.json`."""
-    if _source() == "embedded":
+    if chosen_source() == "embedded":
         raise LoadError(f"{folder.name} is not in the package. Unset ETF_ZOO_SOURCE to download it.")
     place = hub_location(folder)
     if place is None:

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from ..errors import LoadError
 from .download import sha256
+from .native import chosen_source
 
-__all__ = ["PACKAGED", "PackagedWeights", "packaged_file", "read_packaged"]
+__all__ = ["PACKAGED", "PackagedWeights", "find_packaged", "packaged_file", "read_packaged"]
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,31 @@ PACKAGED: dict[str, PackagedWeights] = {
         sha256="9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
     ),
 }
+
+
+def find_packaged(name: str) -> PackagedWeights | None:
+    """The package to take weights from, before the Hub is asked.
+
+    Args:
+        name: timm's name of the weights, `<architecture>.<tag>`.
+
+    Returns:
+        None if there is none, it is not installed, or `ETF_ZOO_SOURCE` is `hub`. With `ETF_ZOO_SOURCE=package` one that
+        is not installed is given too, for `read_packaged` to name it.
+
+    Raises:
+        LoadError: If `ETF_ZOO_SOURCE` is `package` and no package has such weights.
+    """
+    entry, source = PACKAGED.get(name), chosen_source()
+    if source == "package":
+        if entry is None:
+            raise LoadError(
+                f"ETF_ZOO_SOURCE is 'package', and no package has the weights {name}; there are "
+                f"{', '.join(PACKAGED)}. Unset it to ask the Hub."
+            )
+        return entry
+    installed = entry is not None and source != "hub" and packaged_file(entry) is not None
+    return entry if installed else None
 
 
 def packaged_file(entry: PackagedWeights) -> Path | None:

@@ -4,11 +4,15 @@ import dataclasses
 import sys
 
 import pytest
+import timm
 import torch
 
+from etf_zoo import frame_heads
 from etf_zoo.errors import LoadError
+from etf_zoo.models.names import class_names
+from etf_zoo.weights import packages
 from etf_zoo.weights.download import sha256
-from etf_zoo.weights.packages import PACKAGED, PackagedWeights, packaged_file, read_packaged
+from etf_zoo.weights.packages import PACKAGED, PackagedWeights, find_packaged, packaged_file, read_packaged
 
 SHAPES = {"stem.weight": torch.Size([3, 2]), "head.bias": torch.Size([4])}
 
@@ -72,8 +76,6 @@ def test_another_model(entry):
 
 @pytest.mark.parametrize("name", PACKAGED)
 def test_every_entry_fits_its_architecture(name):
-    import timm
-
     assert name in timm.list_pretrained(name)
     if packaged_file(PACKAGED[name]) is None:
         pytest.skip("the package is not installed")
@@ -83,3 +85,57 @@ def test_every_entry_fits_its_architecture(name):
     with torch.inference_mode():  # a wrong order would leave the variances with the means
         assert all(v.min() >= 0 for k, v in model.state_dict().items() if k.endswith("running_var"))
         assert model(torch.zeros(1, 3, 64, 64)).softmax(1).isfinite().all()
+
+
+LITE = "tf_efficientnet_lite0"
+needs_lite = pytest.mark.skipif(packaged_file(PACKAGED[f"{LITE}.in1k"]) is None, reason="the package is not installed")
+
+
+@needs_lite
+def test_the_twin_has_imagenets_classes_offline():
+    twin = timm.create_model(f"{LITE}_etf", pretrained=True).eval()
+    base = timm.create_model(LITE).eval()
+    base.load_state_dict(read_packaged(PACKAGED[f"{LITE}.in1k"], {k: v.shape for k, v in base.state_dict().items()}))
+    images = torch.rand(2, 3, 96, 96)
+    with torch.inference_mode():
+        torch.testing.assert_close(twin(images).softmax(1), base(images).softmax(1), rtol=1e-3, atol=1e-6)
+    names = class_names(twin)
+    assert len(names) == 1000
+    assert names[985] == "daisy"
+    assert twin.pretrained_cfg["license"] == "apache-2.0"
+
+
+@needs_lite
+def test_photos_are_recognized():
+    from PIL import Image
+    from sklearn.datasets import load_sample_image
+    from timm.data import create_transform, resolve_data_config
+
+    model = timm.create_model(f"{LITE}_etf", pretrained=True).eval()
+    transform = create_transform(**resolve_data_config(model=model))
+    names = class_names(model)
+    for file, expected in (("china.jpg", {"palace", "bell cote, bell cot"}), ("flower.jpg", {"daisy", "bee"})):
+        with torch.inference_mode():
+            logits = model(transform(Image.fromarray(load_sample_image(file)))[None])
+        assert expected & {names[i] for i in logits.topk(5).indices[0].tolist()}
+
+
+@needs_lite
+def test_another_number_of_classes_gets_a_fresh_frame():
+    model = timm.create_model(f"{LITE}_etf", pretrained=True, num_classes=7)
+    (head,) = frame_heads(model).values()
+    assert head.weight.shape == (7, 1280)
+    assert class_names(model) == [str(i) for i in range(7)]
+
+
+def test_sources(entry, monkeypatch):
+    monkeypatch.setattr(packages, "PACKAGED", {"a.in1k": entry, "b.in1k": dataclasses.replace(entry, package="none")})
+    assert find_packaged("a.in1k") is entry
+    assert find_packaged("b.in1k") is None
+    assert find_packaged("c.in1k") is None
+    monkeypatch.setenv("ETF_ZOO_SOURCE", "hub")
+    assert find_packaged("a.in1k") is None
+    monkeypatch.setenv("ETF_ZOO_SOURCE", "package")
+    assert find_packaged("b.in1k").package == "none"  # whose reading says what to install
+    with pytest.raises(LoadError, match=r"no package has the weights c\.in1k; there are a\.in1k, b\.in1k"):
+        find_packaged("c.in1k")
