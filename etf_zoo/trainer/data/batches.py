@@ -19,6 +19,7 @@ from ..recipe.config import Augment, Data, Recipe
 from .augment import IMAGENET, Colors, augment, erase, mix, normalize
 from .readers import find_source
 from .resident import Split, cache, read_prepared
+from .sealed import refuse_test
 from .sources import Rows, Stream, choose_split, open_rows, open_stream
 
 __all__ = [
@@ -52,9 +53,11 @@ def load_split(data: Data, split: str) -> AnySplit:
         split: Name of the split.
 
     Raises:
-        ValueError: On a missing data set, split or column, labels that make no classes, or too many broken images.
+        ValueError: On a missing data set, split or column, labels that make no classes, or too many broken images; on
+            any split but that of training while something is chosen, see `sealed`.
         OSError: If the disk is full.
     """
+    refuse_test(split, data.train_split)
     if not data.source:
         raise EtfZooError("No data: give --data.source a folder, a Hub name or digits.")
     if data.source == "digits":

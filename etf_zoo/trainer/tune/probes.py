@@ -1,21 +1,16 @@
 """Classifiers on frozen features: logistic regression, nearest neighbors, nearest class mean.
 
-Features are the backbone's, before any neck or norm of the head.
+Features are the backbone's, before any neck or norm of the head. `docs/protocol.md` says how they are measured.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GridSearchCV, StratifiedKFold
-from sklearn.neighbors import KNeighborsClassifier
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -25,13 +20,17 @@ from etf_zoo.models.names import split_head, timm_classifier_names
 
 from ..data.augment import colors_of
 from ..data.batches import eval_batches
+from ..data.near_duplicates import grouped_folds, near_duplicates
+from ..data.sealed import choosing
 from ..data.subsets import Images
+from .logistic import fit_logistic, principal_axes
 
 __all__ = ["PROBES", "Probe", "backbone_features", "backbone_size", "class_means", "fit_probe", "linear_classifier"]
 
-PROBES = ("linear_probe", "knn", "ncm")
-STRENGTHS = tuple(10.0 ** np.arange(-4, 2))  # scikit-learn's C: larger is weaker regularization
-NEIGHBORS = (1, 5, 10, 20)
+PROBES = ("linear_probe", "knn", "knn_20", "ncm", "ncm_euclid")
+STRENGTHS = tuple(10.0**power for power in range(-5, 2))  # scikit-learn's C: larger is weaker regularization
+SCALINGS = ("whole", "each")
+NEIGHBORS = (1, 2, 5, 10, 20, 50, 100, 200)
 FOLDS = 3
 
 
@@ -46,6 +45,8 @@ class Probe:
         linear: Weight `(K, d)` and bias `(K,)` on the raw features, where that is what the probe is.
         prototypes: Unit rows `(K, d)` compared with features by their cosine, likewise.
         logit_scale: Of the prototypes' softmax.
+        details: What was chosen, for tables: `C`, `scaling`, `k`, `cv_top1` (accuracy on the images that the folds
+            held out, in percent), `gradient_norm`, `steps`.
     """
 
     predict: Callable[[np.ndarray], np.ndarray]
@@ -54,6 +55,7 @@ class Probe:
     linear: tuple[Tensor, Tensor] | None = None
     prototypes: Tensor | None = None
     logit_scale: float = 1.0
+    details: dict[str, float | str] = field(default_factory=dict)
 
 
 def backbone_size(model: nn.Module) -> int:
@@ -109,67 +111,193 @@ def class_means(features: Tensor, labels: Tensor, names: list[str]) -> Tensor:
 
 
 def fit_probe(
-    method: str, features: Tensor, labels: Tensor, names: list[str], *, seed: int = 0, strength: float = 0.0
+    method: str,
+    features: Tensor,
+    labels: Tensor,
+    names: list[str],
+    *,
+    seed: int = 0,
+    strength: float = 0.0,
+    groups: np.ndarray | None = None,
 ) -> Probe:
-    """Fit a probe.
+    """Fit a probe. What there is to choose is chosen by 3-fold cross-validation that keeps near-duplicates together.
+
+    No data set but the training split can be opened meanwhile, see `etf_zoo.trainer.data.sealed`.
 
     Args:
-        method: `linear_probe`: L2 logistic regression on standardized features, its strength chosen by stratified
-            3-fold cross-validation. `knn`: nearest neighbors by cosine, weighted by distance, their number chosen
-            likewise. `ncm`: nearest class mean by cosine, of features of unit length.
+        method: `linear_probe`: L2 logistic regression, converged; its strength is chosen, and whether features are
+            standardized each or centered and scaled as a whole. `knn`: nearest neighbors by cosine, weighted by the
+            inverse distance; their number, up to 200, is chosen. `knn_20`: always 20. `ncm`: nearest class mean by
+            cosine, of features of unit length. `ncm_euclid`: nearest class mean by Euclidean distance.
         features: `(N, d)`.
         labels: `(N,)`.
         names: Of the K classes.
         seed: Of the folds.
-        strength: scikit-learn's C for `linear_probe`, instead of the choice; 0 to choose.
+        strength: C of `linear_probe` on standardized features, instead of the choice; 0 to choose.
+        groups: `(N,)`, images that stay together, by default `near_duplicates` of the features.
 
     Raises:
-        ValueError: On an unknown method, a single class, or too few images to choose by cross-validation.
+        EtfZooError: On an unknown method, a single class, too few images to choose by cross-validation, features that
+            are not finite, or a regression that does not converge.
     """
     if method not in PROBES:
         raise EtfZooError(f"Unknown probe {method!r}. Choose one of {', '.join(PROBES)}.")
     if len(labels.unique()) < 2:
         raise EtfZooError("All training images are of one class; a classifier needs at least 2.")
+    if not features.isfinite().all():
+        raise EtfZooError("Features are not finite: these weights have diverged, or overflow in half precision.")
     if method == "ncm":
         return _nearest_mean(features, labels, names)
-    x, y = features.numpy(), labels.numpy()
-    if method == "knn":
-        kept = [k for k in NEIGHBORS if k <= len(y) * (FOLDS - 1) // FOLDS]
-        search = _choose(KNeighborsClassifier(metric="cosine", weights="distance"), "n_neighbors", kept, x, y, seed)
-        return Probe(search.predict, f"{search.best_params_['n_neighbors']} neighbors, by cross-validation", 0)
-    pipeline = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000, tol=1e-3))
-    key = "logisticregression__C"
-    if strength:
-        fitted, chosen = pipeline.set_params(**{key: strength}).fit(x, y), f"C = {strength:g}"
-    else:
-        search = _choose(pipeline, key, list(STRENGTHS), x, y, seed)
-        fitted, chosen = search.best_estimator_, f"C = {search.best_params_[key]:g}, by cross-validation"
-    weight, bias = _folded(fitted, features.shape[1], len(names))
-    return Probe(fitted.predict, chosen, weight.numel() + bias.numel(), linear=(weight, bias))
+    if method == "ncm_euclid":
+        return _nearest_mean_euclid(features, labels, names)
+    if method == "knn_20":
+        return _neighbors(features, labels, min(20, len(labels)), "20 neighbors", {})
+    with choosing():
+        if method == "linear_probe" and strength:
+            return _linear_probe(features, labels, len(names), Choice("each", strength), None)
+        folds = _folds(features, labels, seed, groups)
+        if method == "knn":
+            k, accuracy = _choose_neighbors(features, labels, folds)
+            details = {"k": k, "cv_top1": 100 * accuracy}
+            return _neighbors(features, labels, k, f"{k} neighbors, by cross-validation", details)
+        choice, accuracy = _choose_strength(features, labels, folds)
+        return _linear_probe(features, labels, len(names), choice, accuracy)
 
 
-def _choose(estimator: Any, key: str, values: list, x: np.ndarray, y: np.ndarray, seed: int) -> GridSearchCV:
-    smallest = int(np.unique(y, return_counts=True)[1].min())
+def _folds(features: Tensor, labels: Tensor, seed: int, groups: np.ndarray | None) -> list[tuple[Tensor, Tensor]]:
+    smallest = int(labels.unique(return_counts=True)[1].min())
     if smallest < 2:
         raise EtfZooError(
             "A class has a single training image: nothing is left to choose the probe by. Give at least 2 of each, "
-            "set the strength of a linear_probe (--strength 0.01), or use ncm."
+            "set the strength of a linear_probe (--strength 0.01), or use knn_20 or ncm."
         )
-    folds = StratifiedKFold(min(FOLDS, smallest), shuffle=True, random_state=seed)
-    return GridSearchCV(estimator, {key: values}, cv=folds).fit(x, y)
+    groups = near_duplicates(features) if groups is None else groups
+    found = [tuple(map(torch.from_numpy, f)) for f in grouped_folds(labels.numpy(), groups, min(FOLDS, smallest), seed)]
+    found = [(fit, judged) for fit, judged in found if len(labels[fit].unique()) > 1]
+    if not found:
+        raise EtfZooError(
+            "All training images of a class, or all images, are near-duplicates: nothing is left to choose the probe "
+            "by. Set the strength of a linear_probe (--strength 0.01), or use knn_20 or ncm."
+        )
+    return found
 
 
-def _folded(pipeline: Any, dim: int, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Weight and bias on the raw features: w (x - m) / s + b = (w / s) x + (b - (w / s) m)."""
-    scaler, fitted = pipeline[0], pipeline[-1]
-    own, offset = fitted.coef_.astype(np.float64), fitted.intercept_.astype(np.float64)
-    if len(fitted.classes_) == 2:  # one row for two classes: its sigmoid is the softmax of plus and minus a half
-        own, offset = np.concatenate([-own, own]) / 2, np.concatenate([-offset, offset]) / 2
-    own = own / scaler.scale_
-    offset = offset - own @ scaler.mean_
-    weight, bias = np.zeros((num_classes, dim)), np.full(num_classes, offset.min() - 100.0)  # never a class unseen
-    weight[fitted.classes_], bias[fitted.classes_] = own, offset
-    return torch.from_numpy(weight).float(), torch.from_numpy(bias).float()
+class Choice(NamedTuple):
+    """What a linear probe has to choose.
+
+    Attributes:
+        scaling: `whole`: centered, and divided by one number. `each`: every feature standardized.
+        strength: C.
+    """
+
+    scaling: str
+    strength: float
+
+
+def _scaled(x: Tensor, scaling: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Features along their principal axes `(N, r)`, and what made them: `(x - shift) @ map`, all float64."""
+    x = x.double()
+    shift, spread = x.mean(0), x.std(0, correction=0)
+    # as scikit-learn's StandardScaler, a feature that is constant but for rounding is left as it is
+    flat = spread <= 10 * torch.finfo(torch.float32).eps * shift.abs()
+    scale = torch.where(flat, 1.0, spread) if scaling == "each" else spread.square().mean().sqrt().clamp(min=1e-30)
+    x = (x - shift) / scale
+    axes = principal_axes(x)
+    return x @ axes, shift, axes / (scale[:, None] if scaling == "each" else scale)
+
+
+def _choose_strength(features: Tensor, labels: Tensor, folds: list[tuple[Tensor, Tensor]]) -> tuple[Choice, float]:
+    """The choice with the best accuracy on the images that the folds hold out; of equals the first of its kind."""
+    scores = {}
+    for scaling in SCALINGS:  # which looks at all training images, but at no label
+        x, _, _ = _scaled(features, scaling)
+        right = torch.zeros(len(STRENGTHS))
+        for fit, judged in folds:
+            classes, own = labels[fit].unique(return_inverse=True)
+            fitted = None
+            for i, strength in enumerate(STRENGTHS):
+                fitted = fit_logistic(x[fit], own, len(classes), strength, start=fitted, rough=True)
+                guesses = (x[judged] @ fitted.weight.T + fitted.bias).argmax(1)
+                right[i] += (classes[guesses] == labels[judged]).sum()
+        judged_in_all = sum(len(judged) for _, judged in folds)
+        scores |= {Choice(scaling, c): n / judged_in_all for c, n in zip(STRENGTHS, right.tolist(), strict=True)}
+    best = max(scores, key=lambda choice: scores[choice])
+    return best, scores[best]
+
+
+def _linear_probe(features: Tensor, labels: Tensor, num_classes: int, choice: Choice, accuracy: float | None) -> Probe:
+    x, shift, axes = _scaled(features, choice.scaling)
+    classes, own = labels.unique(return_inverse=True)
+    fitted = fit_logistic(x, own, len(classes), choice.strength)
+    rows = fitted.weight @ axes.T
+    offsets = fitted.bias - rows @ shift
+    weight = torch.zeros(num_classes, features.shape[1], dtype=torch.float64)
+    bias = torch.full((num_classes,), (fitted.bias.min() - 100).item(), dtype=torch.float64)
+    weight[classes], bias[classes] = rows, offsets
+    unseen = torch.ones(num_classes, dtype=torch.bool).index_fill_(0, classes, False)
+    # a class unseen is never predicted: its logit is that of the mean feature's least likely class, less 100
+    weight[unseen] = rows.mean(0)
+    bias[unseen] = offsets.mean() - 100
+    details = {
+        "C": choice.strength,
+        "scaling": choice.scaling,
+        "gradient_norm": fitted.gradient_norm,
+        "steps": fitted.steps,
+    }
+    how = "" if accuracy is None else ", by cross-validation"
+    if accuracy is not None:
+        details["cv_top1"] = 100 * accuracy
+    kind = {"each": "each feature standardized", "whole": "features scaled as a whole"}[choice.scaling]
+    chosen = f"C = {choice.strength:g}, {kind}{how}"
+    linear = weight.float(), bias.float()
+    return Probe(_linear_rule(weight, bias), chosen, weight.numel() + bias.numel(), linear=linear, details=details)
+
+
+def _linear_rule(weight: Tensor, bias: Tensor) -> Callable[[np.ndarray], np.ndarray]:
+    return lambda x: (torch.from_numpy(x).double() @ weight.T + bias).argmax(1).numpy()
+
+
+def _votes(
+    queries: Tensor, features: Tensor, labels: Tensor, num_classes: int, ks: list[int]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Predictions `(queries, ks)` by cosine, weighted by the inverse of 1 - cosine, so many queries at a time."""
+    unit = F.normalize(features, dim=1)
+    for rows in torch.arange(len(queries)).split(1024):
+        cosines, found = (F.normalize(queries[rows], dim=1) @ unit.T).topk(max(ks), dim=1)
+        weights = 1 / (1 - cosines.double()).clamp(min=1e-6)
+        scores = torch.zeros(len(rows), num_classes, dtype=torch.float64)
+        guesses, first = [], 0
+        for k in ks:
+            scores.scatter_add_(1, labels[found[:, first:k]], weights[:, first:k])
+            guesses.append(scores.argmax(1))
+            first = k
+        yield rows, torch.stack(guesses, 1)
+
+
+def _choose_neighbors(features: Tensor, labels: Tensor, folds: list[tuple[Tensor, Tensor]]) -> tuple[int, float]:
+    """The number of neighbors with the best accuracy on the images that the folds hold out; of equals the smallest."""
+    ks = [k for k in NEIGHBORS if k <= min(len(fit) for fit, _ in folds)]
+    right = torch.zeros(len(ks))
+    for fit, judged in folds:
+        for rows, guesses in _votes(features[judged], features[fit], labels[fit], int(labels.max()) + 1, ks):
+            right += (guesses == labels[judged[rows], None]).sum(0)
+    best = int(right.argmax())
+    return ks[best], right[best].item() / sum(len(judged) for _, judged in folds)
+
+
+def _neighbors(features: Tensor, labels: Tensor, k: int, chosen: str, details: dict[str, float | str]) -> Probe:
+    def predict(x: np.ndarray) -> np.ndarray:
+        votes = _votes(torch.from_numpy(x), features, labels, int(labels.max()) + 1, [k])
+        return torch.cat([guesses[:, 0] for _, guesses in votes]).numpy()
+
+    return Probe(predict, chosen, 0, details=details)
+
+
+def _fitting_scale(logits: Tensor, labels: Tensor) -> float:
+    """What to multiply logits by for the training labels to be most likely, for honest probabilities."""
+    scales = 10 ** torch.linspace(-4, 4, 81)
+    losses = torch.stack([F.cross_entropy(scale * logits, labels) for scale in scales])
+    return scales[losses.argmin()].item()
 
 
 def _nearest_mean(features: Tensor, labels: Tensor, names: list[str]) -> Probe:
@@ -179,8 +307,17 @@ def _nearest_mean(features: Tensor, labels: Tensor, names: list[str]) -> Probe:
     def predict(x: np.ndarray) -> np.ndarray:
         return (F.normalize(torch.from_numpy(x), dim=1) @ prototypes.T).argmax(1).numpy()
 
-    cosines = unit @ prototypes.T
-    scales = 10 ** torch.linspace(0, 3, 31)  # the one that fits the training labels best, for honest probabilities
-    losses = torch.stack([F.cross_entropy(scale * cosines, labels) for scale in scales])
+    scale = _fitting_scale(unit @ prototypes.T, labels)
     chosen = "class means of unit features, by cosine"
-    return Probe(predict, chosen, prototypes.numel(), prototypes=prototypes, logit_scale=scales[losses.argmin()].item())
+    return Probe(predict, chosen, prototypes.numel(), prototypes=prototypes, logit_scale=scale)
+
+
+def _nearest_mean_euclid(features: Tensor, labels: Tensor, names: list[str]) -> Probe:
+    """A linear classifier: |x - m|^2 is least where 2 m x - |m|^2 is largest."""
+    means = class_means(features, labels, names)
+    shift = means.mean(0)  # which moves no boundary, and keeps numbers small
+    weight, bias = 2 * (means - shift), shift.square().sum() - means.square().sum(1)
+    scale = _fitting_scale(features.double() @ weight.T + bias, labels)
+    linear = (scale * weight).float(), (scale * bias).float()
+    chosen = "class means, by Euclidean distance"
+    return Probe(_linear_rule(weight, bias), chosen, means.numel(), linear=linear)

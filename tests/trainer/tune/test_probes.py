@@ -4,12 +4,20 @@ import numpy as np
 import pytest
 import timm
 import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.preprocessing import StandardScaler
 from torch import nn
 from torch.nn import functional as F
 
+from etf_zoo.errors import EtfZooError
 from etf_zoo.trainer.data.batches import Split
+from etf_zoo.trainer.data.near_duplicates import grouped_folds, near_duplicates
+from etf_zoo.trainer.data.subsets import load_images
+from etf_zoo.trainer.recipe.config import Data
 from etf_zoo.trainer.tune.probes import (
     PROBES,
+    _votes,
     backbone_features,
     backbone_size,
     class_means,
@@ -40,27 +48,100 @@ def test_probes_classify(method, blobs):
     if probe.linear is not None:  # on raw features, the standardization folded in
         weight, bias = probe.linear
         assert (F.linear(test, weight, bias).argmax(1).numpy() == predicted).all()
-        assert probe.tuned == len(names) * 9
+        assert probe.tuned == len(names) * (9 if method == "linear_probe" else 8)
     if probe.prototypes is not None:
         torch.testing.assert_close(probe.prototypes.norm(dim=1), torch.ones(len(names)))
         assert (F.normalize(test, dim=1) @ probe.prototypes.T).argmax(1).tolist() == predicted.tolist()
         assert probe.logit_scale > 1
 
 
-def test_folded_probabilities_of_two_classes():
+@pytest.mark.parametrize("k", [2, 3])
+def test_folded_probabilities_are_those_of_scikit_learn(k):
     generator = torch.Generator().manual_seed(0)
-    features, labels = torch.randn(40, 3, generator=generator) * 4 + 1, torch.arange(40) % 2
+    features, labels = torch.randn(60, 4, generator=generator) * 4 + 1, torch.arange(60) % k
     features[:, 0] += labels
-    probe = fit_probe("linear_probe", features, labels, ["a", "b"], strength=1.0)
-    fitted = probe.predict.__self__
+    features[:, 3] = 7.3  # constant
+    probe = fit_probe("linear_probe", features, labels, list("abc")[:k], strength=1.0)
+    x = StandardScaler().fit_transform(features.double().numpy())
+    peer = LogisticRegression(C=2.0 if k == 2 else 1.0, tol=1e-10, max_iter=10_000).fit(x, labels.numpy())
     ours = F.linear(features, *probe.linear).softmax(1).numpy()
-    np.testing.assert_allclose(ours, fitted.predict_proba(features.numpy()), atol=1e-5)
+    np.testing.assert_allclose(ours, peer.predict_proba(x), atol=1e-4)
+    assert probe.details["gradient_norm"] <= 1e-6
+
+
+def test_a_linear_probe_chooses_what_a_search_by_hand_does(blobs):
+    features, labels, _, _, names = blobs
+    found = fit_probe("linear_probe", features, labels, names, seed=1).details
+    groups = np.arange(len(labels))  # these blobs have no near-duplicates to speak of
+    assert found == pytest.approx(
+        fit_probe("linear_probe", features, labels, names, seed=1, groups=groups).details
+    ) or len(np.unique(near_duplicates(features))) < len(labels)
+    x = features.double().numpy()
+    scores = {}
+    for scaling in ("whole", "each"):
+        centered = x - x.mean(0)
+        scaled = centered / (centered.std(0) if scaling == "each" else np.sqrt((centered**2).mean()))
+        for power in range(-5, 2):
+            right = 0
+            for fit, judged in grouped_folds(labels.numpy(), groups, 3, 1):
+                c = 10.0**power * (2 if len(names) == 2 else 1)
+                peer = LogisticRegression(C=c, tol=1e-8, max_iter=10_000).fit(scaled[fit], labels[fit].numpy())
+                right += (peer.predict(scaled[judged]) == labels[judged].numpy()).sum()
+            scores[scaling, 10.0**power] = 100 * right / len(labels)
+    found = fit_probe("linear_probe", features, labels, names, seed=1, groups=groups).details
+    assert scores[found["scaling"], found["C"]] == pytest.approx(found["cv_top1"])
+    assert found["cv_top1"] == pytest.approx(max(scores.values()))
+
+
+@pytest.mark.parametrize("k", [1, 5, 20])
+def test_neighbors_are_those_of_scikit_learn(k, blobs):
+    features, labels, test, _, _ = blobs
+    ours = torch.cat([guesses[:, 1] for _, guesses in _votes(test, features, labels, 4, [max(1, k // 2), k])])
+    peer = KNeighborsClassifier(k, metric="cosine", weights="distance").fit(features.double(), labels)
+    assert (ours.numpy() == peer.predict(test.double())).mean() >= 0.99  # cosines in single precision may tie
+
+
+def test_series_do_not_make_one_neighbor_the_best():
+    generator = torch.Generator().manual_seed(0)
+    labels = (torch.arange(90) % 3).repeat_interleave(4)  # 90 objects, four pictures of each
+    objects = torch.randn(90, 16, generator=generator) + 2 * F.one_hot(labels[::4], 16) + 3
+    features = objects.repeat_interleave(4, 0) + 0.02 * torch.randn(360, 16, generator=generator)
+    assert len(np.unique(near_duplicates(features))) == 90
+    grouped = fit_probe("knn", features, labels, list("abc")).details
+    leaking = fit_probe("knn", features, labels, list("abc"), groups=np.arange(360)).details
+    assert leaking["cv_top1"] > 98
+    assert leaking["k"] == 1
+    assert grouped["cv_top1"] < 95
+    assert grouped["k"] >= 10
+
+
+def test_nearest_mean_by_euclid(blobs):
+    features, labels, test, _, names = blobs
+    probe = fit_probe("ncm_euclid", features, labels, names)
+    means = np.stack([features[labels == i].numpy().mean(0) for i in range(len(names))])
+    nearest = ((test.numpy()[:, None] - means) ** 2).sum(-1).argmin(1)
+    assert (probe.predict(test.numpy()) == nearest).all()
+    assert (F.linear(test, *probe.linear).argmax(1).numpy() == nearest).all()
+
+
+def test_a_choice_cannot_open_the_test(monkeypatch, blobs):
+    features, labels, _, _, names = blobs
+
+    def peeking(*args):
+        return load_images(Data(source="digits", size=8, val_split="test"), "test")
+
+    assert len(peeking())
+    monkeypatch.setattr("etf_zoo.trainer.tune.probes.grouped_folds", peeking)
+    for method in ("linear_probe", "knn"):
+        with pytest.raises(EtfZooError, match="asked for while something is chosen"):
+            fit_probe(method, features, labels, names)
 
 
 def test_class_unseen_is_never_predicted():
     features, labels = torch.randn(20, 4, generator=torch.Generator().manual_seed(0)), torch.arange(20) % 2
     weight, bias = fit_probe("linear_probe", features, labels, list("abc"), strength=1.0).linear
-    assert not F.linear(features, weight, bias).argmax(1).eq(2).any()
+    far = 1000 * torch.randn(500, 4, generator=torch.Generator().manual_seed(1))
+    assert not F.linear(torch.cat([features, far]), weight, bias).argmax(1).eq(2).any()
     with pytest.raises(ValueError, match="No training image of c"):
         fit_probe("ncm", features, labels, list("abc"))
 
