@@ -20,8 +20,11 @@ from etf_zoo.errors import EtfZooError
 __all__ = ["LogisticFit", "fit_logistic", "principal_axes"]
 
 TOLERANCE = 1e-6  # on the norm of the gradient of the mean loss
-CHOICE_GAP = 1e-4  # nats that a fit may be from its optimum where only the best of several is sought
-STEPS = 2000
+# What a fit may be from its optimum where only the best of several is sought, relative to the loss there: on separable
+# features the loss itself is small, and a gap in nats would leave weak penalties unfitted.
+ROUGH = 1e-4
+FINE = 1e-8
+STEPS = 5000
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,8 @@ def fit_logistic(
         num_classes: K.
         strength: scikit-learn's C.
         start: A fit to start from, such as that of the next smaller strength.
-        rough: Stop within about 1e-5 nats of the optimum, in single precision: enough to choose a strength by.
+        rough: Stop where the loss is about 1e-4 of itself above its minimum, in single precision: enough to choose a
+            strength by.
 
     Raises:
         EtfZooError: If the norm of the gradient is above 1e-6 in the end.
@@ -88,7 +92,7 @@ def fit_logistic(
         bias = torch.bincount(labels, minlength=num_classes).double().log()
         start = LogisticFit(torch.zeros(num_classes, x.shape[1], dtype=torch.float64), bias, float("inf"), 0)
     point = torch.cat([start.weight, start.bias[:, None]], 1)
-    for dtype, gap in ((torch.float32, CHOICE_GAP if rough else 1e-8), (torch.float64, 0.0))[: 1 if rough else 2]:
+    for dtype, gap in ((torch.float32, ROUGH if rough else FINE), (torch.float64, 0.0))[: 1 if rough else 2]:
         point, took = problem.descend(point, dtype, gap)
         steps += took
     norm = problem.loss_and_gradient(point, torch.float32 if rough else torch.float64)[1].norm().item()
@@ -127,7 +131,7 @@ class _Problem:
         return losses.mean().item() + (pulls * point).sum().item() / 2, gradient + pulls
 
     def descend(self, point: Tensor, dtype: torch.dtype, gap: float) -> tuple[Tensor, int]:
-        """L-BFGS from a point until the gradient is gone, or the optimum `gap` nats away as far as curvature tells."""
+        """L-BFGS until the gradient is gone, or the loss a share `gap` above its minimum, as far as curvature tells."""
         shape, (probabilities, _) = point.shape, self.probabilities(point, dtype)
         spread = (probabilities * (1 - probabilities)).mean(0).double().clamp(min=1e-3 / len(point))
         scale = (spread[:, None] * self.squares + self.penalty).rsqrt()
@@ -137,14 +141,14 @@ class _Problem:
             loss, gradient = self.loss_and_gradient(torch.from_numpy(flat).view(shape) * scale, dtype)
             done[0] = gradient.norm().item() < TOLERANCE / 10  # a margin
             gradient = gradient * scale
-            done[0] |= gradient.square().sum().item() / 2 < gap
+            done[0] |= gradient.square().sum().item() / 2 < gap * loss
             return loss, gradient.flatten().numpy()
 
         def callback(intermediate_result: OptimizeResult) -> None:
             if done[0]:
                 raise StopIteration
 
-        options = {"maxiter": STEPS, "maxfun": 2 * STEPS, "maxcor": 20, "ftol": 0.0, "gtol": 0.0, "maxls": 50}
+        options = {"maxiter": STEPS, "maxfun": 2 * STEPS, "maxcor": 10, "ftol": 0.0, "gtol": 0.0, "maxls": 50}
         start = (point / scale).flatten().numpy()
         found = minimize(evaluate, start, jac=True, method="L-BFGS-B", callback=callback, options=options)
         return torch.from_numpy(found.x).view(shape) * scale, int(found.nit)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,9 +28,9 @@ from .logistic import fit_logistic, principal_axes
 __all__ = ["PROBES", "Probe", "backbone_features", "backbone_size", "class_means", "fit_probe", "linear_classifier"]
 
 PROBES = ("linear_probe", "knn", "knn_20", "ncm", "ncm_euclid")
-STRENGTHS = tuple(10.0**power for power in range(-5, 2))  # scikit-learn's C: larger is weaker regularization
+STRENGTHS = tuple(10.0**power for power in range(-4, 3))  # scikit-learn's C: larger is weaker regularization
 SCALINGS = ("whole", "each")
-NEIGHBORS = (1, 2, 5, 10, 20, 50, 100, 200)
+NEIGHBORS = (1, 3, 5, 10, 20, 50, 100, 200)
 FOLDS = 3
 
 
@@ -55,7 +55,7 @@ class Probe:
     linear: tuple[Tensor, Tensor] | None = None
     prototypes: Tensor | None = None
     logit_scale: float = 1.0
-    details: dict[str, float | str] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
 
 
 def backbone_size(model: nn.Module) -> int:
@@ -285,7 +285,7 @@ def _choose_neighbors(features: Tensor, labels: Tensor, folds: list[tuple[Tensor
     return ks[best], right[best].item() / sum(len(judged) for _, judged in folds)
 
 
-def _neighbors(features: Tensor, labels: Tensor, k: int, chosen: str, details: dict[str, float | str]) -> Probe:
+def _neighbors(features: Tensor, labels: Tensor, k: int, chosen: str, details: dict[str, Any]) -> Probe:
     def predict(x: np.ndarray) -> np.ndarray:
         votes = _votes(torch.from_numpy(x), features, labels, int(labels.max()) + 1, [k])
         return torch.cat([guesses[:, 0] for _, guesses in votes]).numpy()

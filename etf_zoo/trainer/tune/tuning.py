@@ -44,7 +44,7 @@ class Finetune(Recipe):
             `learned` for others.
         method: `full`, `head` (frozen backbone), `layer` (one block and the head), `scl` (the same, with a skip
             connection to the last feature, 2212.12206), or on frozen features, with a head of their own,
-            `linear_probe`, `knn`, `ncm` (nearest class mean); what `head` and `model_args` say of a head is then left
+            `linear_probe`, `knn`, `knn_20`, `ncm`, `ncm_euclid`, see `fit_probe`; what `head` and `model_args` say of a head is then left
             out.
         layer: Block that `layer` and `scl` tune; by default the last with at most a tenth of the parameters.
         holdout: Share of each class's training images that is held out, to draw the curve and to stop by. With 0 the
@@ -259,10 +259,10 @@ def _probe(settings: Finetune, train: Images, test: Images) -> Tuned:
         with torch.no_grad():
             layer.weight.copy_(probe.linear[0].view_as(layer.weight))
             layer.bias.copy_(probe.linear[1])
-    elif probe.prototypes is None:
+    elif probe.linear is None and probe.prototypes is None:
         no_folder = f"{settings.method} keeps the training features themselves"
     elif layer is None:
-        no_folder = f"{several}, where prototypes have no place"
+        no_folder = f"{several}, where class means have no place"
     else:
         head = "frame"
         attach_frame(model, len(names), frame=probe.prototypes, logit_scale=probe.logit_scale)

@@ -49,7 +49,7 @@ def test_groups_are_connected_components(near):
     features = torch.randn(60, 6, generator=torch.Generator().manual_seed(1))
     groups = near_duplicates(features, near)
     slow = linked_slowly(features, near)
-    whole = np.bincount(slow)[slow] <= 6  # those of more than a tenth are split
+    whole = np.bincount(slow)[slow] <= 12  # those of more than a fifth are split
     assert (same(groups)[whole] == same(slow)[whole]).all()
     assert not (same(groups) & ~same(slow)).any()
     assert sorted(set(groups)) == list(range(groups.max() + 1))
@@ -61,7 +61,7 @@ def test_collapsed_features_still_make_folds():
     features = 5 * F.one_hot(labels, 4).float() + 0.3 * torch.randn(200, 4, generator=generator)
     groups = near_duplicates(features)
     assert linked_slowly(features, 0.85).max() == 3  # a chain is a class
-    assert np.bincount(groups).max() <= 20
+    assert np.bincount(groups).max() <= 40
     for fit, judged in grouped_folds(labels.numpy(), groups, 3, 0):
         assert set(labels[fit].tolist()) == set(labels[judged].tolist()) == {0, 1, 2, 3}
 

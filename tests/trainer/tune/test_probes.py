@@ -71,17 +71,13 @@ def test_folded_probabilities_are_those_of_scikit_learn(k):
 
 def test_a_linear_probe_chooses_what_a_search_by_hand_does(blobs):
     features, labels, _, _, names = blobs
-    found = fit_probe("linear_probe", features, labels, names, seed=1).details
-    groups = np.arange(len(labels))  # these blobs have no near-duplicates to speak of
-    assert found == pytest.approx(
-        fit_probe("linear_probe", features, labels, names, seed=1, groups=groups).details
-    ) or len(np.unique(near_duplicates(features))) < len(labels)
+    groups = np.arange(len(labels)) // (2 * len(names))
     x = features.double().numpy()
     scores = {}
     for scaling in ("whole", "each"):
         centered = x - x.mean(0)
         scaled = centered / (centered.std(0) if scaling == "each" else np.sqrt((centered**2).mean()))
-        for power in range(-5, 2):
+        for power in range(-4, 3):
             right = 0
             for fit, judged in grouped_folds(labels.numpy(), groups, 3, 1):
                 c = 10.0**power * (2 if len(names) == 2 else 1)
@@ -101,17 +97,16 @@ def test_neighbors_are_those_of_scikit_learn(k, blobs):
     assert (ours.numpy() == peer.predict(test.double())).mean() >= 0.99  # cosines in single precision may tie
 
 
-def test_series_do_not_make_one_neighbor_the_best():
+def test_series_do_not_flatter_neighbors():
     generator = torch.Generator().manual_seed(0)
     labels = (torch.arange(90) % 3).repeat_interleave(4)  # 90 objects, four pictures of each
-    objects = torch.randn(90, 16, generator=generator) + 2 * F.one_hot(labels[::4], 16) + 3
+    objects = torch.randn(90, 16, generator=generator) + 1.5 * F.one_hot(labels[::4], 16) + 3
     features = objects.repeat_interleave(4, 0) + 0.02 * torch.randn(360, 16, generator=generator)
     assert len(np.unique(near_duplicates(features))) == 90
     grouped = fit_probe("knn", features, labels, list("abc")).details
     leaking = fit_probe("knn", features, labels, list("abc"), groups=np.arange(360)).details
-    assert leaking["cv_top1"] > 98
-    assert leaking["k"] == 1
-    assert grouped["cv_top1"] < 95
+    assert leaking["cv_top1"] > 97
+    assert grouped["cv_top1"] < 90
     assert grouped["k"] >= 10
 
 
