@@ -44,8 +44,8 @@ class Finetune(Recipe):
             `learned` for others.
         method: `full`, `head` (frozen backbone), `layer` (one block and the head), `scl` (the same, with a skip
             connection to the last feature, 2212.12206), or on frozen features, with a head of their own,
-            `linear_probe`, `knn`, `knn_20`, `ncm`, `ncm_euclid`, see `fit_probe`; what `head` and `model_args` say of a head is then left
-            out.
+            `linear_probe`, `knn`, `knn_20`, `ncm`, `ncm_euclid`, see `fit_probe`; what `head` and `model_args` say of a
+            head is then left out.
         layer: Block that `layer` and `scl` tune; by default the last with at most a tenth of the parameters.
         holdout: Share of each class's training images that is held out, to draw the curve and to stop by. With 0 the
             curve is over the test images, and nothing is chosen by it. Probes hold nothing out.
