@@ -4,15 +4,16 @@
 
 Each cell (variant, labels, seed) is one training run. Cells are run in the order of the file; several processes of this
 script share them, each taking the next one that no other holds, and a rerun goes on where the last one stopped. Every
-finished cell is one JSON file in `results`, from which the table is written.
+finished cell is one line of `cells.jsonl` in `results`, from which the table is written.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,16 @@ from etf_zoo.trainer.recipe.config import Data, Recipe, final_size, parse
 from etf_zoo.trainer.recipe.parsing import merged, parse_entries
 from etf_zoo.trainer.run import checkpoint
 from etf_zoo.trainer.run.launching import refuse_processes, run_script
-from etf_zoo.trainer.run.locks import acquire
 from etf_zoo.trainer.run.log import METRICS
 from etf_zoo.trainer.run.model import make_model
 from etf_zoo.trainer.run.run import CHECKPOINTS, Run
 from etf_zoo.trainer.tune.probes import backbone_features, fit_probe
+from training.experiments.grid import CELLS, Record, Results, run_grid, settings_digest, weights_digest
+from training.experiments.transfer_report import markdown
+
+PROTOCOL = 2  # how cells are measured; a change that changes figures is another one
+OLD = """† Measured by an earlier protocol: the first step at rate 0, learned heads from timm's random weights, and a
+probe that stopped before it converged."""
 
 
 @dataclass
@@ -47,6 +53,7 @@ class Comparison:
         passes: What to run, in order: `labels` (a label column), `seed`, and `only` (variants; all by default).
         probe_labels: After training on other labels than these, a linear probe of the frozen features for these.
         probe_strength: scikit-learn's C of that probe, on standardized features.
+        jobs: Processes that run cells.
         table_only: Write the table from what is there, run nothing.
     """
 
@@ -57,10 +64,11 @@ class Comparison:
     passes: list[dict[str, Any]] = field(default_factory=list)
     probe_labels: str = ""
     probe_strength: float = 0.01
+    jobs: int = 1
     table_only: bool = False
 
 
-@dataclass
+@dataclass(frozen=True)
 class Cell:
     """One training run of the comparison."""
 
@@ -68,13 +76,23 @@ class Cell:
     labels: str
     seed: int
 
+    settings: str = ""  # digest of the recipe and the images
+
     @property
     def name(self) -> str:
+        """Of its folder."""
         return f"{self.variant.replace(' ', '_').replace('+', 'and').replace(',', '')}-{self.labels}-{self.seed}"
+
+    @property
+    def key(self) -> str:
+        """Names, and a digest of all that the figures depend on."""
+        return f"{self.variant}|{self.labels}|{self.seed}|{self.settings}"
 
 
 def cells(settings: Comparison) -> list[Cell]:
     """All cells, in the order to run them."""
+    if settings.base.time_budget:
+        raise EtfZooError("time_budget has no place in a comparison, whose cells are run to their end.")
     found = []
     for entry in settings.passes:
         unknown = set(entry.get("only", [])) - settings.variants.keys()
@@ -82,6 +100,23 @@ def cells(settings: Comparison) -> list[Cell]:
             raise EtfZooError(f"passes name variants that there are not: {', '.join(sorted(unknown))}.")
         names = [name for name in settings.variants if name in entry.get("only", settings.variants)]
         found += [Cell(name, entry["labels"], entry["seed"]) for name in names]
+    return found
+
+
+def with_digests(settings: Comparison, wanted: list[Cell]) -> list[Cell]:
+    """The cells with digests of their recipes and images in their keys."""
+    images = {
+        labels: [load_split(data, split).digest for split in (data.train_split, data.val_split)]
+        for labels in {cell.labels for cell in wanted}
+        for data in [dataclasses.replace(settings.base.data, label_column=labels)]
+    }
+    shared = [PROTOCOL, settings.stem, settings.probe_labels, settings.probe_strength]
+    found = []
+    for cell in wanted:
+        recipe = recipe_of(settings, cell)
+        weights = weights_digest(recipe.model, recipe.pretrained)
+        key = settings_digest(recipe, *shared, weights, *images[cell.labels])
+        found.append(dataclasses.replace(cell, settings=key))
     return found
 
 
@@ -118,13 +153,13 @@ def run_cell(settings: Comparison, cell: Cell) -> dict[str, Any]:
         make_model(dataclasses.replace(recipe, head="learned", model_args={}), len(train.label_names))
         small_stem(model)
     run = Run(recipe, train, val, model, distances=tree)
-    if not run.fit():
-        raise EtfZooError("time_budget has no place in a comparison, whose cells are run to their end.")
+    run.fit()
     figures = last_figures(run)
     if settings.probe_labels and settings.probe_labels != cell.labels:
         data = dataclasses.replace(recipe.data, label_column=settings.probe_labels)
         figures["probe_top1"] = probe(run, data, rows, settings.probe_strength)
-    return {**dataclasses.asdict(cell), "results": figures, "training": run.summary()}
+    names = {"variant": cell.variant, "labels": cell.labels, "seed": cell.seed, "protocol": PROTOCOL}
+    return {**names, "results": figures, "training": run.summary()}
 
 
 def last_figures(run: Run) -> dict[str, float]:
@@ -163,9 +198,9 @@ def probe(run: Run, data: Data, rows: np.ndarray, strength: float) -> float:
     return 100 * float((fitted.predict(test.numpy()) == val.labels).mean())
 
 
-def write_table(settings: Comparison) -> None:
-    """`table.md` from the files of finished cells: for each variant means over seeds, and of accuracies each seed's."""
-    done = [json.loads(file.read_text()) for file in sorted(Path(settings.results).glob("cells/*.json"))]
+def table(settings: Comparison, records: Iterable[Record]) -> str:
+    """For each variant means over seeds, and of accuracies each seed's, from the last measurement of each cell."""
+    last = {(cell["variant"], cell["labels"], cell["seed"]): cell for cell in records}
     columns = {
         "top-1": "top1",
         "NC1 (quotient)": "nc1_quotient",
@@ -176,15 +211,17 @@ def write_table(settings: Comparison) -> None:
     }
     lines = []
     for labels in dict.fromkeys(entry["labels"] for entry in settings.passes):
-        some = [cell for cell in done if cell["labels"] == labels]
+        some = [cell for cell in last.values() if cell["labels"] == labels]
         shown = {k: v for k, v in columns.items() if any(v in cell["results"] for cell in some)}
-        lines += [f"Trained on `{labels}`:", "", f"| variant | seeds | {' | '.join(shown)} |"]
-        lines += ["|---|---|" + "---|" * len(shown)]
+        body = []
         for name in settings.variants:
-            mine = [cell["results"] for cell in some if cell["variant"] == name]
+            mine = [cell for cell in some if cell["variant"] == name]
+            results = [cell["results"] for cell in mine]
             if mine:
-                values = [_mean([r[k] for r in mine if k in r], each=k.endswith("top1")) for k in shown.values()]
-                lines.append(f"| {name} | {len(mine)} | {' | '.join(values)} |")
+                values = [_mean([r[k] for r in results if k in r], each=k.endswith("top1")) for k in shown.values()]
+                old = " †" if any(cell["protocol"] != PROTOCOL for cell in mine) else ""
+                body.append([f"{name}{old}", str(len(mine)), *values])
+        lines += [f"Trained on `{labels}`:", "", *markdown(["variant", "seeds", *shown], body)]
         planned = [cell for cell in cells(settings) if cell.labels == labels]
         have = {(cell["variant"], cell["seed"]) for cell in some}
         left = []
@@ -193,7 +230,8 @@ def write_table(settings: Comparison) -> None:
             some_done = any(seed == other for _, other in have)
             left += [f"{'; '.join(missing) if some_done else 'all'} (seed {seed})"] if missing else []
         lines += ["", f"Not run: {'; '.join(left)}." if left else "", ""]
-    (Path(settings.results) / "table.md").write_text("\n".join(lines).strip() + "\n")
+    text = "\n".join(lines).strip()
+    return f"{text}\n\n{OLD}\n" if "†" in text else f"{text}\n"
 
 
 def _mean(values: list[float], each: bool) -> str:
@@ -204,18 +242,15 @@ def _mean(values: list[float], each: bool) -> str:
 def main() -> None:
     refuse_processes()
     settings = parse(Comparison)
-    folder = Path(settings.results) / "cells"
+    folder, locks = Path(settings.results), Path(settings.base.output) / "locks"
+    results, failed = Results(folder / CELLS, locks), []
+    if not settings.table_only:
+        wanted = with_digests(settings, cells(settings))
+        failed = run_grid(wanted, partial(run_cell, settings), results, locks, settings.jobs)
     folder.mkdir(parents=True, exist_ok=True)
-    for cell in [] if settings.table_only else cells(settings):
-        file = folder / f"{cell.name}.json"
-        with acquire(Path(settings.base.output) / f"{cell.name}.lock") as free:
-            if not free or file.is_file():
-                continue
-            print(cell.name, flush=True)
-            new = file.with_suffix(".new")
-            new.write_text(json.dumps(run_cell(settings, cell), indent=1) + "\n")
-            os.replace(new, file)
-    write_table(settings)
+    (folder / "table.md").write_text(table(settings, results.read().values()), encoding="utf-8")
+    if failed:
+        raise EtfZooError(f"{len(failed)} cells failed, see above: {', '.join(failed)}.")
 
 
 if __name__ == "__main__":

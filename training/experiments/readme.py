@@ -1,41 +1,72 @@
-"""Write the README's tables from the files of results: `python training/experiments/readme.py`."""
+"""Write the tables of README and docs from the files of results: `python training/experiments/readme.py`.
+
+A table stands wherever a Markdown file has its two marks, `<!-- NAME: python training/experiments/readme.py -->` and
+`<!-- end of NAME -->`; the names are those of `TABLES`.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import re
 import statistics
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+from etf_zoo.errors import EtfZooError
 from etf_zoo.sharing.card import top1_of_seeds
 from etf_zoo.weights.native import WEIGHTS_NAME
+from training.experiments.transfer_report import markdown
+
+__all__ = ["ROOT", "TABLES", "pages", "rendered", "write_tables"]
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "training" / "results"
+BENCHMARKS = ROOT / "training" / "benchmarks"
+COMMAND = "python training/experiments/readme.py"
+HEADS = {
+    "frame": "fixed frame",
+    "random": "fixed random frame",
+    "learned": "learned (control)",
+    "learned_cosine": "learned cosine (control)",
+}
 
 
-def table(folder: Path = ROOT / "model_cards") -> str:
-    """Markdown table of every model and control, pairs together."""
-    columns = ["model", "head", "weights", "data", "top-1 (%)", "top-5 (%)", "epochs, size", "hours, device"]
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+def source(page: Path, folder: Path = ROOT / "model_cards") -> str:
+    """Accuracy of every model and control on the data that it was trained on, pairs together.
+
+    Args:
+        page: The file that the table is for; links lead from there.
+        folder: Of model folders.
+    """
+    body = []
     for path in sorted(folder.glob("*/metrics.json"), key=_order):
-        metrics = json.loads(path.read_text(encoding="utf-8"))
+        metrics = _read(path)
         results, training, recipe = metrics["results"], metrics["training"], metrics["training"]["recipe"]
         name, dataset = path.parent.name, metrics["dataset"]
         top1, every = f"{results['top1']:.2f}", top1_of_seeds(path.parent)
         if len(every) > 1:
             top1 += f" (mean of {len(every)} seeds {statistics.mean(every):.2f} ± {statistics.stdev(every):.2f})"
-        head = {"frame": "fixed frame", "random": "fixed random frame", "learned": "learned (control)"}[recipe["head"]]
-        scale = recipe["model_args"].get("logit_scale")
+        head, scale = HEADS[recipe["head"]], recipe["model_args"].get("logit_scale")
         if recipe["head"] != "learned" and isinstance(scale, int | float):
             head += f", logit scale {scale:g}"
         kept = (path.parent / WEIGHTS_NAME).is_file()
         weights = ("embedded" if recipe["head"] == "frame" else "in this repository") if kept else "not kept"
-        lines.append(
-            f"| [`{name}`](model_cards/{name}) | {head} | {weights} | {dataset['name']}, {dataset['split']} "
-            f"| {top1} | {results['top5']:.2f} | {recipe['epochs']}, {dataset['size']} px "
-            f"| {training['hours']}, {training['device']} |"
+        body.append(
+            [
+                f"[`{name}`]({os.path.relpath(path.parent, page.parent)})",
+                head,
+                weights,
+                f"{dataset['name']}, {dataset['split']}",
+                top1,
+                f"{results['top5']:.2f}",
+                f"{recipe['epochs']}, {dataset['size']} px",
+                f"{training['hours']}, {training['device']}",
+            ]
         )
-    return "\n".join(lines)
+    columns = ["model", "head", "weights", "data", "top-1 (%)", "top-5 (%)", "epochs, size", "hours, device"]
+    return "\n".join(markdown(columns, body))
 
 
 def _order(path: Path) -> tuple[str, str, bool]:
@@ -44,22 +75,130 @@ def _order(path: Path) -> tuple[str, str, bool]:
     return base, tag, not name.endswith("_etf")
 
 
-def rendered(readme: str) -> str:
-    """The README with fresh tables."""
-    files = {name: RESULTS / f"cifar100_{name}" / "table.md" for name in ("heads", "longtail")}
-    files["transfer"] = RESULTS / "transfer" / "summary.md"
-    contents = {name: file.read_text(encoding="utf-8").strip() for name, file in files.items()}
-    for name, content in {"results": table(), **contents}.items():
-        begin, end = f"<!-- {name}: python training/experiments/readme.py -->", f"<!-- end of {name} -->"
-        before, rest = readme.split(begin)
-        readme = f"{before}{begin}\n{content}\n{end}{rest.split(end)[1]}"
-    return readme
+def _text(*parts: str) -> Callable[[Path], str]:
+    """A table that a script wrote into `training/results`."""
+    return lambda page: RESULTS.joinpath(*parts).read_text(encoding="utf-8").strip()
 
 
-def write_tables() -> None:
-    """Write fresh tables into the README."""
-    file = ROOT / "README.md"
-    file.write_text(rendered(file.read_text(encoding="utf-8")), encoding="utf-8")
+def _read(file: Path) -> Any:
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+# ---------------------------------------------------------------------------------------------------------- benchmarks
+
+
+def pretrain_speed(page: Path) -> str:
+    """Images a second beside timm's training script, medians of the turns."""
+    names = ["ours", "timm", "timm, channels_last"]
+    body = []
+    for r in _read(BENCHMARKS / "pretrain_speed_cpu.json")["results"]:
+        speeds = [f"{statistics.median(r['images_per_second'][name]):.0f}" for name in names]
+        ratios = [f"{r[f'ours / {name}']:.2f}" for name in names[1:]]
+        body.append([r["model"], *speeds, *ratios, f"{r['step time, twin / learned']:.3f}"])
+    ratios = [f"ours / {name}" for name in names[1:]]
+    return "\n".join(markdown(["model", *names, *ratios, "step time, twin / base"], body))
+
+
+def small_maps(page: Path) -> str:
+    """Milliseconds of a training step with and without matrix products for small maps."""
+    body = [
+        [r["model"], f"{r['size']}", f"{r['products']:.0f}", f"{r['library']:.0f}", f"{r['ratio']:.2f}"]
+        for r in _read(BENCHMARKS / "small_maps_cpu.json")["rows"]
+    ]
+    return "\n".join(markdown(["model", "pixels", "images a second", "the library's", "ratio"], body))
+
+
+def head_cost(page: Path) -> str:
+    """Milliseconds of a training step of the head alone, and what stays in memory, beside `nn.Linear`."""
+    body = [
+        [
+            f"{r['classes']:,}",
+            f"{r['dim']}",
+            *(f"{r[head]['milliseconds']:.1f}" for head in ("frame", "linear")),
+            *(f"{r[ratio]:.2f}" for ratio in ("time_ratio", "memory_ratio")),
+        ]
+        for r in _read(BENCHMARKS / "head_cost_cpu.json")["results"]
+    ]
+    return "\n".join(markdown(["classes", "width", "frame", "linear", "time ratio", "memory ratio"], body))
+
+
+def codes(page: Path) -> str:
+    """Largest cosines of spherical codes beside the best known."""
+    names = ["spherical_code", "best_known", "quick_code", "random_frame"]
+    body = [
+        [f"{r['classes']:,}", f"{r['dim']}", *(f"{r[n]:.5f}" if r.get(n) is not None else "" for n in names)]
+        for r in _read(BENCHMARKS / "frames_cpu.json")["codes"]
+    ]
+    return "\n".join(markdown(["classes", "width", "optimized", "best known", "quick", "random"], body))
+
+
+def collapse_speed(page: Path) -> str:
+    """Seconds and memory of the collapse metrics beside another package."""
+    body = [
+        [
+            f"{r['num_classes']:,}",
+            f"{r['dim']}",
+            *(f"{r[side]['seconds']:.2f}" for side in ("ours", "package")),
+            f"{r['times_faster']['seconds']:.2f}",
+            f"{r['memory_ratio']:.2f}",
+        ]
+        for r in _read(BENCHMARKS / "collapse_speed.json")["results"]
+    ]
+    columns = ["classes", "width", "ours (s)", "package (s)", "times faster", "memory, ours / package"]
+    return "\n".join(markdown(columns, body))
+
+
+TABLES: dict[str, Callable[[Path], str]] = {
+    "results": source,
+    "transfer": _text("transfer", "summary.md"),
+    "scratch": _text("flowers17_scratch", "summary.md"),
+    "heads": _text("cifar100_heads", "table.md"),
+    "longtail": _text("cifar100_longtail", "table.md"),
+    "pretrain-speed": pretrain_speed,
+    "small-maps": small_maps,
+    "head-cost": head_cost,
+    "codes": codes,
+    "collapse-speed": collapse_speed,
+}
+
+
+# --------------------------------------------------------------------------------------------------------------- pages
+
+
+def pages(root: Path = ROOT) -> list[Path]:
+    """Markdown files that have tables."""
+    files = [*root.glob("*.md"), *root.glob("docs/**/*.md"), *root.glob("training/*.md")]
+    return [file for file in sorted(files) if COMMAND in file.read_text(encoding="utf-8")]
+
+
+def rendered(text: str, page: Path) -> str:
+    """A page with fresh tables.
+
+    Args:
+        text: Of the page.
+        page: Its file; links lead from there.
+
+    Raises:
+        ValueError: On a mark of no table, or one without an end.
+    """
+
+    def fresh(found: re.Match[str]) -> str:
+        name = found["name"]
+        if name not in TABLES:
+            raise EtfZooError(f"{page}: there is no table {name!r}, only {', '.join(TABLES)}.")
+        return f"{found['begin']}\n{TABLES[name](page)}\n{found['end']}"
+
+    begin, end = rf"(?P<begin><!-- (?P<name>\S+): {re.escape(COMMAND)} -->)", r"(?P<end><!-- end of (?P=name) -->)"
+    new, count = re.subn(f"{begin}(?s:.*?){end}", fresh, text)
+    if count != len(re.findall(rf"<!-- \S+: {re.escape(COMMAND)} -->", text)):
+        raise EtfZooError(f"{page}: a table has no end, a line <!-- end of NAME -->.")
+    return new
+
+
+def write_tables(root: Path = ROOT) -> None:
+    """Write fresh tables into all pages that have some."""
+    for page in pages(root):
+        page.write_text(rendered(page.read_text(encoding="utf-8"), page), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -10,18 +10,15 @@ next one that no other holds; `--jobs 2` starts two of them, each on its share o
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import hashlib
-import json
 import os
 import shutil
 import sys
-import traceback
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, cast
 
 import numpy as np
 import safetensors.torch
@@ -29,6 +26,7 @@ import torch
 
 from etf_zoo.errors import EtfZooError
 from etf_zoo.metrics import NeuralCollapse
+from etf_zoo.trainer.data.batches import eval_batches
 from etf_zoo.trainer.data.subsets import (
     Images,
     check_classes,
@@ -37,17 +35,23 @@ from etf_zoo.trainer.data.subsets import (
     load_images,
     training_rows,
 )
-from etf_zoo.trainer.recipe.config import final_size, parse
+from etf_zoo.trainer.recipe.config import Data, final_size, parse
 from etf_zoo.trainer.recipe.parsing import parse_entries
-from etf_zoo.trainer.run.launching import is_deliberate, refuse_processes, run_script, side_by_side
+from etf_zoo.trainer.run.launching import refuse_processes, run_script
 from etf_zoo.trainer.run.locks import acquire
 from etf_zoo.trainer.run.model import find_model, make_model
 from etf_zoo.trainer.tune.probes import PROBES, backbone_size, fit_probe
-from etf_zoo.trainer.tune.tuning import Finetune, bare, features_of, fine_tune
-from training.experiments.transfer_report import write_report
+from etf_zoo.trainer.tune.tuning import Finetune, Tuned, bare, features_of, fine_tune
+from training.experiments.choices import Choice, Trials, read_choices
+from training.experiments.grid import CELLS, Results, digest, lock_file, run_grid, weights_digest
+from training.experiments.grid import settings_digest as digest_of
+from training.experiments.intervals import pack
+from training.experiments.transfer_report import Names, write_report
 
-CELLS = "cells.jsonl"
-NC1 = ("nc1_pinv", "nc1_quotient", "nc1_cdnv")
+PROTOCOL = 2  # how cells are measured; a change that changes figures is another one
+WHAT_IT_IS = ("nc1_pinv", "nc1_quotient", "nc1_cdnv")  # of features, beside what they score
+OF_WEIGHTS = ("control", "kind")  # fields of weights that are not of a recipe
+OF_METHOD = ("weights", "data", "seeds", "control", "choose")  # likewise of a method
 
 
 @dataclass
@@ -63,13 +67,14 @@ class Table:
         source: Data set the weights were pretrained on, for NC1 at the source; fields of `data`, empty for none.
         data: Name -> fields of `data`, and `per_class`: so many training images of each class, the same for all seeds.
         methods: Name -> fields of a fine-tuning recipe, `method` being the name itself by default; and `weights`,
-            `data`, `seeds`: which of them, all by default.
+            `data`, `seeds`: which of them, all by default; `control`: the method that this one is compared with, on
+            the same weights; `choose`: see `training/experiments/choose.py`.
         seeds: Seeds. A seed chooses its `share` of the training images and is that of the fine-tuning.
         share: Share of each class's training images that a seed trains on, so that seeds differ in methods without
             chance of their own; 1 for all.
         base: Fields of a fine-tuning recipe that all share.
         jobs: Processes that run cells.
-        report_only: Write table and plots from what is there.
+        report_only: Write table and plots from what is there; of several measurements of a cell, the last.
     """
 
     results: str = "training/results/transfer"
@@ -87,19 +92,26 @@ class Table:
     def __post_init__(self):
         if not (self.weights and self.data and self.methods and self.seeds) or self.jobs < 1 or not 0 < self.share <= 1:
             raise EtfZooError("A table needs weights, data, methods and seeds; jobs positive, share in (0, 1].")
-        for name, control in _named(self, "control").items():
-            if control == name or control not in self.weights:
-                others = ", ".join(other for other in self.weights if other != name)
-                raise EtfZooError(f"The control {control!r} of {name!r} is not among the other weights: {others}.")
+        for what, entries in (("weights", self.weights), ("methods", self.methods)):
+            for name, control in _named(entries, "control").items():
+                if control == name or control not in entries:
+                    others = ", ".join(other for other in entries if other != name)
+                    raise EtfZooError(f"The control {control!r} of {name!r} is not among the other {what}: {others}.")
         for name, entry in self.methods.items():
             for key, known in (("weights", self.weights), ("data", self.data)):
                 if unknown := set(entry.get(key, [])) - set(known):
                     raise EtfZooError(f"Method {name!r} names {key} that there are not: {', '.join(sorted(unknown))}.")
 
 
-def _named(table: Table, key: str) -> dict[str, str]:
-    """Name of weights -> their `control` or `kind`, for those that have one."""
-    return {name: entry[key] for name, entry in table.weights.items() if entry.get(key)}
+def names_of(table: Table) -> Names:
+    """What the report has to know of the recipe."""
+    controls, kinds = (_named(table.weights, key) for key in OF_WEIGHTS)
+    return Names(list(table.weights), controls, kinds, _named(table.methods, "control"))
+
+
+def _named(entries: Mapping[str, dict[str, Any]], key: str) -> dict[str, str]:
+    """Name of weights or of a method -> what its entry has under a key, for those that have it."""
+    return {name: entry[key] for name, entry in entries.items() if entry.get(key)}
 
 
 @dataclass(frozen=True)
@@ -112,7 +124,7 @@ class Cell:
         method: Name of the method; empty likewise.
         seed: Seed.
         settings: The whole recipe.
-        identity: Of the weights, see `etf_zoo.trainer.run.model.Source`.
+        identity: Digests of the weights and of the images; empty where only a report is wanted.
         per_class: Training images of each class; 0 for all.
         share: Of them that the seed trains on, see `Table`.
     """
@@ -127,44 +139,64 @@ class Cell:
     share: float = 1.0
 
     @property
-    def key(self) -> str:
-        """Names and a hash of settings and weights: a changed recipe, or one with other weights, is another cell."""
-        kept = [dataclasses.asdict(self.settings), self.identity, self.per_class, self.share]
-        digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
-        return f"{self.weights}|{self.data}|{self.method}|{self.seed}|{digest[:12]}"
+    def recipe_key(self) -> str:
+        """Names, and a digest of the settings."""
+        settings = digest_of(self.settings, PROTOCOL, self.per_class, self.share)
+        return f"{self.weights}|{self.data}|{self.method}|{self.seed}|{settings}"
 
     @property
-    def file_name(self) -> str:
-        """A hash of the key."""
-        return hashlib.sha256(self.key.encode()).hexdigest()[:16]
+    def key(self) -> str:
+        """Also with the digests of weights and images: with other ones it is another cell."""
+        return f"{self.recipe_key}|{self.identity}"
 
 
-def cells(table: Table) -> list[Cell]:
+def cells(table: Table, chosen: Trials | None = None) -> list[Cell]:
     """All cells: the collapse at the source, then by seed, method, data set and weights.
 
     A table that time cuts short then has all its rows before it has all their seeds.
+
+    Args:
+        table: The recipe.
+        chosen: What was tried on held-out training images, see `training/experiments/choose.py`.
     """
     found, measured = [], []
+    here = available(table)
     if table.source:
-        for weights, start in table.weights.items():
-            settings = _settings(table, start, table.source, {"method": "ncm"})
-            found.append(Cell(weights, "", "", settings.seed, settings, _identity(settings)))
+        for weights, start in here.items():
+            settings = settings_of(table, start, table.source, {"method": "ncm"})
+            found.append(Cell(weights, "", "", settings.seed, settings, _identity(table, settings, source=True)))
     for method, entry in table.methods.items():
-        own = {"method": method, **{k: v for k, v in entry.items() if k not in ("weights", "data", "seeds")}}
+        own = {"method": method, **{k: v for k, v in entry.items() if k not in OF_METHOD}}
         for data in entry.get("data", table.data):
             fields = {k: v for k, v in table.data[data].items() if k != "per_class"}
             per_class = table.data[data].get("per_class", 0)
-            for weights in entry.get("weights", table.weights):
-                settings = _settings(table, table.weights[weights], fields, own)
-                identity = _identity(settings)
+            for weights in (name for name in entry.get("weights", table.weights) if name in here):
+                settings = settings_of(table, here[weights], fields, own)
+                if "choose" in entry:
+                    settings = Choice.of(method, entry).applied(settings, weights, data, chosen or {})
+                identity = _identity(table, settings)
                 for seed in entry.get("seeds", table.seeds):
                     of_seed = dataclasses.replace(settings, seed=seed)
                     measured.append(Cell(weights, data, method, seed, of_seed, identity, per_class, table.share))
     return found + sorted(measured, key=lambda cell: cell.seed)
 
 
-def _settings(table: Table, start: dict[str, Any], data: dict[str, Any], changes: dict[str, Any]) -> Finetune:
-    fields = {k: v for k, v in start.items() if k not in ("control", "kind")}
+def available(table: Table) -> dict[str, dict[str, Any]]:
+    """The weights that are there; the others are told. A report needs none of them."""
+    found = {}
+    for name, start in table.weights.items():
+        try:
+            if not table.report_only:
+                find_model(start.get("model", Finetune.model), start.get("pretrained", True))
+            found[name] = start
+        except EtfZooError as error:
+            print(f"Left out: {name}. {error}", file=sys.stderr, flush=True)
+    return found
+
+
+def settings_of(table: Table, start: dict[str, Any], data: dict[str, Any], changes: dict[str, Any]) -> Finetune:
+    """The recipe of some weights, data and method."""
+    fields = {k: v for k, v in start.items() if k not in OF_WEIGHTS}
     entries = {"holdout": 0, **table.base, **fields, **changes}
     entries["data"] = {**table.base.get("data", {}), **data}
     settings = parse_entries(Finetune, entries)
@@ -173,54 +205,88 @@ def _settings(table: Table, start: dict[str, Any], data: dict[str, Any], changes
     return dataclasses.replace(settings, eval_every=looks, save_every=settings.epochs)
 
 
-def _identity(settings: Finetune) -> str:
-    return find_model(settings.model, settings.pretrained).identity
+def _identity(table: Table, settings: Finetune, source: bool = False) -> str:
+    if table.report_only:
+        return ""
+    splits = (settings.data.val_split,) if source else (settings.data.train_split, settings.data.val_split)
+    images = digest(*(_load(settings.data, split).digest for split in splits))
+    return f"{weights_digest(settings.model, settings.pretrained)}|{images}"
 
 
-def run_cell(cell: Cell, work: str) -> dict[str, Any]:
+_LOADED: dict[str, Images] = {}
+
+
+def _load(data: Data, split: str) -> Images:
+    """A split that is opened once in a process: all cells of a data set share it."""
+    key = repr((data, split))
+    if key not in _LOADED:
+        _LOADED[key] = load_images(data, split)
+    return _LOADED[key]
+
+
+def run_cell(work: str, cell: Cell) -> dict[str, Any]:
     """Measure a cell."""
     settings = cell.settings
-    names = {"key": cell.key, "weights": cell.weights, "data": cell.data, "method": cell.method, "seed": cell.seed}
-    test = load_images(settings.data, settings.data.val_split)
+    names = {"weights": cell.weights, "data": cell.data, "method": cell.method, "seed": cell.seed}
+    test = _load(settings.data, settings.data.val_split)
     if not cell.method:
-        features = _cached(settings, settings.data.val_split, test, Path(work))
-        return {**names, **_collapse(features, test)}
-    train = load_images(settings.data, settings.data.train_split)
+        return {**names, **_nature(_cached(cell, test, Path(work)), test)}
+    train = _load(settings.data, settings.data.train_split)
     check_classes(train, test)
     if cell.per_class:
         train = train.subset(few_shot_indices(train.labels, cell.per_class, 0, train.label_names))
     rows = np.arange(len(train)) if cell.share == 1 else holdout_indices(train.labels, 1 - cell.share, cell.seed)[0]
     if settings.method in PROBES:
-        chosen, _ = training_rows(
-            train.labels[rows],
-            train.label_names,
-            shots=settings.shots,
-            long_tail=settings.data.long_tail,
-            limit=settings.data.limit,
-            seed=cell.seed,
-        )
-        rows = rows[chosen]
-        features = _cached(settings, settings.data.train_split, train, Path(work))[torch.from_numpy(rows)]
-        train = train.subset(rows)
-        labels = torch.from_numpy(train.labels)
-        probe = fit_probe(
-            settings.method, features, labels, train.label_names, seed=cell.seed, strength=settings.strength
-        )
-        predicted = probe.predict(_cached(settings, settings.data.val_split, test, Path(work)).numpy())
-        found = {"top1": 100 * float((predicted == test.labels).mean()), "tuned": probe.tuned, "chosen": probe.chosen}
-        found["total"] = _backbone_size(settings) + probe.tuned
-        return {**names, **found, "images": len(train), **_collapse(features, train)}
-    output = Path(work) / "runs" / cell.file_name
+        found = _probed(cell, train, rows, test, Path(work))
+    else:
+        found = _tuned(cell, train.subset(rows), test, Path(work))
+    correct = found.pop("correct")
+    top1 = {"top1": 100 * float(correct.mean()), "correct": pack(correct), "test_images": len(correct)}
+    return {**names, **top1, **found}
+
+
+def _probed(cell: Cell, train: Images, rows: np.ndarray, test: Images, work: Path) -> dict[str, Any]:
+    """Figures of a probe on some rows of the training images."""
+    settings = cell.settings
+    chosen, _ = training_rows(
+        train.labels[rows],
+        train.label_names,
+        shots=settings.shots,
+        long_tail=settings.data.long_tail,
+        limit=settings.data.limit,
+        seed=cell.seed,
+    )
+    features, fitted = _cached(cell, train, work)[torch.from_numpy(rows[chosen])], train.subset(rows[chosen])
+    labels = torch.from_numpy(fitted.labels)
+    probe = fit_probe(settings.method, features, labels, fitted.label_names, seed=cell.seed, strength=settings.strength)
+    predicted = probe.predict(_cached(cell, test, work).numpy())
+    found = {"correct": predicted == test.labels, "tuned": probe.tuned, "chosen": probe.chosen}
+    found["total"] = _backbone_size(settings) + probe.tuned
+    return {**found, "images": len(fitted), **_nature(features, fitted)}
+
+
+def _tuned(cell: Cell, train: Images, test: Images, work: Path) -> dict[str, Any]:
+    output = work / "runs" / digest(cell.key)
     shutil.rmtree(output, ignore_errors=True)  # of a cell that was killed
-    tuned = fine_tune(dataclasses.replace(settings, output=str(output)), train.subset(rows), test)
+    tuned = fine_tune(dataclasses.replace(cell.settings, output=str(output)), train, test)
     if tuned is None:
         raise EtfZooError("time_budget has no place in a table: a cell is run to its end.")
-    top1 = tuned.figures()["top1"]
-    fitted: Any = tuned.run.train_split
-    features = features_of(settings, tuned.run.plain_model(), fitted)
+    correct, fitted = hits(tuned), cast(Images, tuned.run.train_split)
+    features = features_of(cell.settings, tuned.run.plain_model(), fitted)
     shutil.rmtree(output, ignore_errors=True)
-    found = {"top1": top1, "tuned": tuned.tuned, "total": tuned.total, "images": len(fitted)}
-    return {**names, **found, **_collapse(features, fitted)}
+    found = {"correct": correct, "tuned": tuned.tuned, "total": tuned.total, "images": len(fitted)}
+    return {**found, **_nature(features, fitted)}
+
+
+@torch.no_grad()
+def hits(tuned: Tuned) -> np.ndarray:
+    """For each test image whether a fine-tuned model is right, in float32 as probes are."""
+    device = tuned.run.accelerator.device
+    model = tuned.run.plain_model().to(device).eval()
+    batches = eval_batches(
+        tuned.test, size=final_size(tuned.run.recipe), batch_size=256, colors=tuned.run.colors, device=device
+    )
+    return torch.cat([model(images).argmax(1).eq(labels).cpu() for images, labels in batches]).numpy()
 
 
 def _backbone_size(settings: Finetune) -> int:
@@ -228,110 +294,63 @@ def _backbone_size(settings: Finetune) -> int:
         return backbone_size(make_model(dataclasses.replace(bare(settings), pretrained=False), 2))
 
 
-def _collapse(features: torch.Tensor, split: Images) -> dict[str, float]:
+def _nature(features: torch.Tensor, split: Images) -> dict[str, float]:
+    """What features are, beside what they score."""
     collapse = NeuralCollapse(len(split.label_names), features.shape[1])
     collapse.update(features, torch.from_numpy(split.labels))
-    return {name: value for name, value in collapse.compute().items() if name in NC1}
+    return {name: value for name, value in collapse.compute().items() if name in WHAT_IT_IS}
 
 
-def _cached(settings: Finetune, name: str, split: Images, work: Path) -> torch.Tensor:
-    """Features of a whole split, computed once; two processes do not compute the same."""
-    settings, source = bare(settings), find_model(settings.model, settings.pretrained)
-    parts = [settings.data, name, final_size(settings), source.name, source.identity]
-    parts += [settings.pretrained or settings.seed, settings.model_args, len(split)]
-    file = work / "features" / (hashlib.sha256(repr(parts).encode()).hexdigest()[:16] + ".safetensors")
-    with acquire(file.with_suffix(".lock"), wait=True):
+def _cached(cell: Cell, split: Images, work: Path) -> torch.Tensor:
+    """Features of a split, computed once; two processes do not compute the same."""
+    settings = bare(cell.settings)
+    source = find_model(settings.model, settings.pretrained)
+    parts = [split.digest, final_size(settings), settings.model_args, source.architecture, source.identity]
+    parts += [weights_digest(settings.model) if settings.pretrained else settings.seed]
+    file = work / "features" / f"{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}.safetensors"
+    with acquire(lock_file(work / "locks", file.name), wait=True):
         if not file.is_file():
+            file.parent.mkdir(parents=True, exist_ok=True)
             features = features_of(settings, make_model(settings, len(split.label_names)), split)
             safetensors.torch.save_file({"features": features.contiguous()}, file.with_suffix(".new"))
             os.replace(file.with_suffix(".new"), file)
     return safetensors.torch.load_file(file)["features"]
 
 
-@contextmanager
-def _finished(file: Path) -> Iterator[TextIO]:
-    """`cells.jsonl` for one process at a time, without a line that a kill cut short."""
-    with open(file, "a+") as opened:
-        fcntl.flock(opened, fcntl.LOCK_EX)
-        opened.seek(0)
-        text = opened.read()
-        opened.truncate(len(text[: text.rfind("\n") + 1].encode()))
-        opened.seek(0)
-        yield opened
+def newest(wanted: list[Cell], done: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of each cell the last measurement, by its names and settings alone, for a report without weights and images.
 
-
-def read_cells(file: Path) -> dict[str, dict[str, Any]]:
-    """Finished cells by key."""
-    with _finished(file) as opened:
-        return {record["key"]: record for record in map(json.loads, opened)}
-
-
-def _append(file: Path, record: dict[str, Any]) -> None:
-    with _finished(file) as opened:
-        opened.write(json.dumps(record) + "\n")
-        opened.flush()
-        os.fsync(opened.fileno())
-
-
-def _held(cell: Cell, work: str) -> AbstractContextManager[bool]:
-    """Whether no other process has the cell; then this one has it till the end of the block."""
-    return acquire(Path(work) / "locks" / f"{cell.file_name}.lock")
-
-
-def run_missing(wanted: list[Cell], file: Path, work: str) -> None:
-    """Run the cells that are not finished and that no other process holds. One that fails is told; the others go on."""
-    for cell in wanted:
-        with _held(cell, work) as free:
-            if not free or cell.key in read_cells(file):
-                continue
-            print(cell.key, flush=True)
-            try:
-                _append(file, run_cell(cell, work))
-            except Exception as error:
-                if not is_deliberate(error):
-                    traceback.print_exc()
-                print(f"{cell.key} failed: {error}", file=sys.stderr, flush=True)
-
-
-def _run_jobs(jobs: int, *args: Any) -> None:
-    """`run_missing` in several processes."""
-    context = side_by_side(jobs)
-    workers = [context.Process(target=run_missing, args=args) for _ in range(jobs)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
+    Measurements of weights or images other than the last ones of the same name are left out: no table mixes them.
+    """
+    last: dict[str, dict[str, Any]] = {}
+    identity: dict[tuple[str, str], str] = {}
+    for key, record in done.items():
+        recipe_key, weights, images = key.rsplit("|", 2)
+        last[recipe_key] = {**record, "identity": (weights, images)}
+        identity["weights", record["weights"]], identity["images", record["data"]] = weights, images
+    found = [last[cell.recipe_key] for cell in wanted if cell.recipe_key in last]
+    return [r for r in found if r["identity"] == (identity["weights", r["weights"]], identity["images", r["data"]])]
 
 
 def main() -> None:
     refuse_processes()
     table = parse(Table)
-    wanted, results = cells(table), Path(table.results)
-    results.mkdir(parents=True, exist_ok=True)
-    file = results / CELLS
-    done = read_cells(file)
-    print(f"{len(wanted)} cells, {sum(cell.key in done for cell in wanted)} done.", flush=True)
-    failed = []
+    folder, locks = Path(table.results), Path(table.work) / "locks"
+    results = Results(folder / CELLS, locks)
+    wanted, failed = cells(table, read_choices(folder)), []
     if not table.report_only:
-        if table.jobs == 1:
-            run_missing(wanted, file, table.work)
-        else:
-            _run_jobs(table.jobs, wanted, file, table.work)
-        done = read_cells(file)
-        for cell in wanted:
-            if cell.key not in done:
-                with _held(cell, table.work) as free:  # else another process is at it
-                    failed += [cell.key] if free and cell.key not in read_cells(file) else []
-    records = [done[cell.key] for cell in wanted if cell.key in done]
-    left = len(wanted) - len(records)
-    controls, kinds = _named(table, "control"), _named(table, "kind")
-    write_report(records, results, controls=controls, kinds=kinds, order=list(table.weights), left=left)
-    print(f"Table: {results / 'table.md'}")
+        done = results.read()
+        print(f"{len(wanted)} cells, {sum(cell.key in done for cell in wanted)} done.", flush=True)
+        failed = run_grid(wanted, partial(run_cell, table.work), results, locks, table.jobs)
+    done = results.read()
+    records = newest(wanted, done) if table.report_only else [done[c.key] for c in wanted if c.key in done]
+    write_report(records, folder, names_of(table), left=len(wanted) - len(records))
+    print(f"Table: {folder / 'table.md'}")
     if failed:
         raise EtfZooError(f"{len(failed)} cells failed, see above: {', '.join(failed)}.")
 
 
-__all__ = ["Cell", "Table", "cells", "main", "read_cells", "run_cell", "run_missing"]
+__all__ = ["Cell", "Table", "available", "cells", "main", "names_of", "newest", "run_cell", "settings_of"]
 
 if __name__ == "__main__":
     run_script(main)

@@ -18,7 +18,7 @@ import math
 import shutil
 import time
 from dataclasses import dataclass, field
-from multiprocessing import connection
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +33,11 @@ from etf_zoo.trainer.recipe.config import Recipe, parse, seconds
 from etf_zoo.trainer.recipe.parsing import merged, parse_entries
 from etf_zoo.trainer.run import checkpoint
 from etf_zoo.trainer.run.export import check_storable, export_run
-from etf_zoo.trainer.run.launching import process_state, refuse_processes, run_script, side_by_side
+from etf_zoo.trainer.run.launching import process_state, refuse_processes, run_script
+from etf_zoo.trainer.run.locks import acquire
 from etf_zoo.trainer.run.run import CHECKPOINTS, Run
 from etf_zoo.weights.native import WEIGHTS_NAME
+from training.experiments.grid import lock_file, run_jobs
 from training.experiments.readme import ROOT, write_tables
 
 KINDS = {"frame": "etf", "learned": "control", "random": "random_control"}
@@ -101,6 +103,11 @@ class Job:
     keep: bool
     figures_only: bool
 
+    @property
+    def key(self) -> str:
+        """What messages call it."""
+        return self.recipe.output
+
 
 def folders_of(entry: Entry, cards: Path) -> dict[str, Path]:
     """Where a model and its controls go, by kind of head."""
@@ -142,16 +149,30 @@ def train(job: Job, until: float = math.inf) -> None:
             shutil.copytree(exported, job.folder, ignore=ignored, dirs_exist_ok=True)
 
 
-def _train_logged(job: Job, until: float) -> None:
-    """`train` in a process of its own."""
+def train_alone(locks: Path, until: float, logged: bool, job: Job) -> None:
+    """`train`, unless another process of this script is at it.
+
+    Args:
+        locks: Folder of locks.
+        until: See `train`.
+        logged: Whether what is printed goes to `log.txt` in the folder of the run.
+        job: The run.
+    """
     folder = Path(job.recipe.output)
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "log.txt", "a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-        run_script(lambda: train(job, until))
+    with acquire(lock_file(locks, job.recipe.output)) as free, contextlib.ExitStack() as stack:
+        if not free:
+            return
+        print(f"{job.recipe.output} begins", flush=True)
+        if logged:
+            folder.mkdir(parents=True, exist_ok=True)
+            log = stack.enter_context(open(folder / "log.txt", "a"))
+            stack.enter_context(contextlib.redirect_stdout(log))
+            stack.enter_context(contextlib.redirect_stderr(log))
+        train(job, until)
 
 
-def train_side_by_side(jobs: list[Job], count: int, until: float = math.inf) -> None:
-    """Train several at a time.
+def train_all(jobs: list[Job], count: int, until: float = math.inf) -> None:
+    """Train all, several at a time.
 
     Raises:
         ValueError: On wrong data, before any begins. At the end, if some failed; the others go on.
@@ -160,22 +181,10 @@ def train_side_by_side(jobs: list[Job], count: int, until: float = math.inf) -> 
     for data in (d for i, d in enumerate(sources) if d not in sources[:i]):  # decoded once, not by each process
         load_split(data, data.train_split)
         load_split(data, data.val_split)
-    context = side_by_side(count)
-    waiting, running, failed = list(jobs), {}, []
-    while waiting or running:
-        while waiting and len(running) < count:
-            job = waiting.pop(0)
-            process = context.Process(target=_train_logged, args=(job, until))
-            process.start()
-            running[process.sentinel] = process, job
-            print(f"{job.recipe.output} begins", flush=True)
-        for sentinel in connection.wait(list(running)):
-            process, job = running.pop(sentinel)
-            process.join()
-            failed += [job.recipe.output] if process.exitcode else []
-            print(f"{job.recipe.output} {'failed' if process.exitcode else 'ends'}", flush=True)
+    locks = Path(jobs[0].recipe.output).parent / "locks"
+    failed = [job.recipe.output for job in run_jobs(partial(train_alone, locks, until, count > 1), jobs, count)]
     if failed:
-        raise EtfZooError(f"{len(failed)} of {len(jobs)} runs failed, see above and log.txt in {', '.join(failed)}.")
+        raise EtfZooError(f"{len(failed)} of {len(jobs)} runs failed, see above: {', '.join(failed)}.")
 
 
 def stand_beside(folders: list[Path]) -> None:
@@ -225,11 +234,11 @@ def main() -> None:
             check_storable(dataclasses.replace(entry.recipe, head=head))
     jobs = [job for entry in entries for job in jobs_of(entry, args.cards)]
     try:
-        if args.jobs > 1:
-            train_side_by_side(jobs, args.jobs, until)
-        else:
+        if processes.num_processes > 1:  # they train each model together; one that fails fails for all
             for job in jobs:
                 train(job, until)
+        else:
+            train_all(jobs, args.jobs, until)
     finally:
         if processes.is_main_process:
             for entry, others in zip(entries, beside, strict=True):

@@ -1,7 +1,6 @@
 """The comparison's script: its cells, what it leaves, the second process, the table, and what is refused."""
 
-import fcntl
-import json
+import dataclasses
 
 import numpy as np
 import pytest
@@ -9,10 +8,12 @@ import torch
 import yaml
 from torch import nn
 
-from etf_zoo.trainer.recipe.config import Data, Recipe
+from etf_zoo.trainer.recipe.config import Data, Recipe, parse
+from etf_zoo.trainer.run.locks import acquire
 from etf_zoo.trainer.run.model import make_model
 from training.experiments import comparison
-from training.experiments.comparison import Comparison, cells, small_stem
+from training.experiments.comparison import Comparison, cells, small_stem, table
+from training.experiments.grid import CELLS, Results, lock_file
 
 PASSES = [{"labels": "label", "seed": 0}, {"labels": "label", "seed": 1, "only": ["frame"]}]
 
@@ -47,21 +48,21 @@ def test_refused(script, monkeypatch):
 
 
 def started(capsys):
-    return [line for line in capsys.readouterr().out.splitlines() if "-label-" in line]
+    return [line for line in capsys.readouterr().out.splitlines() if "|label|" in line]
 
 
 def test_cells_are_run_once_and_shared(script, tmp_path, capsys):
-    held = tmp_path / "runs" / "learned_flat-label-0.lock"
-    held.parent.mkdir()
-    with open(held, "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    settings = parse(Comparison, ["--config", str(tmp_path / "list.yaml")])
+    wanted = comparison.with_digests(settings, cells(settings))
+    with acquire(lock_file(tmp_path / "runs" / "locks", wanted[1].key)):
         results = script()  # another process has that cell
-    assert started(capsys) == ["frame-label-0", "frame-label-1"]
+    assert started(capsys) == [wanted[0].key, wanted[2].key]
     assert "Not run: learned, flat (seed 0)." in (results / "table.md").read_text()
     script()
-    assert started(capsys) == ["learned_flat-label-0"]
-    found = {file.stem: json.loads(file.read_text()) for file in (results / "cells").iterdir()}
-    assert set(found) == {"frame-label-0", "frame-label-1", "learned_flat-label-0"}
+    assert started(capsys) == [wanted[1].key]
+    done = Results(results / CELLS, tmp_path).read()
+    assert set(done) == {cell.key for cell in wanted}
+    found = {cell.name: done[cell.key] for cell in wanted}
     for cell in found.values():
         assert 0 <= cell["results"]["top1"] <= 100
         assert 10 < cell["results"]["probe_top1"] <= 100  # chance is 10
@@ -104,3 +105,30 @@ def test_small_stem_changes_one_convolution():
 def test_unknown_variant():
     with pytest.raises(ValueError, match="variants that there are not: b"):
         cells(Comparison(variants={"a": {}}, passes=[{"labels": "x", "seed": 0, "only": ["a", "b"]}]))
+
+
+def test_earlier_protocols_are_marked():
+    settings = Comparison(variants={"a": {}, "b": {}}, passes=[{"labels": "x", "seed": 0}])
+    records = [
+        {"variant": "a", "labels": "x", "seed": 0, "protocol": 1, "results": {"top1": 1.0}},
+        {"variant": "b", "labels": "x", "seed": 0, "protocol": 1, "results": {"top1": 2.0}},
+        {"variant": "b", "labels": "x", "seed": 0, "protocol": comparison.PROTOCOL, "results": {"top1": 3.0}},
+    ]
+    text = table(settings, records)
+    assert "| a † | 1 | 1.00 |" in text
+    assert "| b | 1 | 3.00 |" in text  # measured anew
+    assert text.rstrip().endswith(comparison.OLD)
+    assert "†" not in table(settings, records[2:])
+
+
+def test_other_recipes_and_images_are_other_cells(monkeypatch):
+    data = Data("digits", val_split="test", size=16)
+    settings = Comparison(base=Recipe(data=data), variants={"a": {}}, passes=[{"labels": "label", "seed": 0}])
+    (before,) = comparison.with_digests(settings, cells(settings))
+    longer = dataclasses.replace(settings, base=Recipe(data=data, epochs=31, output="elsewhere"))
+    (after,) = comparison.with_digests(longer, cells(longer))
+    assert before.key != after.key
+    moved = dataclasses.replace(settings, base=Recipe(data=data, output="elsewhere"))
+    assert comparison.with_digests(moved, cells(moved)) == [before]
+    monkeypatch.setattr("etf_zoo.trainer.data.resident.Split.digest", "other images")
+    assert comparison.with_digests(settings, cells(settings)) != [before]

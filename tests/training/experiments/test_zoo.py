@@ -9,8 +9,10 @@ import yaml
 
 from etf_zoo.sharing.card import METRICS_NAME
 from etf_zoo.trainer.recipe.config import Recipe
+from etf_zoo.trainer.run.locks import acquire
 from etf_zoo.weights.native import WEIGHTS_NAME
 from training.experiments import zoo
+from training.experiments.grid import lock_file
 
 
 @pytest.fixture
@@ -103,9 +105,16 @@ def test_side_by_side(listed, tmp_path):
 def test_side_by_side_the_others_go_on(listed, tmp_path):
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "test_resnet_control.e1_digits").write_text("a file in the place of a folder")
-    with pytest.raises(ValueError, match=r"1 of 2 runs failed, see above and log.txt in .*test_resnet_control"):
+    with pytest.raises(ValueError, match=r"1 of 2 runs failed, see above: .*test_resnet_control"):
         listed("--heads", "learned", "frame", "--jobs", "2")
     assert (tmp_path / "cards" / "test_resnet_etf.e1_digits" / WEIGHTS_NAME).is_file()
+
+
+def test_a_run_that_another_process_has_is_left_to_it(listed, tmp_path):
+    output = f"{tmp_path / 'runs'}/test_resnet_etf.e1_digits"
+    with acquire(lock_file(tmp_path / "runs" / "locks", output)):
+        cards = listed("--heads", "frame")
+    assert not cards.exists()
 
 
 def test_errors(listed):

@@ -1,0 +1,179 @@
+"""Choices, such as that of a learning rate: on held-out training images, by code that cannot reach the test images."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from etf_zoo.errors import EtfZooError
+from etf_zoo.trainer.data.subsets import Images, holdout_indices, load_images
+from etf_zoo.trainer.recipe.config import Data
+from etf_zoo.trainer.tune.probes import PROBES
+from etf_zoo.trainer.tune.tuning import Finetune, fine_tune
+from training.experiments.grid import Record, Results, digest, settings_digest
+
+__all__ = ["CHOICES", "Candidate", "Choice", "TrainingImages", "choose", "held_out_figures", "read_choices"]
+
+CHOICES = "choices.jsonl"
+CLOSED = "none: choices are made on held-out training images"  # in the place of the test split's name
+HELD_OUT = 0.25  # of each class's training images
+Trials = dict[tuple[str, str, str], dict[Any, float]]  # (weights, data, method) -> value -> accuracy
+
+
+class TrainingImages:
+    """The training images of a data set: all that a choice gets to see.
+
+    Args:
+        data: Where they are. The copy that choices get does not name the test split, so opening it raises.
+
+    Example:
+        >>> from etf_zoo.trainer.recipe.config import Data
+        >>> images = TrainingImages(Data("digits", val_split="test", size=16))
+        >>> len(images.load())
+        1347
+    """
+
+    def __init__(self, data: Data):
+        self.data = dataclasses.replace(data, val_split=CLOSED)
+
+    def load(self, split: str = "") -> Images:
+        """The training images.
+
+        Raises:
+            ValueError: If another split is asked for.
+        """
+        if split not in ("", self.data.train_split):
+            raise EtfZooError(
+                f"A choice asked for the split {split!r}. Choices are made on held-out images of "
+                f"{self.data.train_split!r}; the test images are for what was chosen."
+            )
+        return load_images(self.data, self.data.train_split)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a method leaves to be chosen.
+
+    Attributes:
+        method: Name of the method.
+        field: Field of the recipe, such as `optim.lr`.
+        values: To choose among, the same for all weights.
+    """
+
+    method: str
+    field: str
+    values: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, method: str, entry: Mapping[str, Any]) -> Choice:
+        """What the entry of a method says under `choose`: `{field: optim.lr, values: [0.001, 0.002]}`.
+
+        Raises:
+            ValueError: If it says something else.
+        """
+        asked = entry["choose"]
+        if not isinstance(asked, dict) or asked.keys() != {"field", "values"} or not isinstance(asked["values"], list):
+            raise EtfZooError(f"Method {method!r}: choose is {{field: optim.lr, values: [...]}}, got {asked}.")
+        return cls(method, asked["field"], tuple(asked["values"]))
+
+    def with_value(self, settings: Finetune, value: Any) -> Finetune:
+        """The recipe with a value in the field.
+
+        Raises:
+            ValueError: If there is no such field.
+        """
+        group, _, name = self.field.rpartition(".")
+        owner: Any = getattr(settings, group, None) if group else settings
+        if not hasattr(owner, name):
+            raise EtfZooError(f"Method {self.method!r}: there is no field {self.field!r} to choose a value of.")
+        changed = dataclasses.replace(owner, **{name: value})
+        return dataclasses.replace(settings, **{group: changed}) if group else changed
+
+    def applied(self, settings: Finetune, weights: str, data: str, trials: Trials) -> Finetune:
+        """The recipe with the best value; of equals the first.
+
+        Raises:
+            ValueError: If some value was not tried yet.
+        """
+        tried = trials.get((weights, data, self.method), {})
+        missing = [value for value in self.values if value not in tried]
+        if missing:
+            raise EtfZooError(
+                f"Not tried yet: {self.field} {', '.join(map(str, missing))} of {self.method!r} from {weights!r} on "
+                f"{data!r}. Run training/experiments/choose.py with the same --config first."
+            )
+        return self.with_value(settings, max(self.values, key=lambda value: tried[value]))
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One value to try, a cell of a grid.
+
+    Attributes:
+        weights: Name of the weights.
+        data: Name of the data set.
+        method: Name of the method.
+        value: To try.
+        settings: The whole recipe with it.
+        identity: Digests of the weights and of the training images.
+    """
+
+    weights: str
+    data: str
+    method: str
+    value: Any
+    settings: Finetune
+    identity: str
+
+    @property
+    def key(self) -> str:
+        """Names, and a digest of all that the accuracy depends on."""
+        return f"{self.weights}|{self.data}|{self.method}|{self.value}|{settings_digest(self.settings, self.identity)}"
+
+
+def held_out_figures(work: str, candidate: Candidate) -> Record:
+    """Accuracy of a candidate on held-out training images."""
+    return {
+        **{name: getattr(candidate, name) for name in ("weights", "data", "method", "value")},
+        **choose(candidate.settings, TrainingImages(candidate.settings.data), Path(work) / digest(candidate.key)),
+    }
+
+
+def choose(settings: Finetune, images: TrainingImages, work: Path) -> Record:
+    """Train on three quarters of the training images, and measure on the others.
+
+    Args:
+        settings: What to try.
+        images: The training images; nothing else is opened.
+        work: Folder of the run while it lasts.
+
+    Returns:
+        `top1` in percent, `fitted` and `held_out`: numbers of images.
+
+    Raises:
+        ValueError: For a probe, which chooses by cross-validation itself; with a time budget.
+    """
+    if settings.method in PROBES:
+        raise EtfZooError(f"{settings.method} chooses by cross-validation itself.")
+    train = images.load()
+    kept, held = holdout_indices(train.labels, HELD_OUT, settings.seed)
+    settings = dataclasses.replace(settings, data=images.data, output=str(work), holdout=0, eval_every=settings.epochs)
+    shutil.rmtree(work, ignore_errors=True)  # of a run that was killed
+    tuned = fine_tune(settings, train.subset(kept), train.subset(held))
+    if tuned is None:
+        raise EtfZooError("time_budget has no place in a choice: each value is run to its end.")
+    top1 = tuned.figures()["top1"]
+    shutil.rmtree(work, ignore_errors=True)
+    return {"top1": top1, "fitted": len(kept), "held_out": len(held)}
+
+
+def read_choices(folder: Path) -> Trials:
+    """Accuracy of each value that was tried, by weights, data and method; of several trials the last."""
+    found: Trials = {}
+    for record in Results(folder / CHOICES, folder).read().values():
+        found.setdefault((record["weights"], record["data"], record["method"]), {})[record["value"]] = record["top1"]
+    return found
