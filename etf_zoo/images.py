@@ -6,6 +6,7 @@ Training and `etf-zoo predict` both read images through here. Pillow's own `conv
 
 from __future__ import annotations
 
+import functools
 import io
 import struct
 import zlib
@@ -16,7 +17,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .errors import EtfZooError
 
-__all__ = ["UnreadableImageError", "read_image", "to_rgb"]
+__all__ = ["UnreadableImageError", "image_extensions", "read_image", "to_rgb"]
 
 # What Pillow's decoders are seen to raise on damaged files.
 _DAMAGED = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error)
@@ -93,3 +94,30 @@ def read_image(file: str | Path | bytes) -> Image.Image:
     except _DAMAGED as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise UnreadableImageError(reason.partition(" <_io.")[0]) from error
+
+
+# Pillow names these formats, but draws them with other programs, or not at all.
+_NO_PHOTOS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+
+
+@functools.cache
+def image_extensions() -> frozenset[str]:
+    """Endings, in lower case with their dot, of the image files that Pillow reads; HEIC with the package pillow-heif.
+
+    Example:
+        >>> {".jpg", ".png", ".tiff"} <= image_extensions()
+        True
+    """
+    known = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    return frozenset(end for end in known if Image.registered_extensions()[end] not in _NO_PHOTOS)
+
+
+def _register_heif() -> None:
+    try:
+        import pillow_heif  # type: ignore[import-not-found]  # optional, for the photos of phones
+    except ImportError:
+        return
+    pillow_heif.register_heif_opener()
+
+
+_register_heif()

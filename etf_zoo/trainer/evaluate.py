@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shlex
 from dataclasses import dataclass, field
@@ -54,7 +55,9 @@ def evaluate_model(settings: Evaluation) -> dict[str, Any]:
     folder = Path(settings.model)
     model: Any = timm.create_model(f"local-dir:{folder}" if folder.is_dir() else settings.model, pretrained=True)
     model = model.to(accelerator.device).eval()
-    split = load_split(settings.data, settings.data.val_split)
+    size = settings.size or model.pretrained_cfg["input_size"][-1]
+    data = dataclasses.replace(settings.data, size=settings.data.size or size)
+    split = load_split(data, data.report_split)
     if len(split.label_names) != model.num_classes:
         raise EtfZooError(f"{settings.model} has {model.num_classes} classes, {split.source} {len(split.label_names)}.")
     own = model.pretrained_cfg.get("label_names")
@@ -70,7 +73,6 @@ def evaluate_model(settings: Evaluation) -> dict[str, Any]:
     if settings.hierarchy and not tree.is_file():
         raise EtfZooError(f"There is no hierarchy file {tree}.")
     distances = Hierarchy.from_json(tree).distances(split.label_names) if tree.is_file() else None
-    size = settings.size or model.pretrained_cfg["input_size"][-1]
     batches = eval_batches(
         split,
         size=size,
@@ -100,7 +102,7 @@ def evaluate_model(settings: Evaluation) -> dict[str, Any]:
         "results": {key: value for key, value in found.figures.items() if key not in ("images", "images_per_second")},
         "dataset": {
             "name": Path(split.source).name if Path(split.source).exists() else split.source,
-            "split": split.name or settings.data.val_split,
+            "split": split.name or data.report_split,
             "images": found.figures["images"],
             "size": size,
         },
@@ -111,13 +113,13 @@ def evaluate_model(settings: Evaluation) -> dict[str, Any]:
 def command_line(settings: Evaluation) -> str:
     """The command that measures the same again."""
     data = settings.data
-    options = ["--model", settings.model, "--data.source", data.source, "--data.val_split", data.val_split]
+    options = ["--model", settings.model, "--data.source", data.source, "--data.val_split", data.report_split]
     options += ["--data.size", str(data.size)] + (["--size", str(settings.size)] if settings.size else [])
     if settings.hierarchy:
         options += ["--hierarchy", settings.hierarchy]
     for name in (
         *("config", "train_split", "image_column", "label_column", "resident", "crop_pct", "streaming"),
-        *("num_classes", "max_corrupt"),
+        *("num_classes", "max_corrupt", "test_share", "class_level", "image_root"),
     ):
         if getattr(data, name) != getattr(Data(), name):
             value = getattr(data, name)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from etf_zoo.errors import EtfZooError
 
-from .data.readers import find_source
+from .data.places import find_source
 from .data.resident import read_prepared, write_prepared
 from .data.sources import open_rows
 from .recipe.config import Data, parse

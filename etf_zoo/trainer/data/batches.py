@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from etf_zoo.frames import Hierarchy
 from ..data import loader
 from ..recipe.config import Augment, Data, Recipe
 from .augment import IMAGENET, Colors, augment, erase, mix, normalize
-from .readers import find_source
+from .places import find_source
 from .resident import Split, cache, read_prepared
 from .sealed import refuse_test
 from .sources import Rows, Stream, choose_split, open_rows, open_stream
@@ -42,6 +43,7 @@ __all__ = [
 ]
 
 AnySplit = Split | Rows | Stream
+DEFAULT_SIZE = 64
 RESIDENT_SIZE = 128  # what `resident: auto` takes for small
 
 
@@ -60,6 +62,8 @@ def load_split(data: Data, split: str) -> AnySplit:
     refuse_test(split, data.train_split)
     if not data.source:
         raise EtfZooError("No data: give --data.source a folder, a Hub name or digits.")
+    if not data.size:  # a recipe has filled it in
+        data = replace(data, size=DEFAULT_SIZE)
     if data.source == "digits":
         return _digits(data.size, split)
     if prepared := prepared_splits(data.source):

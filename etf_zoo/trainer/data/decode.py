@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
-import io
 import os
-import struct
 import warnings
-import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
-
 from etf_zoo.errors import EtfZooError
+from etf_zoo.images import UnreadableImageError
 
-__all__ = ["Corrupt", "Unreadable", "decode", "decoders", "encoded", "ending"]
+from .places import cache_root
+
+__all__ = ["Corrupt", "decoders", "encoded", "ending"]
+
+SHOWN = 20  # unreadable images that a message names
 
 
-class Unreadable(ValueError):
-    """An image that cannot be decoded."""
+def encoded(item: Any, below: Sequence[str] = ()) -> bytes:
+    """Bytes of an image file.
 
-
-def encoded(item: Any) -> bytes:
-    """Bytes of an image file from a path, bytes, or a row `{"bytes", "path"}` as `datasets` stores them.
+    Args:
+        item: A `Path` that was found by looking, bytes, or a row `{"bytes", "path"}` as `datasets` stores them.
+        below: Folders, or beginnings of addresses, that the paths in rows may lead to: whoever wrote a row does not
+            choose which files of this machine are opened.
 
     Raises:
-        Unreadable: If there is nothing to read.
+        UnreadableImageError: If there is nothing to read.
     """
     item = item.as_py() if hasattr(item, "as_py") else item
     if isinstance(item, dict):
@@ -34,19 +36,26 @@ def encoded(item: Any) -> bytes:
     if isinstance(item, bytes):
         return item
     if item is None:
-        raise Unreadable("no image")
+        raise UnreadableImageError("no image")
     try:
-        if "://" in str(item):  # a stream names files inside archives and on the Hub so
+        if isinstance(item, Path):
+            return item.read_bytes()
+        if "://" in (text := str(item)):  # a stream names files inside archives and on the Hub so
+            if not text.rpartition("::")[2].startswith(tuple(b for b in below if "://" in b)):
+                raise UnreadableImageError(f"its row gives the address {text!r}, which is not opened")
             import fsspec
 
-            with fsspec.open(str(item), "rb") as file:
-                return file.read()  # type: ignore
-        return Path(item).read_bytes()
+            with fsspec.open(text, "rb") as file:
+                return file.read()  # type: ignore[union-attr]
+        for folder in (Path(b).resolve() for b in below if "://" not in b):
+            if (path := (folder / text).resolve()).is_relative_to(folder):
+                return path.read_bytes()
     except OSError as error:
-        raise Unreadable(str(error)) from error
+        raise UnreadableImageError(error.strerror or str(error)) from error
+    raise UnreadableImageError(f"its row names {text!r}, which lies outside the data and is not opened")
 
 
-def ending(item: Any, count: int = 4096) -> tuple[int, bytes]:
+def ending(item: Any, below: Sequence[str] = (), count: int = 4096) -> tuple[int, bytes]:
     """Length in bytes of what `encoded` reads, and its last bytes; the beginnings of image files are much alike."""
     if isinstance(item, Path):
         try:
@@ -57,32 +66,10 @@ def ending(item: Any, count: int = 4096) -> tuple[int, bytes]:
         except OSError:
             return 0, b""
     try:
-        data = encoded(item)
-    except Unreadable:
+        data = encoded(item, below)
+    except UnreadableImageError:
         data = b""
     return len(data), data[-count:]
-
-
-def decode(data: bytes) -> Image.Image:
-    """RGB image, upright by its EXIF tag.
-
-    Raises:
-        Unreadable: If it is no image, or a broken one.
-    """
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    # what Pillow's decoders are seen to raise on damaged files
-    except (
-        OSError,
-        ValueError,
-        SyntaxError,
-        EOFError,
-        struct.error,
-        zlib.error,
-        Image.DecompressionBombError,
-    ) as error:
-        raise Unreadable(str(error).replace("<_io.BytesIO object at ", "<")) from error
 
 
 def decoders(most: int) -> int:
@@ -108,16 +95,11 @@ class Corrupt:
     found: dict[str, str] = field(default_factory=dict)
 
     def add(self, where: str, why: str) -> None:
-        """Note an unreadable image.
-
-        Raises:
-            ValueError: If there are too many.
-        """
+        """Note an unreadable image."""
         self.found[where] = why
-        self.check()
 
     def check(self) -> None:
-        """Raise ValueError if there are too many."""
+        """Raise EtfZooError, with all that are known, if there are too many."""
         if len(self.found) > self.share * (self.total or 1000):
             raise EtfZooError(
                 f"{self.text()} That is more than --data.max_corrupt {self.share:g} allows: mend or remove them, or "
@@ -125,11 +107,17 @@ class Corrupt:
             )
 
     def text(self) -> str:
-        """Which and how many."""
-        shown = [f"{where} ({why})" for where, why in list(self.found.items())[:5]]
-        more = f" and {len(self.found) - 5} more" if len(self.found) > 5 else ""
+        """Which and how many; a file has the list if it is long."""
+        shown = ", ".join(f"{where} ({why})" for where, why in list(self.found.items())[:SHOWN])
         count = f"{len(self.found)} of {self.total}" if self.total else str(len(self.found))
-        return f"{count} images of {self.source} cannot be read: {', '.join(shown)}{more}."
+        more = f" and {len(self.found) - SHOWN} more, all in {self._listed()}" if len(self.found) > SHOWN else ""
+        return f"{count} images of {self.source} cannot be read: {shown}{more}."
+
+    def _listed(self) -> Path:
+        file = cache_root() / "unreadable" / f"{Path(self.source).name}.txt"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("".join(f"{where}\t{why}\n" for where, why in self.found.items()), encoding="utf-8")
+        return file
 
     def warn(self) -> None:
         """Say what was left out, if anything was."""

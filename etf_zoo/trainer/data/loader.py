@@ -16,13 +16,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from etf_zoo.errors import EtfZooError
+from etf_zoo.images import UnreadableImageError, read_image
 
 from ..recipe.config import Augment, Data
-from .decode import Corrupt, Unreadable, decode, decoders, encoded
+from .decode import Corrupt, decoders, encoded
 from .sources import Rows, Stream
 
-__all__ = ["eval_transform", "row_batches", "stream_batches", "train_transform"]
+__all__ = ["INTERPOLATION", "eval_transform", "row_batches", "stream_batches", "train_transform"]
 
+INTERPOLATION = "bicubic"  # of images that are measured
 Transform = Callable[[Any], Any]  # a PIL image to (3, H, W) uint8
 Batch = tuple[Tensor, Tensor, list[tuple[str, str]]]  # images, labels, (where, why) of those that cannot be read
 
@@ -49,8 +51,10 @@ def train_transform(settings: Augment, size: int) -> Transform:
 
 
 def eval_transform(settings: Data, size: int) -> Transform:
-    """Resize and center crop, by `data.crop_pct`."""
-    transform: Any = create_transform(size, crop_pct=settings.crop_pct, interpolation="bilinear", use_prefetcher=True)
+    """Resize and center crop, by `data.crop_pct`: timm's own, so that a saved config can say what was done."""
+    transform: Any = create_transform(
+        size, crop_pct=settings.crop_pct, interpolation=INTERPOLATION, use_prefetcher=True
+    )
     return transform
 
 
@@ -84,6 +88,7 @@ def _readable(batches: Any, corrupt: Corrupt, train: bool) -> Iterator[tuple[Ten
         for where, why in bad:
             if where not in corrupt.found:
                 corrupt.add(where, why)
+        corrupt.check()
         if len(images):
             yield images, labels
         elif train:
@@ -101,8 +106,8 @@ class _Images(Dataset):
 
     def __getitem__(self, row: int) -> tuple[Any, int] | tuple[str, str]:
         try:
-            image = decode(self.rows.encoded(row))
-        except Unreadable as error:
+            image = read_image(self.rows.encoded(row))
+        except UnreadableImageError as error:
             return self.rows.where(row), str(error)
         with _seeded(*self.key, row):
             return self.transform(image), self.rows.labels[row]
@@ -181,9 +186,9 @@ class _Stream(IterableDataset):
         item, label = row[data.image_column], row[data.label_column]
         raw = b""
         try:
-            raw = encoded(item)
-            image = decode(raw)
-        except Unreadable as error:
+            raw = encoded(item, self.stream.below)
+            image = read_image(raw)
+        except UnreadableImageError as error:
             path = item.get("path") if isinstance(item, dict) else None
             named = path or f"sha256 {hashlib.sha256(raw).hexdigest()[:12]}"
             return f"{named}, number {number} of reader {worker}", str(error)

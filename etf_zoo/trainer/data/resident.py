@@ -17,18 +17,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from etf_zoo.errors import EtfZooError, StorageError
+from etf_zoo.images import UnreadableImageError, read_image
 
 from ..recipe.config import Data
-from .decode import Corrupt, Unreadable, decode, decoders
+from .decode import Corrupt, decoders
+from .layouts import Found
+from .loader import INTERPOLATION
+from .places import cache_root
 from .sources import Chosen, Rows
 
-__all__ = ["Split", "cache", "cache_root", "read_prepared", "write_prepared"]
+__all__ = ["Split", "cache", "read_prepared", "write_prepared"]
 
 META = "meta.json"  # written last: a folder that has it is complete
 PIECE = 512  # images that a worker process decodes and sends at a time
@@ -43,7 +47,7 @@ class _Checks:
     def check(self, at: np.ndarray, images: np.ndarray) -> None:
         """Raise ValueError if any of these images, `(B, H, W, 3)`, is not what was stored at these places."""
         for i in np.flatnonzero(~self.done[at]):
-            if zlib.crc32(np.ascontiguousarray(images[i])) != self.values[at[i]]:
+            if zlib.crc32(images[i].tobytes()) != self.values[at[i]]:
                 raise EtfZooError(
                     f"{self.folder / 'images.npy'} is damaged at image {at[i]}. Delete that folder: the images are "
                     f"decoded anew when they are needed, and a run goes on with --resume."
@@ -65,6 +69,7 @@ class Split(Chosen):
         index: Rows of `images` that belong to the split, in its order; None for all.
         content: Hash of what the array was made from; empty where it is not known.
         checks: What notices damage on disk; None for an array that was never stored.
+        files: What the images were decoded from, in the order of the array; None where that is not known.
     """
 
     images: np.ndarray
@@ -76,7 +81,17 @@ class Split(Chosen):
     index: np.ndarray | None = None
     content: str = ""
     checks: _Checks | None = field(default=None, repr=False, compare=False)
+    files: Rows | None = field(default=None, repr=False, compare=False)
     _on_device: dict[torch.device, Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def found(self) -> Found | None:
+        """What a walk through the source found, where there was one."""
+        return self.files.found if self.files else None
+
+    def where(self, row: int) -> str:
+        """How a message names an image: its file, where that is known."""
+        return self.files.where(self._at(row)) if self.files else f"image {self._at(row)} of {self.name}"
 
     def readable(self) -> np.ndarray:
         """Numbers of the images that evaluation gives, in its order: all of them."""
@@ -119,11 +134,6 @@ class Split(Chosen):
         return self._on_device.get(device)
 
 
-def cache_root() -> Path:
-    """$ETF_ZOO_CACHE, or ~/.cache/etf_zoo where that is not set or empty."""
-    return Path(os.environ.get("ETF_ZOO_CACHE") or Path.home() / ".cache" / "etf_zoo").expanduser()
-
-
 def cache(rows: Rows, size: int) -> Split:
     """The decoded split, kept in $ETF_ZOO_CACHE (default ~/.cache/etf_zoo) under the hash of its content and size.
 
@@ -136,7 +146,10 @@ def cache(rows: Rows, size: int) -> Split:
     folder = cache_root() / f"{Path(rows.source).name}-{rows.name}-{key}"
     if not (folder / META).is_file():
         write_prepared(rows, size, folder, content)
-    return read_prepared(folder, replace(rows.settings, size=size), rows.source)
+    split = read_prepared(folder, replace(rows.settings, size=size), rows.source)
+    if rows.found is None:  # rows of a table with the images in it: nothing to name, and too large to keep
+        return split
+    return replace(split, files=rows.subset(np.array([rows.where(i) not in split.corrupt for i in range(len(rows))])))
 
 
 def read_prepared(folder: Path, data: Data, source: str = "") -> Split:
@@ -225,13 +238,14 @@ def _write(rows: Rows, size: int, folder: Path, content: str) -> None:
             _decoded(rows, size), total=len(rows), desc=f"Decoding {rows.name}", unit="image", delay=5, mininterval=5
         )
         for row, found in shown:
-            if isinstance(found, Unreadable):
+            if isinstance(found, UnreadableImageError):
                 rows.corrupt.add(rows.where(row), str(found))
             else:
                 pixels = found.tobytes()
                 file.write(pixels)
                 kept.append(row)
                 checks.append(zlib.crc32(pixels))
+        rows.corrupt.check()
         file.seek(0)
         _write_header(file, len(kept), size)  # as long as the first: numpy leaves room for more rows
         file.flush()
@@ -261,19 +275,20 @@ class _Pieces(Dataset):
     """A split decoded in pieces: for each row of one its image `(size, size, 3)` or what is wrong with it."""
 
     def __init__(self, rows: Rows, size: int):
-        self.rows, self.size = rows, size
+        self.rows, self.transform = rows, stored_transform(size)
 
     def __len__(self) -> int:
         return -(-len(self.rows) // PIECE)
 
-    def __getitem__(self, piece: int) -> list[tuple[int, np.ndarray | Unreadable]]:
+    def __getitem__(self, piece: int) -> list[tuple[int, np.ndarray | UnreadableImageError]]:
         start = piece * PIECE
         return [(row, self._one(row)) for row in range(start, min(start + PIECE, len(self.rows)))]
 
-    def _one(self, row: int) -> np.ndarray | Unreadable:
+    def _one(self, row: int) -> np.ndarray | UnreadableImageError:
         try:
-            return square(decode(self.rows.encoded(row)), self.size)
-        except Unreadable as error:
+            image = self.transform(read_image(self.rows.encoded(row)))
+            return np.ascontiguousarray(np.asarray(image).transpose(1, 2, 0))
+        except UnreadableImageError as error:
             return error
 
 
@@ -281,7 +296,7 @@ def _as_they_are(piece: Any) -> Any:
     return piece
 
 
-def _decoded(rows: Rows, size: int) -> Iterator[tuple[int, np.ndarray | Unreadable]]:
+def _decoded(rows: Rows, size: int) -> Iterator[tuple[int, np.ndarray | UnreadableImageError]]:
     pieces = _Pieces(rows, size)
     workers = decoders(min(8, len(pieces) - 1))  # processes: Pillow holds the lock for much of the work
     loader = DataLoader(
@@ -291,11 +306,6 @@ def _decoded(rows: Rows, size: int) -> Iterator[tuple[int, np.ndarray | Unreadab
         yield from piece
 
 
-def square(image: Image.Image, size: int) -> np.ndarray:
-    """Short side to `size`, then the center."""
-    if image.size != (size, size):
-        scale = size / min(image.size)
-        image = image.resize([max(size, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC)
-        left, top = (image.width - size) // 2, (image.height - size) // 2
-        image = image.crop((left, top, left + size, top + size))
-    return np.asarray(image)
+def stored_transform(size: int) -> Any:
+    """Short side to `size`, then the center, as `(3, H, W)` uint8: what an evaluation at this size sees."""
+    return create_transform(size, crop_pct=1.0, interpolation=INTERPOLATION, use_prefetcher=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,14 +12,17 @@ from typing import Any, TypeVar
 import numpy as np
 
 from etf_zoo.errors import EtfZooError
+from etf_zoo.images import UnreadableImageError, read_image
 
 from ..recipe.config import Data
-from .decode import Corrupt, Unreadable, decode, encoded, ending
-from .readers import HELD_OUT, DatasetsReader, find_reader
+from .decode import Corrupt, encoded, ending
+from .holdout import holdout_indices
+from .layouts import DatasetsReader, Found, find_reader, role, shown
 
-__all__ = ["Chosen", "Rows", "Stream", "choose_split", "open_rows", "open_stream"]
+__all__ = ["Chosen", "HELD_OUT", "Rows", "Stream", "choose_split", "open_rows", "open_stream"]
 
 C = TypeVar("C", bound="Chosen")
+HELD_OUT = "held out"  # name of what is tested on where the data have no split for it
 
 
 class Chosen:
@@ -53,6 +55,14 @@ class Chosen:
         self._add_images(found)
         return found.hexdigest()
 
+    def picture(self, row: int) -> np.ndarray:
+        """An image as `(H, W, 3)` uint8."""
+        raise NotImplementedError
+
+    def where(self, row: int) -> str:
+        """How a message names an image."""
+        raise NotImplementedError
+
     def _add_images(self, found: Any) -> None:
         """Put what tells images apart into a hash."""
         raise NotImplementedError
@@ -74,6 +84,8 @@ class Rows(Chosen):
         settings: How it was asked for.
         corrupt: What could not be read so far.
         index: Rows of `images` that belong to it; None for all.
+        below: Where paths in rows may lead, see `encoded`.
+        found: What a walk through the source found, where there was one.
     """
 
     images: Any
@@ -84,10 +96,12 @@ class Rows(Chosen):
     settings: Data
     corrupt: Corrupt
     index: np.ndarray | None = None
+    below: tuple[str, ...] = ()
+    found: Found | None = None
 
     def encoded(self, row: int) -> bytes:
         """Bytes of an image file."""
-        return encoded(self.images[self._at(row)])
+        return encoded(self.images[self._at(row)], self.below)
 
     def where(self, row: int) -> str:
         """How a message names a row."""
@@ -100,7 +114,7 @@ class Rows(Chosen):
 
     def picture(self, row: int) -> np.ndarray:
         """An image as `(H, W, 3)` uint8."""
-        return np.asarray(decode(self.encoded(row)))
+        return np.asarray(read_image(self.encoded(row)))
 
     def content(self) -> str:
         """Hash of all images and labels, to the last byte."""
@@ -108,14 +122,14 @@ class Rows(Chosen):
         for row in range(len(self)):
             try:
                 data = self.encoded(row)
-            except Unreadable:
+            except UnreadableImageError:
                 data = b""
             found.update(len(data).to_bytes(8, "little") + data)
         return found.hexdigest()
 
     def _add_images(self, found: Any) -> None:
         for row in range(len(self)):
-            size, end = ending(self.images[self._at(row)])
+            size, end = ending(self.images[self._at(row)], self.below)
             found.update(size.to_bytes(8, "little") + end)
 
 
@@ -140,6 +154,7 @@ class Stream:
     settings: Data
     count: int
     corrupt: Corrupt
+    below: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         if not self.count:
@@ -175,22 +190,43 @@ class Stream:
 def open_rows(data: Data, split: str, *, resident: bool) -> Rows:
     """A split of a data set, not decoded.
 
+    Of data with a training split alone, `data.test_share` of each class is held out, whatever name of a held-out split
+    is asked for; near-duplicates stay together.
+
     Args:
         data: Where it is.
-        split: Its name; another name of a held-out split will do if there is only one, and is warned of.
+        split: Its name; another name of a held-out split will do if there is only one.
         resident: Whether rows are read once, in order: parquet files then need no copy as Arrow files.
 
     Raises:
         ValueError: On a missing data set, split or column, or labels that make no classes.
     """
     reader = find_reader(data, resident)
-    name = choose_split(reader.splits, split, reader.source)
+    is_cut = data.test_share > 0 and [role(name) for name in reader.splits] == ["train"] and bool(role(split))
+    name = reader.splits[0] if is_cut else choose_split(reader.splits, split, reader.source)
     images, values, names = reader.read(name)
     train: Sequence[Any] = values
-    if names is None and name != data.train_split and data.train_split in reader.splits:
-        train = reader.read(data.train_split)[1]
+    trained = _of_role(reader.splits, data.train_split)
+    if names is None and len(trained) == 1 and trained != [name]:
+        train = reader.read(trained[0])[1]
     labels, names = _classes(values, names, train, f"{data.label_column!r} of split {name!r} of {reader.source}")
-    return Rows(images, labels, names, reader.source, name, data, Corrupt(data.max_corrupt, len(labels), reader.source))
+    corrupt = Corrupt(data.max_corrupt, len(labels), reader.source)
+    rows = Rows(*(images, labels, names, reader.source, name, data, corrupt), below=reader.below, found=reader.found)
+    return _cut(rows, data.test_share, role(split) == "train") if is_cut else rows
+
+
+def _cut(rows: Rows, share: float, for_training: bool) -> Rows:
+    """What trains, or what is held out, of the only split that there is; the same in every run."""
+    from .duplicates import group_rows  # which needs the rows of this file
+
+    try:
+        kept, held = holdout_indices(rows.labels, share, 0, group_rows(rows))
+    except EtfZooError as error:
+        raise EtfZooError(
+            f"{rows.source} has no images to test on, and none can be held out ({error}) Add some to a folder val/."
+        ) from error
+    chosen = replace(rows.subset(kept if for_training else held), name=rows.name if for_training else HELD_OUT)
+    return replace(chosen, corrupt=Corrupt(rows.corrupt.share, len(chosen), rows.source))
 
 
 def open_stream(data: Data, split: str) -> Stream:
@@ -207,25 +243,41 @@ def open_stream(data: Data, split: str) -> Stream:
         )
     stated = rows.info.splits[name].num_examples if rows.info.splits and name in rows.info.splits else 0
     count = (data.train_images if split == data.train_split else 0) or stated or 0
-    return Stream(rows, names, reader.source, name, data, count, Corrupt(data.max_corrupt, count, reader.source))
+    corrupt = Corrupt(data.max_corrupt, count, reader.source)
+    return Stream(rows, names, reader.source, name, data, count, corrupt, reader.below)
 
 
 def choose_split(splits: list[str], wanted: str, source: str) -> str:
-    """The wanted split, or the only held-out one where another name of such is wanted, with a warning.
+    """The wanted split: by its name, by another name of the same, or, of held-out ones, the only one there is.
+
+    Example:
+        >>> choose_split(["Train", "val"], "train", "photos"), choose_split(["train", "val"], "validation", "photos")
+        ('Train', 'val')
 
     Raises:
-        ValueError: If there is neither.
+        ValueError: If there is none, or several would do.
     """
     if wanted in splits:
         return wanted
-    held_out = [name for name in splits if name in HELD_OUT]
-    if wanted in HELD_OUT and len(held_out) == 1:
-        warnings.warn(f"{source} has no split {wanted!r}: {held_out[0]!r} takes its place.", stacklevel=3)
-        return held_out[0]
+    same = _of_role(splits, wanted)
+    held_out = [name for name in splits if role(name) in ("val", "test")]
+    for names in (same, held_out if role(wanted) in ("val", "test") else []):
+        if len(names) == 1:
+            return names[0]
+    hold_out = (
+        " Or hold a share of it out: --data.test_share 0.2." if len(splits) == 1 and role(splits[0]) == "train" else ""
+    )
     raise EtfZooError(
         f"Cannot load split {wanted!r} of {source!r}: it has {', '.join(splits) or 'none'}. "
-        f"Set --data.train_split and --data.val_split."
+        f"Set --data.train_split and --data.val_split.{hold_out}"
     )
+
+
+def _of_role(splits: list[str], wanted: str) -> list[str]:
+    """Splits of the same name, or that name the same."""
+    return [name for name in splits if name == wanted] or [
+        name for name in splits if role(name) and role(name) == role(wanted)
+    ]
 
 
 def _classes(
@@ -238,7 +290,10 @@ def _classes(
         names = sorted(set(train)) if names is None else names
         number = {name: i for i, name in enumerate(names)}
         if unknown := sorted(set(values) - set(number)):
-            raise EtfZooError(f"{what}: the training split has no class {', '.join(unknown[:5])}.")
+            raise EtfZooError(
+                f"{what}: the training split has no class {shown(unknown)}. Add training images of these, or take them "
+                f"out; names count with their case."
+            )
         return np.array([number[value] for value in values], dtype=np.int64), names
     labels = np.asarray(values)
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):

@@ -10,6 +10,7 @@ from etf_zoo.errors import EtfZooError
 
 from ..recipe.config import Data
 from .batches import Rows, Split, Stream, limited_rows, load_split
+from .holdout import holdout_indices
 from .long_tail import long_tail_indices
 
 __all__ = [
@@ -35,34 +36,6 @@ def load_images(data: Data, split: str) -> Images:
     if isinstance(found, Stream):
         raise EtfZooError("Choosing among images needs all of them at hand: set data.streaming to false.")
     return found
-
-
-def holdout_indices(labels, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Split off a share of each class, at least one image, at most all but one: a class of one image stays whole.
-
-    Args:
-        labels: `(N,)` class numbers.
-        share: Share to hold out, in (0, 1).
-        seed: Seed of the choice.
-
-    Returns:
-        Indices that stay and indices held out, both ascending.
-
-    Raises:
-        ValueError: If the share lies outside (0, 1) or no class has two images.
-    """
-    labels = np.asarray(labels)
-    if not 0 < share < 1:
-        raise EtfZooError(f"holdout is a share of the training images in (0, 1), 0 for none; got {share}.")
-    rng = np.random.default_rng([seed, 3])
-    held = []
-    for k in np.unique(labels):
-        rows = rng.permutation(np.flatnonzero(labels == k))
-        held.append(rows[: min(max(1, round(share * len(rows))), len(rows) - 1)])
-    chosen = np.sort(np.concatenate(held))
-    if not len(chosen):
-        raise EtfZooError("No class has two images, so none can be held out. Set holdout to 0.")
-    return np.setdiff1d(np.arange(len(labels)), chosen), chosen
 
 
 def few_shot_indices(labels, shots: int, seed: int, names: list[str]) -> np.ndarray:
@@ -104,6 +77,7 @@ def training_rows(
     long_tail: float = 0.0,
     limit: int = 0,
     seed: int = 0,
+    groups: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Which training images to fit on, and which to watch.
 
@@ -115,6 +89,7 @@ def training_rows(
         long_tail: Or an exponential long tail, see `long_tail_indices`; 0 for none.
         limit: Of these the first so many of a fixed shuffle, see `limited_rows`; 0 for all.
         seed: Seed of all choices.
+        groups: `(N,)` numbers of groups that stay on one side of the holdout.
 
     Returns:
         Indices to fit on and to watch, both ascending.
@@ -127,7 +102,7 @@ def training_rows(
     labels = np.asarray(labels)
     rows, watched = np.arange(len(labels)), np.arange(0)
     if holdout:
-        rows, watched = holdout_indices(labels, holdout, seed)
+        rows, watched = holdout_indices(labels, holdout, seed, groups)
     if shots:
         rows = rows[few_shot_indices(labels[rows], shots, seed, names)]
     if long_tail:

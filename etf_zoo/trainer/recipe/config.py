@@ -57,7 +57,6 @@ NoneOr = Annotated[int, Range(0, MAX_COUNT, note="0 for none")]
 AllOr = Annotated[int, Range(0, MAX_COUNT, note="0 for all")]
 Weight = Annotated[float, Range(0, 1_000_000, note="0 for none")]
 Name = Annotated[str, Texts(r"(?s).{1,500}", "a text of 1 to 500 characters")]
-Pixels = Annotated[int, Range(1, MAX_SIZE)]
 
 __all__ = [
     "Data",
@@ -77,12 +76,13 @@ __all__ = [
 
 @dataclass
 class Data(Fields):
-    """Where images and labels come from, see `training/readers.py`.
+    """Where images and labels come from, see `etf_zoo.trainer.data.layouts`.
 
     Attributes:
-        source: A folder of parquet files or of images (`train/CLASS/x.jpg`, or `CLASS/x.jpg` for a training split
-            alone), a folder that `training/prepare.py` wrote, the name of such a folder in $ETF_ZOO_DATA, a Hub name,
-            or `digits` (scikit-learn's, no download).
+        source: A folder of images (`train/CLASS/x.jpg`, `CLASS/x.jpg`, or `CLASS/train/x.jpg`) or of parquet files, a
+            table of paths and labels (CSV, parquet, or a `metadata.csv` among the images), a zip file of these, a
+            folder that `training/prepare.py` wrote, the name of one in $ETF_ZOO_DATA, a Hub name, or `digits`
+            (scikit-learn's, no download).
         config: Configuration of a Hub data set that has several.
         train_split: Split to train on; class names that are texts are sorted, and those of this split.
         val_split: Split to report on.
@@ -90,7 +90,8 @@ class Data(Fields):
         label_column: Column of labels: class numbers or names.
         resident: Whether images are decoded once, into an array that is kept on disk, and augmented in batches on the
             device; `auto` does so up to a `size` of 128. Else timm's transforms run in worker processes.
-        size: Side in pixels that resident images are stored at, resized and center-cropped once.
+        size: Side in pixels that resident images are stored at, resized and center-cropped once; 0 for the largest that
+            the run trains or evaluates at.
         limit: Use only the first so many training images of a fixed shuffle; 0 for all. Not for streams.
         long_tail: Thin the training classes out to an exponential long tail: size of the smallest class over the
             largest, such as 0.01; 0 for none.
@@ -101,6 +102,14 @@ class Data(Fields):
         shuffle_buffer: Images that a stream is shuffled among, after its shards are.
         train_images: Images in an epoch of a stream; 0 for what the data set states.
         num_classes: Number of classes, where a stream's labels are numbers without names.
+        test_split: Split that fine-tuning opens once, at the end, where `val_split` is another one to choose by. By
+            default `test` where the data have both, else `val_split` is opened once and a share of the training images
+            (`holdout`) is what to choose by.
+        test_share: Share of each class to test on where the data have a training split alone; near-duplicates stay on
+            one side. 0 for none; a recipe has 0.2 unless it says otherwise.
+        class_level: Which folder names the class, below that of the split: 1 for the first, -1 for the innermost; 0 for
+            the first, and the run says which others there are.
+        image_root: Folder that the paths in a table of labels lie below; by default that of the table.
     """
 
     group: ClassVar[str] = "data"
@@ -112,7 +121,7 @@ class Data(Fields):
     image_column: Name = "image"
     label_column: Name = "label"
     resident: bool | Literal["auto"] = "auto"
-    size: Pixels = 64
+    size: Annotated[int, Range(0, MAX_SIZE, note="0 for the largest of sizes and eval_size")] = 0
     limit: AllOr = 0
     long_tail: Annotated[float, Range(0, 1, note="0 for none")] = 0.0
     max_corrupt: Probability = 0.001
@@ -122,6 +131,15 @@ class Data(Fields):
     shuffle_buffer: Count = 10_000
     train_images: AllOr = 0
     num_classes: AllOr = 0
+    test_split: str = ""
+    test_share: Annotated[float, Range(0, 1, below=True, note="0 for none")] = 0.0
+    class_level: Annotated[int, Range(-20, 20)] = 0
+    image_root: str = ""
+
+    @property
+    def report_split(self) -> str:
+        """Split that a finished model is measured on."""
+        return self.test_split or self.val_split
 
     def __post_init__(self):
         super().__post_init__()
@@ -297,7 +315,7 @@ class Recipe(Fields):
     head: str = "frame"
     model_args: Annotated[dict[str, Any], MODEL_ARGS] = field(default_factory=dict)
     pretrained: bool = False
-    data: Data = field(default_factory=Data)
+    data: Data = field(default_factory=lambda: Data(test_share=0.2))
     augment: Augment = field(default_factory=Augment)
     optim: Optim = field(default_factory=Optim)
     ema: Ema = field(default_factory=Ema)
@@ -333,6 +351,9 @@ class Recipe(Fields):
 
         check_optimizer(self.optim)
         check_loss(self.loss)
+        if not self.data.size:
+            largest = max(self.eval_size, *(pixels for _, pixels in self.sizes))
+            self.data = dataclasses.replace(self.data, size=largest)
 
 
 def size_at(recipe: Recipe, epoch: int) -> int:

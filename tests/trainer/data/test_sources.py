@@ -1,15 +1,14 @@
 """Rows from parquet files, image folders and `datasets`: splits, classes, and what a wrong one says."""
 
-import io
 import pickle
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 
-from etf_zoo.trainer.data.decode import Corrupt, Unreadable, decode, encoded
+from etf_zoo.images import UnreadableImageError, read_image
+from etf_zoo.trainer.data.decode import SHOWN, Corrupt, encoded
 from etf_zoo.trainer.data.sources import open_rows
 from etf_zoo.trainer.recipe.config import Data
 from tests.made_data import numbers, picture, png, write_folder, write_parquet
@@ -25,7 +24,7 @@ def rows(source, split="train", resident=True, **settings):
 
 
 def pictures(found):
-    return numbers(np.asarray(decode(found.encoded(i))) for i in range(len(found)))
+    return numbers(np.asarray(read_image(found.encoded(i))) for i in range(len(found)))
 
 
 @pytest.mark.parametrize("resident", [True, False])
@@ -97,23 +96,33 @@ def test_image_folder(tmp_path):
         rows(tmp_path, "test")
 
 
-def test_folder_of_classes_alone(tmp_path):
-    write_folder(tmp_path, {".": {"b": [3], "a": [2, 4]}})
-    found = rows(tmp_path)
-    assert (pictures(found), found.labels.tolist(), found.name) == ([2, 4, 3], [0, 0, 1], "train")
-    with pytest.raises(ValueError, match="it has train"):
-        rows(tmp_path, "validation")
+def test_a_training_split_alone_has_a_share_held_out(tmp_path):
+    write_folder(tmp_path / "made", {".": {"b": range(20), "a": range(20, 30)}})
+    train, test = (rows(tmp_path / "made", split, test_share=0.2) for split in ("train", "validation"))
+    assert (train.name, test.name) == ("train", "held out")
+    assert (train.class_counts(), test.class_counts()) == ([8, 16], [2, 4])
+    assert sorted(pictures(train) + pictures(test)) == list(range(30))
+    assert pictures(rows(tmp_path / "made", "test", test_share=0.2)) == pictures(test)  # whatever it is called
+    assert rows(tmp_path / "made", test_share=0.5).class_counts() == [5, 10]
+    assert rows(tmp_path / "made").class_counts() == [10, 20]
+    with pytest.raises(ValueError, match=r"it has train.*--data.test_share 0.2"):
+        rows(tmp_path / "made", "validation")
+    write_folder(tmp_path / "few", {"train": {"b": [1], "a": [2]}})
+    with pytest.raises(ValueError, match="no images to test on, and none can be held out"):
+        rows(tmp_path / "few", test_share=0.2)
 
 
 def test_another_name_of_the_held_out_split(tmp_path):
     write_parquet(tmp_path / "one", {"train": [0, 1], "test": [1]}, names=["x", "y"])
-    with pytest.warns(UserWarning, match="no split 'validation': 'test' takes its place"):
-        assert rows(tmp_path / "one", "validation").name == "test"
+    assert rows(tmp_path / "one", "validation").name == "test"
     with pytest.raises(ValueError, match=r"Cannot load split 'trian' of .*one': it has test, train"):
         rows(tmp_path / "one", "trian")
     write_parquet(tmp_path / "two", {"train": [0, 1], "test": [1], "val": [0]}, names=["x", "y"])
-    with pytest.raises(ValueError, match=r"it has test, train, val. Set --data.train_split and --data.val_split"):
-        rows(tmp_path / "two", "validation")
+    assert rows(tmp_path / "two", "validation").name == "val"
+    assert rows(tmp_path / "two", "test").name == "test"
+    write_parquet(tmp_path / "more", {"train": [0, 1], "test": [1], "val": [0], "valid": [0]}, names=["x", "y"])
+    with pytest.raises(ValueError, match=r"it has test, train, val, valid. Set --data.train_split and --data.val"):
+        rows(tmp_path / "more", "validation")
 
 
 def test_several_data_sets_in_a_folder(tmp_path):
@@ -151,51 +160,70 @@ def test_without_datasets(tmp_path, monkeypatch):
 # --------------------------------------------------------------------------------------------------------- one image
 
 
-def test_decode(tmp_path):
-    assert np.array_equal(decode(png(3)), picture(3))
-    assert np.array_equal(decode(encoded({"bytes": None, "path": _saved(tmp_path)})), picture(4))
-    turned = io.BytesIO()
-    exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was held upright
-    picture(3).save(turned, "png", exif=exif)
-    assert np.array_equal(decode(turned.getvalue()), picture(3).transpose(Image.Transpose.ROTATE_270))
-    gray = io.BytesIO()
-    picture(3).convert("LA").save(gray, "png")
-    assert decode(gray.getvalue()).mode == "RGB"
-
-
 def _saved(folder):
     picture(4).save(folder / "4.png")
     return str(folder / "4.png")
 
 
-def test_unreadable(tmp_path):
-    jpeg = io.BytesIO()
-    picture(3, (64, 64)).save(jpeg, "jpeg")
-    for data in (b"", b"no image", png(3)[:-40], png(3)[:60], jpeg.getvalue()[:300], b"GIF89a", png(3)[:8] + b"x" * 99):
-        with pytest.raises(Unreadable):
-            decode(data)
-    for item in (None, {"bytes": None, "path": None}, tmp_path / "absent.png", f"file://{tmp_path}/absent.png"):
-        with pytest.raises(Unreadable):
-            encoded(item)
-    assert encoded(f"file://{_saved(tmp_path)}") == (tmp_path / "4.png").read_bytes()
+def test_paths_in_rows_lead_nowhere_but_into_the_data(tmp_path):
+    (tmp_path / "data").mkdir()
+    inside, outside = _saved(tmp_path / "data"), _saved(tmp_path)
+    below = (str(tmp_path / "data"), "hf://datasets/a/b@")
+    content = (tmp_path / "4.png").read_bytes()
+    assert encoded(tmp_path / "4.png") == content  # found by looking, not named by a row
+    for text in ("4.png", inside, "sub/../4.png"):
+        assert encoded({"bytes": None, "path": text}, below) == content
+        assert encoded(text, below) == content
+    (tmp_path / "data" / "link.png").symlink_to(outside)
+    addresses = [
+        f"file://{inside}",
+        "ftp://x/y.png",
+        "hf://datasets/a/other@main/x.png",
+        "zip://x::hf://datasets/c/d@m/z",
+    ]
+    for text in (outside, "../4.png", "link.png", "/etc/passwd", *addresses):
+        with pytest.raises(UnreadableImageError, match="not opened"):
+            encoded({"bytes": None, "path": text}, below)
+    for item in (None, {"bytes": None, "path": None}, {"bytes": None, "path": "absent.png"}):
+        with pytest.raises(UnreadableImageError):
+            encoded(item, below)
 
 
-def test_corrupt_images_are_counted():
+def test_a_parquet_row_does_not_choose_a_file(tmp_path):
+    secret = _saved(tmp_path)
+    images = [{"bytes": png(3), "path": None}, {"bytes": None, "path": secret}]
+    (tmp_path / "made").mkdir()
+    pq.write_table(pa.table({"image": images, "label": [0, 1]}), tmp_path / "made" / "train.parquet")
+    for resident in (True, False):
+        found = rows(tmp_path / "made", resident=resident)
+        assert pictures(found.subset(np.array([0]))) == [3]
+        with pytest.raises(UnreadableImageError, match="not opened"):
+            found.encoded(1)
+
+
+def test_corrupt_images_are_counted(tmp_path, monkeypatch):
     corrupt = Corrupt(0.02, 100, "birds")
     corrupt.warn()  # nothing to say
     corrupt.add("row 3", "broken")
     corrupt.add("row 9", "empty")
+    corrupt.check()
     with pytest.warns(UserWarning, match=r"2 of 100 images of birds cannot be read: row 3 \(broken\), row 9 \(empty\)"):
         corrupt.warn()
-    with pytest.raises(ValueError, match=r"3 of 100 .* more than --data.max_corrupt 0.02 allows"):
-        corrupt.add("row 11", "broken")
+    monkeypatch.setenv("ETF_ZOO_CACHE", str(tmp_path))
+    for i in range(SHOWN):
+        corrupt.add(f"row {20 + i}", "broken")
+    with pytest.raises(
+        ValueError, match=r"22 of 100 .* and 2 more, all in .*birds.txt.* --data.max_corrupt 0.02"
+    ) as said:
+        corrupt.check()
+    assert str(said.value).count("row ") == SHOWN
+    assert len((tmp_path / "unreadable" / "birds.txt").read_text().splitlines()) == 22
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"size": 0}, r"data.size .* in \[1, 10000\], got 0"),
+        ({"size": -1}, r"data.size .* in \[0, 10000\].*got -1"),
         ({"workers": -1}, r"data.workers .* in \[0, 1024\], got -1"),
         ({"limit": -5}, "0 for all"),
         ({"max_corrupt": 2.0}, r"data.max_corrupt .* in \[0, 1\], got 2.0"),

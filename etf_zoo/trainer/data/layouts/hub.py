@@ -1,8 +1,4 @@
-"""Where rows come from: image folders, parquet files, and whatever `datasets` reads, on the Hub or here.
-
-A reader has `source`, `splits`, and `read(split)`, which gives encoded images, labels, and the names of the classes
-where those are stated.
-"""
+"""Rows with images in them: parquet files, and whatever `datasets` reads, on the Hub or here."""
 
 from __future__ import annotations
 
@@ -18,35 +14,11 @@ from typing import Any
 
 from etf_zoo.errors import EtfZooError
 
-from ..recipe.config import Data
+from ...recipe.config import Data
+from ..places import find_source
+from .folder import Walk
 
-__all__ = ["DatasetsReader", "FolderReader", "HELD_OUT", "ParquetReader", "find_reader", "find_source"]
-
-EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".tif", ".tiff"}
-HELD_OUT = ("validation", "val", "valid", "dev", "test")  # names that a held-out split goes by
-SPLITS = ("train", *HELD_OUT)
-
-
-def find_source(source: str) -> str:
-    """Folder for a data source: a path as it is, a name below $ETF_ZOO_DATA, else the text itself (a Hub name)."""
-    root = os.environ.get("ETF_ZOO_DATA")
-    if not Path(source).exists() and root and (Path(root) / source).exists():
-        return str(Path(root) / source)
-    return source
-
-
-def find_reader(data: Data, resident: bool) -> FolderReader | ParquetReader | DatasetsReader:
-    """What reads a source; `resident` as for `open_rows`."""
-    source = find_source(data.source)
-    path = Path(source)
-    if folders := _split_folders(path):
-        return FolderReader(source, folders)
-    if files := _parquet_files(path):
-        # a single pass needs no library but pyarrow, and no second copy of the data
-        return ParquetReader(source, data, files) if resident else DatasetsReader(data)
-    if any(next(_images(folder), None) for folder in _folders(path)):
-        return FolderReader(source, {"train": path})
-    return DatasetsReader(data)
+__all__ = ["DatasetsReader", "ParquetReader", "parquet_files"]
 
 
 def _check_columns(columns: list[str], data: Data, source: str) -> None:
@@ -58,45 +30,22 @@ def _check_columns(columns: list[str], data: Data, source: str) -> None:
             )
 
 
-def _folders(path: Path) -> list[Path]:
-    return sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith(".")) if path.is_dir() else []
+def parquet_files(path: Path, looked: Walk | None) -> dict[str, list[Path]]:
+    """Parquet files by split: `data/train-00000-of-00008.parquet`, `train.parquet`, `train/0000.parquet`.
 
-
-def _images(folder: Path) -> Iterator[Path]:
-    return (p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS)
-
-
-def _split_folders(path: Path) -> dict[str, Path]:
-    """Splits of a folder with `train/CLASS/x.jpg`; empty if it is none."""
-    splits = {folder.name: folder for folder in _folders(path) if folder.name in SPLITS}
-    return {name: split for name, split in splits.items() if any(next(_images(c), None) for c in _folders(split))}
-
-
-@dataclass
-class FolderReader:
-    """Images in a folder for each class, `CLASS/x.jpg` or deeper, in a folder for each split."""
-
-    source: str
-    folders: dict[str, Path]
-
-    @property
-    def splits(self) -> list[str]:
-        return list(self.folders)
-
-    def read(self, split: str) -> tuple[Any, Sequence[Any], None]:
-        found = [(image, folder.name) for folder in _folders(self.folders[split]) for image in sorted(_images(folder))]
-        return [image for image, _ in found], [name for _, name in found], None
-
-
-def _parquet_files(path: Path) -> dict[str, list[Path]]:
-    """Parquet files by split: `data/train-00000-of-00008.parquet`, `train.parquet`, `train/0000.parquet`."""
-    if path.is_file():
+    Args:
+        path: A folder or a file.
+        looked: What was found in the folder; None for a file.
+    """
+    if looked is None:
         return {"train": [path]} if path.suffix == ".parquet" else {}
     splits: dict[str, list[Path]] = {}
-    for file in sorted(path.rglob("*.parquet")) if path.is_dir() else []:
-        stem = re.sub(r"([-_.]|^)\d+(-of-\d+)?(-[0-9a-f]+)?$", "", file.stem)
-        name = stem or ("train" if file.parent == path else file.parent.name)
-        splits.setdefault(name, []).append(file)
+    for parts in looked.files:
+        file = path.joinpath(*parts)
+        if file.suffix == ".parquet" and file.stem != "metadata":  # which labels images in a folder
+            stem = re.sub(r"([-_.]|^)\d+(-of-\d+)?(-[0-9a-f]+)?$", "", file.stem)
+            name = stem or ("train" if file.parent == path else file.parent.name)
+            splits.setdefault(name, []).append(file)
     for name, files in splits.items():
         if len(folders := {str(file.parent) for file in files}) > 1:
             raise EtfZooError(
@@ -106,6 +55,22 @@ def _parquet_files(path: Path) -> dict[str, list[Path]]:
     return splits
 
 
+def holds_images(files: dict[str, list[Path]], column: str) -> bool:
+    """Whether parquet files hold the images themselves, and not their paths; so too if they cannot be read."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        schema = pq.read_schema(next(iter(files.values()))[0])
+    except (pa.ArrowException, OSError):
+        return True
+    texts = [field for field in schema if pa.types.is_string(field.type) or pa.types.is_large_string(field.type)]
+    if column in schema.names:
+        return schema.field(column) not in texts
+    nested = any(pa.types.is_struct(field.type) or pa.types.is_binary(field.type) for field in schema)
+    return nested or not texts
+
+
 @dataclass
 class ParquetReader:
     """Parquet files as `datasets` writes them, in memory, encoded."""
@@ -113,6 +78,11 @@ class ParquetReader:
     source: str
     data: Data
     files: dict[str, list[Path]]
+    found: None = None
+
+    @property
+    def below(self) -> tuple[str, ...]:
+        return (self.source,) if Path(self.source).is_dir() else (str(Path(self.source).parent),)
 
     @property
     def splits(self) -> list[str]:
@@ -140,8 +110,12 @@ class DatasetsReader:
     """Whatever `datasets` reads, on the Hub or here."""
 
     def __init__(self, data: Data):
-        self.source, self.data = find_source(data.source), data
+        self.source, self.data, self.found = find_source(data.source), data, None
         self.path = self.source
+        # paths in rows are followed below the data set alone
+        self.below: tuple[str, ...] = (
+            (self.source,) if Path(self.source).exists() else (f"hf://datasets/{self.source}@",)
+        )
         self.options: dict[str, Any] = {}
         if Path(self.source).is_file():
             self.path, self.options = "parquet", {"data_files": {"train": self.source}}
@@ -178,6 +152,9 @@ class DatasetsReader:
                 rows = rows._resolve_features()
         image, label = self.data.image_column, self.data.label_column
         _check_columns(list(rows.features), self.data, self.source)
+        if getattr(rows, "builder_name", "") == "imagefolder":  # its paths are those of the files it fetched
+            caches = (datasets.config.HF_DATASETS_CACHE, datasets.config.HF_HUB_CACHE)
+            self.below += tuple(str(folder) for folder in caches)
         return rows.select_columns([image, label]).cast_column(image, datasets.Image(decode=False))
 
     def read(self, split: str) -> tuple[Any, Sequence[Any], list[str] | None]:
