@@ -311,7 +311,7 @@ def test_classes_that_are_missing(tmp_path, digits, monkeypatch):
     ("changes", "message"),
     [
         ({"method": "svm"}, "method is one of full, head"),
-        ({"head": "hot"}, "head is one of frame, random, learned, warm"),
+        ({"head": "hot"}, "head takes one of frame, random, learned, warm"),
         ({"model": "resnt18"}, "There is no model or folder 'resnt18'. Did you mean"),
         ({"patience": 3, "holdout": 0.0}, "needs held-out images"),
         ({"compare": True, "method": "ncm"}, "compare is for training"),
