@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from torch import Tensor
 
@@ -13,9 +14,13 @@ from .kerdock import check_kerdock_fits, kerdock_frame
 from .orientation import resolve_orientation, turn_to_blocks
 from .simplex import check_simplex_fits, check_sizes, helmert_basis, simplex_etf
 
-__all__ = ["CUSTOM", "FRAMES", "HELMERT", "build_frame", "check_frame", "check_unit_rows"]
+__all__ = ["BUILDERS", "CUSTOM", "FRAMES", "HELMERT", "build_frame", "check_frame", "check_unit_rows"]
 
-FRAMES = ("auto", "simplex", "random", "code", "kerdock", "hierarchy")
+# Functions (num_classes, dim, *, seed) -> frame, by name; they are turned to blocks, or not, as the others are.
+BUILDERS: dict[str, Callable[..., Tensor]] = {"random": random_frame, "code": quick_code, "kerdock": kerdock_frame}
+# What such a frame raises where it does not fit, without computing.
+_CHECKS: dict[str, Callable[[int, int], None]] = {"simplex": check_simplex_fits, "kerdock": check_kerdock_fits}
+FRAMES = ("auto", "simplex", *BUILDERS, "hierarchy")
 CUSTOM = "custom"  # name of a frame that was given as a tensor
 # Simplex ETF in the Helmert basis, K - 1 wide: what softmax-preserving conversion puts behind its linear neck.
 HELMERT = "helmert"
@@ -68,10 +73,8 @@ def check_frame(
     elif frame not in (*FRAMES, CUSTOM):
         raise EtfZooError(f"Unknown frame {frame!r}. Choose one of {', '.join(FRAMES)}, or pass a tensor (K, dim).")
     elif frame != CUSTOM:
-        if frame == "simplex":
-            check_simplex_fits(num_classes, dim)
-        if frame == "kerdock":
-            check_kerdock_fits(num_classes, dim)
+        if frame in _CHECKS:
+            _CHECKS[frame](num_classes, dim)
         resolve_orientation(orientation, num_classes, dim)
 
 
@@ -120,8 +123,7 @@ def build_frame(
     if hierarchy is not None:
         found = hierarchy_frame(hierarchy, dim, gamma=gamma, seed=seed)
     else:
-        builders = {"random": random_frame, "code": quick_code, "kerdock": kerdock_frame}
-        found = builders[str(frame)](num_classes, dim, seed=seed)
+        found = BUILDERS[str(frame)](num_classes, dim, seed=seed)
     return turn_to_blocks(found) if resolve_orientation(orientation, num_classes, dim) == "blocks" else found
 
 

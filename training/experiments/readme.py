@@ -7,12 +7,15 @@ A table stands wherever a Markdown file has its two marks, `<!-- NAME: python tr
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from scipy import stats
 
 from etf_zoo.errors import EtfZooError
 from etf_zoo.sharing.card import top1_of_seeds
@@ -73,6 +76,52 @@ def _order(path: Path) -> tuple[str, str, bool]:
     name, _, tag = path.parent.name.partition(".")
     base = name.removesuffix("_control").removesuffix("_random").removesuffix("_etf")
     return base, tag, not name.endswith("_etf")
+
+
+def standing(page: Path) -> str:
+    """Where the frame is ahead, level and behind: ResNet-18, three pretraining runs of each head."""
+    link = os.path.relpath(ROOT / "docs" / "results", page.parent)
+    models = ROOT / "model_cards"
+    frame, learned = (statistics.mean(top1_of_seeds(models / f"resnet18_{h}.e60_tiny")) for h in ("etf", "control"))
+    rows = [
+        [f"accuracy on the data it is trained on ([source]({link}/source.md))", f"{frame - learned:+.1f} (200 classes)"]
+    ]
+    asked = {
+        "linear_probe": "frozen features, linear probe",
+        "ncm": "frozen features, nearest mean",
+        "full": "tuned in full",
+    }
+    file = RESULTS / "transfer_e60" / "cells.jsonl"
+    cells = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    verdicts = ["ahead"]
+    for method, words in asked.items():
+        spans = [_span(cells, method, data) for data in ("flowers17", "cub50", "grocery")]
+        rows.append(
+            [
+                f"{words} ([transfer]({link}/transfer.md))",
+                ", ".join(f"{mean:+.1f} ± {half:.1f}" for mean, half in spans),
+            ]
+        )
+        sides = [0 if abs(mean) <= half else math.copysign(1, mean) for mean, half in spans]
+        verdicts.append("level" if not any(sides) else "ahead" if min(sides) >= 0 else "behind")
+    head = _read(BENCHMARKS / "head_cost_cpu.json")["results"]
+    rows.append([f"memory and time of the head in training ([speed]({link}/speed.md))",
+                 f"{head[-1]['memory_ratio']:.2f} and {head[-1]['time_ratio']:.2f} times"])  # fmt: skip
+    verdicts.append("ahead")
+    table = [[what, points, f"**{verdict}**"] for (what, points), verdict in zip(rows, verdicts, strict=True)]
+    return "\n".join(markdown(["", "frame minus learned head, top-1 points", "the frame is"], table))
+
+
+def _span(cells: list[dict[str, Any]], method: str, data: str) -> tuple[float, float]:
+    """Difference of frame and learned head over three runs, and half of its 95 % interval (t over runs)."""
+
+    def of_run(run: int) -> float:
+        here = [cell for cell in cells if (cell["data"], cell["method"]) == (data, method)]
+        frame, learned = ([c["top1"] for c in here if c["weights"] == f"{h}, run {run}"] for h in ("frame", "learned"))
+        return statistics.mean(frame) - statistics.mean(learned)
+
+    runs = [of_run(run) for run in range(3)]
+    return statistics.mean(runs), float(stats.t.ppf(0.975, 2)) * statistics.stdev(runs) / math.sqrt(3)
 
 
 def _text(*parts: str) -> Callable[[Path], str]:
@@ -159,6 +208,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "head-cost": head_cost,
     "codes": codes,
     "collapse-speed": collapse_speed,
+    "standing": standing,
 }
 
 

@@ -37,6 +37,20 @@ def test_the_command_runs_from_a_clone():
         assert file.stem not in sys.stdlib_module_names
 
 
+def test_standing_is_that_of_the_runs():
+    """The verdicts by the figures of the runs, worked out by hand."""
+    lines = TABLES["standing"](ROOT / "README.md").splitlines()[2:]
+    assert [line.split("**")[1] for line in lines] == ["ahead", "level", "behind", "behind", "ahead"]
+    cells = [json.loads(line) for line in (ROOT / "training/results/transfer_e60/cells.jsonl").read_text().splitlines()]
+    full = {c["weights"]: c["top1"] for c in cells if (c["data"], c["method"]) == ("grocery", "full")}
+    gaps = [full[f"frame, run {i}"] - full[f"learned, run {i}"] for i in range(3)]
+    mean = sum(gaps) / 3
+    spread = (sum((gap - mean) ** 2 for gap in gaps) / 2) ** 0.5
+    assert (
+        f"{mean:+.1f} ± {4.3027 * spread / 3**0.5:.1f} |" in lines[3]
+    )  # 4.3027: t with two degrees of freedom, 97.5 %
+
+
 def test_marks_in_any_page(tmp_path):
     folder = tmp_path / "docs" / "results"
     folder.mkdir(parents=True)
