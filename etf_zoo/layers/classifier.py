@@ -3,7 +3,8 @@
 import math  # no `from __future__ import annotations` here: TorchScript cannot read the class's as strings
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -209,6 +210,7 @@ class FrameClassifier(nn.Module):
         device: torch.device | str | None = None,
     ):
         super().__init__()
+        self.stops_at_embeddings = False
         self._embedding_hooks = OrderedDict()  # unannotated: TorchScript warns of annotations here
         if feature_norm not in FEATURE_NORMS:
             raise EtfZooError(f"Unknown feature_norm {feature_norm!r}. Choose one of {', '.join(FEATURE_NORMS)}.")
@@ -364,6 +366,18 @@ class FrameClassifier(nn.Module):
             return frame_report(self.weight)
         return (kerdock_report if self.frame == "kerdock" else simplex_report)(self.num_classes, self.dim)
 
+    @contextmanager
+    def without_logits(self) -> Iterator[None]:
+        """Have the forward pass give the embeddings, for `losses.FrameCrossEntropy` and the like to go on from.
+
+        A model's own forward can then run, with all the wrappers it has, where its `(B, K)` logits would not fit.
+        """
+        self.stops_at_embeddings = True
+        try:
+            yield
+        finally:
+            self.stops_at_embeddings = False
+
     @torch.jit.unused
     def register_embedding_hook(self, hook: Callable[[Tensor, Tensor], None]) -> RemovableHandle:
         """Have every forward pass hand over what it computes on the way, for losses and penalties on embeddings.
@@ -400,7 +414,7 @@ class FrameClassifier(nn.Module):
         if not torch.jit.is_scripting():
             for hook in self._embedding_hooks.values():
                 hook(x, embeddings)
-        logits = self.project(embeddings)
+        logits = embeddings if self.stops_at_embeddings else self.project(embeddings)
         return logits.movedim(-1, 1) if self.channels_first else logits
 
     def _apply(self, fn, recurse=True):

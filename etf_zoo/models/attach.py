@@ -40,6 +40,7 @@ def attach_frame(
     *,
     frame: str | Tensor = "auto",
     neck: str | nn.Module | None = None,
+    neck_features: int | None = None,
     feature_norm: str = "l2",
     logit_scale: float | str = "auto",
     orientation: str = "auto",
@@ -57,9 +58,10 @@ def attach_frame(
     Args:
         model: A timm model, or any module.
         num_classes: Number of classes; the model's own by default.
-        frame: See `FrameClassifier`, as the next seven. A tensor serves its own number of classes: after
+        frame: See `FrameClassifier`, as the next eight. A tensor serves its own number of classes: after
             `reset_classifier` to another one the frame is `"auto"`, and back at the first it is the tensor again.
         neck: See `FrameClassifier`.
+        neck_features: See `FrameClassifier`.
         feature_norm: See `FrameClassifier`.
         logit_scale: See `FrameClassifier`.
         orientation: See `FrameClassifier`.
@@ -86,6 +88,7 @@ def attach_frame(
     config = HeadConfig(
         frame=frame,
         neck=neck,
+        neck_features=neck_features,
         feature_norm=feature_norm,
         logit_scale=logit_scale,
         orientation=orientation,
@@ -281,6 +284,8 @@ def _head_for(
         device=device if weights is None else "meta",  # with weights, compute no frame only to overwrite it
     )
     if weights is not None:
+        if head.auto and head.implicit and "signs" not in weights:
+            head.store_frame()  # what was saved with its matrix keeps it
         wanted = head.state_dict().keys()
         missing, unknown = sorted(wanted - weights.keys()), sorted(weights.keys() - wanted)
         if missing or unknown:

@@ -19,7 +19,7 @@ from ..layers.moving import MOVING_ARGS, MovingFrameClassifier
 __all__ = ["HEAD_ARGS", "HeadConfig", "read_switch", "same_value", "split_head_args"]
 
 _OLD_NAMES = {"frame_seed": "seed"}  # as model folders written before have it
-_STRUCTURE = ("neck", "feature_norm", "moving")  # arguments that say which tensors a head has
+_STRUCTURE = ("neck", "neck_features", "feature_norm", "moving")  # arguments that say which tensors a head has
 
 
 def read_switch(name: str, value: Any, known: Iterable[str]) -> bool | dict[str, Any]:
@@ -58,8 +58,9 @@ class HeadConfig:
     """How a model's fixed-frame heads are built; the arguments of `FrameClassifier` and `moving`.
 
     Attributes:
-        frame: See `FrameClassifier`, as the next seven. A tensor serves its own number of classes.
+        frame: See `FrameClassifier`, as the next eight. A tensor serves its own number of classes.
         neck: Here `"none"` means None, so that a call can take a neck away from what weights were saved with.
+        neck_features: See `FrameClassifier`.
         feature_norm: See `FrameClassifier`.
         logit_scale: See `FrameClassifier`.
         orientation: See `FrameClassifier`.
@@ -78,6 +79,7 @@ class HeadConfig:
 
     frame: str | Tensor = "auto"
     neck: str | nn.Module | None = None
+    neck_features: int | None = None
     feature_norm: str = "l2"
     logit_scale: float | str = "auto"
     orientation: str = "auto"
@@ -184,6 +186,7 @@ class HeadConfig:
             num_classes,
             frame=self.frame,
             neck=copy.deepcopy(self.neck) if isinstance(self.neck, nn.Module) else self.neck,
+            neck_features=self.neck_features,
             feature_norm=self.feature_norm,
             logit_scale=self.logit_scale,
             orientation=self.orientation,

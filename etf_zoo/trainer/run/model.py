@@ -75,13 +75,13 @@ def _make_model(recipe: Recipe, num_classes: int, hierarchy: Tensor | None) -> n
         return timm.create_model(source.name, **args)
     whitening = args.pop("whitening", False)
     head_args, args = split_head_args(args)
-    neck = head_args.get("neck")
+    neck, width = head_args.get("neck"), head_args.get("neck_features")
     plain = _plain_model(source, args) if recipe.head == "learned" else timm.create_model(source.name, **args)
     whiten(plain, whitening)
     if recipe.head != "learned":
         return attach_frame(plain, **head_args)
     if neck not in (None, "none"):
-        _put_neck(plain, neck)
+        _put_neck(plain, neck, width)
     return plain
 
 
@@ -133,12 +133,12 @@ def make_optimizer(settings: Optim, model: nn.Module) -> torch.optim.Optimizer:
     )
 
 
-def _put_neck(model: nn.Module, neck: str) -> None:
+def _put_neck(model: nn.Module, neck: str, width: int | None) -> None:
     """Put a neck in front of a learned linear classifier, in place: the control of a frame behind the same neck."""
     name = model.pretrained_cfg.get("classifier")  # type: ignore[union-attr]
     leaf = model.get_submodule(name) if isinstance(name, str) else None
     if not isinstance(leaf, nn.Linear):
         raise EtfZooError(f"A learned head behind a neck needs a model with one linear classifier, not {name}.")
-    module, width = build_neck(neck, leaf.in_features, leaf.out_features)
+    module, width = build_neck(neck, leaf.in_features, leaf.out_features, width)
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, nn.Sequential(module, nn.Linear(width, leaf.out_features)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -26,6 +26,8 @@ _SCALED = ("hierarchy_cosine", "separating_cone")
 class Objective:
     """Loss of a batch, by the recipe.
 
+    Cross-entropy with a frame that is not stored is computed in blocks of classes, see `losses.FrameCrossEntropy`.
+
     Args:
         settings: The recipe's loss.
         model: The model without wrappers.
@@ -37,7 +39,7 @@ class Objective:
     """
 
     def __init__(self, settings: Loss, model: nn.Module, class_counts: list[int], label_smoothing: float = 0.0):
-        heads = list(frame_heads(model).values())
+        heads = self.heads = list(frame_heads(model).values())
         self.head = heads[0] if len(heads) == 1 else None
         self.classifier: Any = self.head or model.get_classifier()  # type: ignore[operator]
         self.label_smoothing = label_smoothing
@@ -56,20 +58,26 @@ class Objective:
             raise EtfZooError(
                 f"A moving frame follows one head's features; {type(model).__name__} has {len(heads)} heads."
             )
+        self.in_blocks = self.loss if isinstance(self.loss, losses.FrameCrossEntropy) else None
         self.takes_shares = self.loss is None and self.moving is None  # of classes `(B, K)` in the place of labels
         self._observed: list[tuple[Tensor, Tensor]] = []  # embeddings and labels of this step
         if self.penalty is not None and not isinstance(self.classifier, nn.Module):
             raise EtfZooError("The variance-covariance penalty needs a model with one classifier.")
 
     def _build(self, settings: Loss, class_counts: list[int]) -> nn.Module | None:
+        not_stored = any(head.signs.numel() for head in self.heads)
         if settings.name == "cross_entropy":
             if settings.args or settings.class_scaling:
                 raise EtfZooError("loss.name cross_entropy takes neither loss.args nor loss.class_scaling.")
-            return None
+            if not not_stored:
+                return None
+        if settings.name == "frame_cross_entropy" or not_stored:
+            return self._build_in_blocks(settings)
         if settings.class_weights:
             raise EtfZooError(f"loss.class_weights is for cross_entropy, not {settings.name}.")
         if settings.name not in LOSSES:
-            raise EtfZooError(f"Unknown loss {settings.name!r}. Choose one of cross_entropy, {', '.join(LOSSES)}.")
+            known = ", ".join(("cross_entropy", "frame_cross_entropy", *LOSSES))
+            raise EtfZooError(f"Unknown loss {settings.name!r}. Choose one of {known}.")
         if self.head is None:
             raise EtfZooError(
                 f"The loss {settings.name} compares embeddings with one fixed frame: use head=frame, and a model with "
@@ -96,26 +104,48 @@ class Objective:
             )
         return loss
 
-    def __call__(self, forward: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits `(B, K)` in float32 and the loss; gradients flow through the wrapped model's `forward`.
+    def _build_in_blocks(self, settings: Loss) -> losses.FrameCrossEntropy:
+        if settings.name not in ("cross_entropy", "frame_cross_entropy") or self.head is None:
+            raise EtfZooError(
+                f"A Kerdock frame of so many classes is not stored: only cross_entropy and frame_cross_entropy can use "
+                f"it, with a model of one classifier, not {settings.name} with {len(self.heads)}."
+            )
+        if settings.class_weights or settings.class_scaling:
+            raise EtfZooError("Cross-entropy in blocks of classes knows neither loss.class_weights nor class_scaling.")
+        try:
+            return losses.FrameCrossEntropy(self.head, label_smoothing=self.label_smoothing, **settings.args)
+        except TypeError as error:
+            raise EtfZooError(f"loss.args of {settings.name}: {error}.") from error
 
-        Labels are class numbers `(B,)`, or shares of the classes `(B, K)` if `takes_shares`.
+    def __call__(self, forward: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Which predictions are right, `(B,)`, and the loss; gradients flow through the wrapped model's `forward`.
+
+        Labels are class numbers `(B,)`, or shares of the classes `(B, K)` if `takes_shares`: the class of the largest
+        share is then the right one.
         """
-        with _seen(self.classifier) as seen:
+        early = nullcontext() if self.in_blocks is None else self.in_blocks.head.without_logits()
+        with _seen(self.classifier) as seen, early:
             logits = forward(images).float()
+        if self.in_blocks is not None:
+            each, right = self.in_blocks.from_embeddings(seen["embeddings"], labels)
+            loss = each.mean()
+        else:
+            right = logits.detach().argmax(dim=1) == (labels if labels.ndim == 1 else labels.argmax(dim=1))
+            loss = self._of_logits(logits, seen, labels)
+        if self.penalty is not None:
+            loss = loss + self.penalty_weight * self.penalty(seen["features"])
+        if self.moving is not None:
+            self._observed.append((seen["embeddings"].detach(), labels))
+        return right, loss
+
+    def _of_logits(self, logits: Tensor, seen: dict[str, Tensor], labels: Tensor) -> Tensor:
         if self.loss is None:
             # not `mean`, which divides by the weights of these very images, however few they are
             each = F.cross_entropy(
                 logits, labels, self.class_weights, label_smoothing=self.label_smoothing, reduction="none"
             )
-            loss = each.mean()
-        else:
-            loss = self.loss(seen["embeddings"], labels, self.head.weight)  # type: ignore[union-attr]
-        if self.penalty is not None:
-            loss = loss + self.penalty_weight * self.penalty(seen["features"])
-        if self.moving is not None:
-            self._observed.append((seen["embeddings"].detach(), labels))
-        return logits, loss
+            return each.mean()
+        return self.loss(seen["embeddings"], labels, self.head.weight)  # type: ignore[union-attr]
 
     def after_step(self) -> None:
         """Let a moving frame follow what the step has seen; every process calls it."""

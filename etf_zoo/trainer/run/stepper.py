@@ -105,11 +105,10 @@ class Stepper:
             waits = i + 1 < len(pieces)  # gradients are summed over processes with the last piece
             with self.accelerator.no_sync(self.model) if waits else nullcontext():
                 with self.accelerator.autocast():
-                    logits, loss = self.objective(self.model, *piece)
+                    right, loss = self.objective(self.model, *piece)
                 self.accelerator.backward(loss / len(pieces))
-            classes = piece[1] if piece[1].ndim == 1 else piece[1].argmax(dim=1)  # of a mixed image, the larger part's
-            right, count = (logits.detach().argmax(dim=1) == classes).sum(), len(classes)
-            sums += torch.stack([loss.detach() * count, right, torch.full_like(right, count)]).to(sums.dtype)
+            hits, count = right.sum(), len(right)
+            sums += torch.stack([loss.detach() * count, hits, torch.full_like(hits, count)]).to(sums.dtype)
         if self.recipe.optim.clip_grad:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.optim.clip_grad)
         self.optimizer.step()

@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from etf_zoo import frame_heads, losses
+from etf_zoo.errors import EtfZooError
 from etf_zoo.frames import Hierarchy, frame_report, hierarchy_cosines, spherical_code
 from etf_zoo.layers.moving import MovingFrameClassifier
 from etf_zoo.layers.whitening import Whitening
@@ -54,9 +55,9 @@ def test_equals_the_loss_called_by_hand(kwargs, settings, by_hand):
     net = model(**kwargs)
     _, embeddings, frame, scale = embedded(net)
     expected = by_hand(scale)(embeddings, LABELS, frame)
-    logits, loss = Objective(settings, net, COUNTS)(net, IMAGES, LABELS)
+    right, loss = Objective(settings, net, COUNTS)(net, IMAGES, LABELS)
     torch.testing.assert_close(loss, expected)
-    torch.testing.assert_close(logits, scale * embeddings @ frame.T)
+    assert torch.equal(right, (scale * embeddings @ frame.T).argmax(dim=1) == LABELS)
     loss.backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in net.parameters())
 
@@ -78,10 +79,36 @@ def test_cross_entropy_smooths_labels_and_adds_the_penalty():
 def test_autocast_gives_a_loss_in_float32(name):
     net = model()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        logits, loss = Objective(Loss(name), net, COUNTS)(net, IMAGES, LABELS)
+        _, loss = Objective(Loss(name), net, COUNTS)(net, IMAGES, LABELS)
     loss.backward()
-    assert logits.dtype == loss.dtype == torch.float32
+    assert loss.dtype == torch.float32
     assert all(torch.isfinite(p.grad).all() for p in net.parameters())
+
+
+@pytest.mark.parametrize("settings", [Loss(), Loss("frame_cross_entropy", {"angular_margin": 0.2})])
+def test_classes_that_are_not_stored_meet_the_loss_in_blocks(settings, monkeypatch):
+    """The model's own forward runs, and forms no logits."""
+    net = timm.create_model("test_resnet_etf", num_classes=5000, frame="kerdock", neck="mlp", neck_features=256)
+    head = net.get_classifier()
+    assert head.implicit
+    by_hand = losses.FrameCrossEntropy(copy.deepcopy(head), label_smoothing=0.1, **settings.args)
+    hidden = net.forward_head(net.forward_features(IMAGES), pre_logits=True)
+    objective = Objective(settings, net, [], 0.1)
+    assert not objective.takes_shares
+    with monkeypatch.context() as patch:
+        patch.setattr(type(head), "project", lambda *_: pytest.fail("logits were formed"))
+        right, loss = objective(net, IMAGES, LABELS)
+    torch.testing.assert_close(loss, by_hand(hidden, LABELS))
+    loss.backward()
+    assert all(p.grad is not None for p in net.parameters())
+    assert right.shape == LABELS.shape
+    assert net(IMAGES).shape == (len(IMAGES), 5000)  # as ever, outside
+    with pytest.raises(EtfZooError, match="is not stored: only cross_entropy and frame_cross_entropy"):
+        Objective(Loss("squared"), net, [])
+    with pytest.raises(EtfZooError, match=r"loss\.args of frame_cross_entropy"):
+        Objective(Loss("frame_cross_entropy", {"margin": 1}), net, [])
+    with pytest.raises(EtfZooError, match=r"knows neither loss.class_weights"):
+        Objective(Loss(class_weights=True), net, [1] * 5000)
 
 
 def test_penalty_on_a_learned_head():
@@ -124,7 +151,7 @@ def test_moving_frame_follows_after_the_step_and_not_before():
 @pytest.mark.parametrize(
     ("settings", "kwargs", "message"),
     [
-        (Loss("ce"), {}, "Unknown loss 'ce'. Choose one of cross_entropy, dot_regression"),
+        (Loss("ce"), {}, "Unknown loss 'ce'. Choose one of cross_entropy, frame_cross_entropy, dot_regression"),
         (Loss("dot_regression", {"radius": 3}), {}, "loss.args of dot_regression: .*radius"),
         (Loss("separating_cone", {"radius": 100}), {}, "radius is in degrees"),
         (Loss("squared", class_scaling=True), {}, "class_scaling is for dot_regression"),
