@@ -82,7 +82,7 @@ def probed(model: Any) -> dict[str, float]:
     """Top-1 in percent of logistic regression on the features, by transfer set."""
     found = {}
     for name, held_out in TRANSFER.items():
-        splits = [load_split(Data(source=name, size=PROBE_SIZE), split) for split in ("train", held_out)]
+        splits: list[Any] = [load_split(Data(source=name, size=PROBE_SIZE), split) for split in ("train", held_out)]
         features = [backbone_features(model, split, size=PROBE_SIZE) for split in splits]
         labels = [torch.from_numpy(split.labels) for split in splits]
         probe = fit_probe("linear_probe", features[0], labels[0], splits[0].label_names, strength=STRENGTH)
@@ -92,7 +92,7 @@ def probed(model: Any) -> dict[str, float]:
 
 def instance_cell(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """One pretraining, and its probes."""
-    images = limited(load_split(BASE.data, "train"), args.images, args.seed)
+    images: Any = limited(load_split(BASE.data, "train"), args.images, args.seed)
     folder = args.runs / f"instances-{name}-{args.images}-{args.epochs}-{args.seed}"
     recipe = replace(BASE, **INSTANCES[name], epochs=args.epochs, seed=args.seed, output=str(folder))
     recipe = replace(recipe, eval_every=args.epochs, save_every=args.epochs)
