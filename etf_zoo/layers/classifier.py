@@ -1,7 +1,6 @@
 """FrameClassifier: the one module that turns features into logits against a fixed frame."""
 
 import math  # no `from __future__ import annotations` here: TorchScript cannot read the class's as strings
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,10 +11,11 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import EtfZooError
-from ..frames.build import CUSTOM, HELMERT, build_frame, check_frame, check_unit_rows
+from ..frames.build import CUSTOM, HELMERT, build_frame, check_frame
 from ..frames.kerdock import kerdock_capacity, kerdock_core, kerdock_rotation, kerdock_signs, kerdock_width
 from ..frames.numerics import at_least_float32, unit
 from ..frames.report import FrameReport, frame_report, kerdock_report, simplex_report
+from .guarded import GuardedFrame
 from .implicit import helmert_product, highest_classes, into_core, kerdock_product
 from .necks import LastDimBatchNorm, build_neck
 
@@ -24,10 +24,7 @@ __all__ = [
     "FEATURE_NORMS",
     "HELMERT_MATRIX_CLASSES",
     "KERDOCK_MATRIX_CLASSES",
-    "MAX_LOGIT_SCALE",
     "FrameClassifier",
-    "kerdock_logit_scale",
-    "solve_logit_scale",
 ]
 
 FEATURE_NORMS = ("l2", "batch", "none")
@@ -35,87 +32,6 @@ HELMERT_MATRIX_CLASSES = 4096  # above, the Helmert frame is a transform in O(K)
 KERDOCK_MATRIX_CLASSES = 4096  # above, a Kerdock frame is computed from its sign bits
 # Above, frame="auto" is a Kerdock frame: see training/benchmarks/kerdock_code_cpu.json and kerdock_auto_cpu.json.
 AUTO_KERDOCK_CLASSES = 16384
-MAX_LOGIT_SCALE = 100.0
-# Rows of the Gram matrix that solve_logit_scale looks at, so that 100,000 classes need no 100,000^2 matrix.
-_SCALE_ROWS = 1024
-
-
-def solve_logit_scale(frame: Tensor, *, probability: float = 0.999) -> float:
-    """Smallest scale at which every feature lying on its prototype gets `probability` for its class.
-
-    For a simplex this is (K-1)/K ln((K-1) p/(1-p)). Above 1,024 classes a sample of rows stands for all.
-
-    Args:
-        frame: `(K, dim)`, unit rows.
-        probability: Wanted softmax probability p.
-
-    Returns:
-        The scale, at most `MAX_LOGIT_SCALE`.
-
-    Warns:
-        UserWarning: If the frame cannot reach the probability below the cap (two prototypes nearly coincide).
-    """
-    frame = frame.detach().float().cpu()
-    num_classes = frame.shape[0]
-    stride = max(1, math.ceil(num_classes / _SCALE_ROWS))
-    rows = torch.arange(0, num_classes, stride, device="cpu")
-    gaps = 1 - frame[rows] @ frame.T  # (rows, K): how far each other prototype's cosine is below 1
-    gaps[torch.arange(len(rows), device="cpu"), rows] = math.inf
-    wanted = math.log((1 - probability) / probability)
-
-    def worst(scale: float) -> Tensor:  # (rows,): log of the summed odds of all other classes
-        return torch.logsumexp(-scale * gaps, dim=1)
-
-    low, high = 0.0, MAX_LOGIT_SCALE
-    if worst(high).max().item() > wanted:
-        warnings.warn(
-            f"No logit scale up to {MAX_LOGIT_SCALE:g} gives a feature on its prototype probability {probability}: "
-            f"two of the frame's rows have cosine {1 - gaps.min().item():.4f}. Using {MAX_LOGIT_SCALE:g}; "
-            f"a frame with more dimensions or neck='mlp' would help.",
-            stacklevel=3,
-        )
-        return MAX_LOGIT_SCALE
-    guess = math.log(max(num_classes - 1, 1) * probability / (1 - probability))
-    gaps = gaps[torch.topk(worst(min(guess, high)), min(64, len(rows))).indices]  # bisect on the hardest rows only
-    for _ in range(40):
-        middle = (low + high) / 2
-        low, high = (middle, high) if worst(middle).max().item() > wanted else (low, middle)
-    return high
-
-
-def kerdock_logit_scale(num_classes: int, dim: int, *, probability: float = 0.999) -> float:
-    """What `solve_logit_scale` finds of a Kerdock frame, in closed form and without the matrix.
-
-    Args:
-        num_classes: K.
-        dim: Width of the features, see `kerdock_frame`.
-        probability: Wanted softmax probability of a feature on its prototype.
-
-    Returns:
-        The scale, at most `MAX_LOGIT_SCALE`; where not all vectors of a basis are classes an upper bound of it.
-    """
-    core = kerdock_core(dim)
-    whole, rest = divmod(num_classes, 2 * core)
-    # how many others have cosine 0 and, at most, 1 / sqrt(d) with a vector of a whole basis, and with one of the rest
-    rows = []
-    if whole:
-        rows.append((2 * core - 2, (whole - 1) * core + min(rest, core)))
-    if rest:
-        rows.append((min(rest - 1, 2 * core - 2), whole * core))
-    wanted = (1 - probability) / probability
-
-    def odds(scale: float) -> float:
-        near, far = math.exp(scale / math.sqrt(core) - scale), math.exp(-scale / math.sqrt(core) - scale)
-        return max(
-            side * math.exp(-scale) + count * near + max(num_classes - 1 - side - count, 0) * far
-            for side, count in rows
-        )
-
-    low, high = 0.0, MAX_LOGIT_SCALE
-    for _ in range(40):
-        middle = (low + high) / 2
-        low, high = (middle, high) if odds(middle) > wanted else (low, middle)
-    return high
 
 
 def _kerdock_logits(x: Tensor, rotation: Tensor, signs: Tensor, scale: Tensor, num_classes: int) -> Tensor:
@@ -145,7 +61,7 @@ torch.fx.wrap("helmert_product")
 torch.fx.wrap("_kerdock_logits")
 
 
-class FrameClassifier(nn.Module):
+class FrameClassifier(GuardedFrame):
     r"""Classifier with a fixed frame: features -> [neck] -> [norm] -> logit_scale * x W^T.
 
     The frame is the persistent float32 buffer `weight`: in the state dict, never trained, left in float32 by
@@ -184,7 +100,18 @@ class FrameClassifier(nn.Module):
         device: Where to put it. On the meta device nothing is computed.
 
     Raises:
-        ValueError: On an unknown name or a frame that does not fit.
+        EtfZooError: On an unknown name or a frame that does not fit.
+
+    A frame has no parameter, so timm's tools that take the last parameters for the head meet the backbone's last layer:
+    `model_parameters(exclude_head=True)` leaves that out, and layer-wise learning rates give it the full rate, which a
+    learned head has elsewhere. Multiply the rate by the layer decay to have the base's rates in the backbone.
+
+    Example:
+        >>> head = FrameClassifier(512, 100)
+        >>> head(torch.randn(4, 512)).shape
+        torch.Size([4, 100])
+        >>> head.weight.norm(dim=1).unique()
+        tensor([1.])
     """
 
     weight: Tensor
@@ -240,23 +167,17 @@ class FrameClassifier(nn.Module):
         self.implicit = num_classes > {HELMERT: HELMERT_MATRIX_CLASSES, "kerdock": KERDOCK_MATRIX_CLASSES}.get(
             self.frame, num_classes
         )
+        built_from = {"orientation": orientation, "hierarchy": hierarchy, "gamma": gamma}
         if device.type == "meta" or self.implicit:
-            check_frame(frame, num_classes, self.dim, orientation=orientation, hierarchy=hierarchy, gamma=gamma)
+            check_frame(frame, num_classes, self.dim, **built_from)
             width = 0 if self.implicit else self.dim
             weight = torch.empty(num_classes, width, dtype=torch.float32, device=device)
         else:
-            weight = build_frame(
-                frame,
-                num_classes,
-                self.dim,
-                orientation=orientation,
-                seed=seed,
-                hierarchy=hierarchy,
-                gamma=gamma,
-            ).to(device)
+            weight = build_frame(frame, num_classes, self.dim, seed=seed, **built_from).to(device)
         self.register_buffer("weight", weight)
         self._register_kerdock(seed, device)
-        scale = torch.tensor(self._initial_scale(logit_scale), dtype=torch.float32, device=device)
+        self.remember({**built_from, "seed": seed}, logit_scale)
+        scale = torch.tensor(self.initial_scale(), dtype=torch.float32, device=device)
         if logit_scale == "learnable":
             self.logit_scale = nn.Parameter(scale)
         else:
@@ -279,6 +200,14 @@ class FrameClassifier(nn.Module):
         )
 
     @torch.jit.unused
+    @torch.no_grad()
+    def build_again(self) -> None:
+        if self.implicit:
+            self._register_kerdock(self.built_from["seed"], self.weight.device)
+        else:
+            self.weight.copy_(build_frame(self.frame, self.num_classes, self.dim, **self.built_from))
+
+    @torch.jit.unused
     def store_frame(self) -> None:
         """Become a head whose frame is a matrix, still to be filled, in the place of a Kerdock frame that is computed.
 
@@ -287,19 +216,6 @@ class FrameClassifier(nn.Module):
         self.frame, self.implicit = CUSTOM, False
         self.weight = torch.empty(self.num_classes, self.dim, device=self.weight.device)
         self._register_kerdock(0, self.weight.device)
-
-    def _initial_scale(self, logit_scale: float | str) -> float:
-        if isinstance(logit_scale, str):
-            if logit_scale not in ("auto", "learnable"):
-                raise EtfZooError(f"Unknown logit_scale {logit_scale!r}. Give a number, 'auto' or 'learnable'.")
-            if self.feature_norm == "none" or self.weight.is_meta:
-                return 1.0
-            if self.implicit:
-                return kerdock_logit_scale(self.num_classes, self.dim)
-            return solve_logit_scale(self.weight)
-        if not (math.isfinite(logit_scale) and logit_scale > 0):
-            raise EtfZooError(f"logit_scale must be positive and finite, got {logit_scale}.")
-        return float(logit_scale)
 
     @property
     def out_features(self) -> int:
@@ -408,6 +324,8 @@ class FrameClassifier(nn.Module):
         return {**self.__dict__, "_embedding_hooks": OrderedDict()}
 
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():
+            self.check_intact(x)
         if self.channels_first:
             x = x.movedim(1, -1)
         embeddings = self.embed(x)
@@ -438,19 +356,6 @@ class FrameClassifier(nn.Module):
         weight = state_dict.get(prefix + "weight")
         if self.auto and self.implicit and weight is not None and weight.shape == (self.num_classes, self.dim):
             self.store_frame()
-        if weight is not None and weight.shape != self.weight.shape:
-            errors.append(
-                f"the frame {prefix}weight has shape {tuple(weight.shape)} in the checkpoint and "
-                f"{tuple(self.weight.shape)} in the model: create the model with num_classes={weight.shape[0]}, "
-                f"or load the checkpoint without its keys below {prefix!r} to keep the fresh frame."
-            )
-            return
-        if weight is not None and not weight.is_meta and not self.implicit:
-            try:
-                check_unit_rows(weight)
-            except ValueError as error:
-                errors.append(f"{prefix}weight in the checkpoint is not a frame. {error}")
-                return
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
 
     def extra_repr(self) -> str:

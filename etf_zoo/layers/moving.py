@@ -75,6 +75,15 @@ class MovingFrameClassifier(FrameClassifier):
         self.register_buffer("class_seen", torch.zeros(num_classes, dtype=torch.bool, device=device))
         self.register_buffer("steps_seen", torch.zeros((), dtype=torch.int64, device=device))
 
+    @torch.jit.unused
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Build frame and scale again as the constructor did, and forget the class means; in place."""
+        super().reset_parameters()
+        self.class_means.zero_()
+        self.class_seen.zero_()
+        self.steps_seen.zero_()
+
     @torch.no_grad()
     def observe(self, embeddings: Tensor, labels: Tensor) -> bool:
         """Take in one training step; every process must call it at every step, with an empty batch if need be.

@@ -94,7 +94,9 @@ def save_folder(
         if label_descriptions is not None:
             model_config["label_descriptions"] = dict(label_descriptions)
         save_config_for_hf(model, str(new_config), model_config=model_config)
-        new_config.write_text(json.dumps(json.loads(new_config.read_text()), indent=1) + "\n", encoding="utf-8")
+        written = json.loads(new_config.read_text(encoding="utf-8"))
+        written.get("model_args", {}).pop("num_classes", None)  # said above; transformers refuses it twice
+        new_config.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
         new_weights.chmod(0o644)  # safetensors writes files that only their owner can read
         os.replace(new_weights, weights)
         os.replace(new_config, config)

@@ -10,7 +10,7 @@ from torch import nn
 from etf_zoo import FrameClassifier
 from etf_zoo.frames import best_frame, quick_code, random_frame, simplex_etf
 from etf_zoo.frames.build import build_frame, check_frame
-from etf_zoo.layers.classifier import MAX_LOGIT_SCALE, solve_logit_scale
+from etf_zoo.layers.logit_scale import MAX_LOGIT_SCALE, solve_logit_scale
 
 FAR = 1 - torch.eye(10)  # ten classes, equally far from each other
 
@@ -139,7 +139,7 @@ def test_scale_is_capped_with_a_warning():
 
 
 def test_no_norm_means_scale_one_and_solves_nothing(monkeypatch):
-    monkeypatch.setattr("etf_zoo.layers.classifier.solve_logit_scale", lambda frame: pytest.fail("solved for nothing"))
+    monkeypatch.setattr("etf_zoo.layers.guarded.solve_logit_scale", lambda frame: pytest.fail("solved for nothing"))
     assert FrameClassifier(8, 5, feature_norm="none").logit_scale == 1
     assert FrameClassifier(8, 5, logit_scale=4).logit_scale == 4
     assert FrameClassifier(8, 5, device="meta").logit_scale.is_meta
@@ -248,7 +248,10 @@ def test_meta_device_computes_nothing(monkeypatch):
         ({"frame": "hierarchy", "hierarchy": [[0, 1], [1, 0]]}, r"a tensor \(K, K\), got a list"),
         ({"frame": "hierarchy", "hierarchy": torch.ones(4, 4)}, r"hierarchy has shape \(4, 4\) for 5 classes"),
         ({"frame": "hierarchy", "hierarchy": FAR, "num_classes": 10}, "needs at least 9 dimensions, got 8.*'residual'"),
-        ({"frame": "hierarchy", "hierarchy": FAR[:5, :5], "gamma": -1.0}, "gamma must be positive and finite, got -1"),
+        (
+            {"frame": "hierarchy", "hierarchy": FAR[:5, :5], "gamma": -1.0},
+            "gamma must be positive, at least 1e-06 and finite, got -1",
+        ),
     ],
 )
 def test_errors_here_as_on_the_meta_device(kwargs, message, device):
@@ -436,3 +439,133 @@ def test_embedding_hooks_come_and_go_under_compile():
     compiled(x)
     assert len(seen) == 1
     torch.testing.assert_close(seen[0], head.embed(x))
+
+
+# ------------------------------------------------------------------------------- a frame, its scale, and what breaks it
+
+
+def shape_filtered(source, target):
+    """The commonest transfer code there is."""
+    own = target.state_dict()
+    return {key: value for key, value in source.items() if key in own and own[key].shape == value.shape}
+
+
+def test_a_scale_never_comes_without_its_frame():
+    many, few = FrameClassifier(8, 200), FrameClassifier(8, 5)
+    right = few.logit_scale.clone()
+    assert many.logit_scale > right + 1
+    result = few.load_state_dict(shape_filtered(many.state_dict(), few), strict=False)
+    assert few.logit_scale == right
+    assert set(result.missing_keys) == {"weight", "logit_scale"}
+    with pytest.raises(RuntimeError, match=r'Missing key.*"weight", "logit_scale"'):
+        few.load_state_dict({"logit_scale": many.logit_scale})
+    assert few.logit_scale == right
+
+
+def test_a_trained_scale_without_its_frame_is_said():
+    head = FrameClassifier(8, 5, logit_scale="learnable")
+    with pytest.warns(UserWarning, match="logit_scale in the checkpoint was trained with a frame.*state_dict"):
+        head.load_state_dict({"logit_scale": torch.tensor(3.0)}, strict=False)
+    assert head.logit_scale == FrameClassifier(8, 5).logit_scale
+
+
+def test_a_frame_without_its_scale_has_it_solved():
+    source = FrameClassifier(8, 5, frame="random")
+    for asked, expected in (("auto", source.logit_scale.item()), (7.0, 7.0)):
+        head = FrameClassifier(8, 5, logit_scale=asked)
+        result = head.load_state_dict({"weight": source.weight}, strict=False)
+        assert result.missing_keys == ["logit_scale"]
+        assert torch.equal(head.weight, source.weight)
+        assert head.logit_scale == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"frame": "random", "seed": 3}, {"logit_scale": "learnable"}, {"neck": "mlp"}])
+def test_reset_parameters_builds_the_head_again(kwargs):
+    head = FrameClassifier(8, 5, **kwargs)
+    before = copy.deepcopy(head.state_dict())
+    with torch.no_grad():
+        head.weight.normal_()
+        head.logit_scale.fill_(55)
+    head.reset_parameters()
+    assert all(torch.equal(value, before[key]) for key, value in head.state_dict().items())
+    custom = FrameClassifier(8, 5, frame=random_frame(5, 8))
+    with pytest.raises(ValueError, match="only its weights hold"):
+        custom.reset_parameters()
+
+
+@pytest.mark.parametrize("moment", ["new", "after train", "in between"])
+@pytest.mark.parametrize("by_data", [False, True])
+def test_an_overwritten_frame_is_noticed_in_training(moment, by_data):
+    head, x = FrameClassifier(8, 5).train(), features(3, 8)
+    if moment != "new":
+        head(x)
+    if by_data:
+        head.weight.data.mul_(0.001)  # no version counter sees this
+    else:
+        nn.init.trunc_normal_(head.weight, std=2e-5)
+    if moment == "after train":
+        head.train()
+    if by_data and moment == "in between":
+        head(x)  # not yet
+        head.train()
+    with pytest.raises(ValueError, match=r"frame was overwritten.*reset_parameters\(\)"):
+        head(x)
+    head.eval()(x)
+    head.reset_parameters()
+    head.train()(x)
+
+
+def test_an_intact_frame_is_looked_at_once(monkeypatch):
+    head, x, calls = FrameClassifier(8, 5), features(3, 8), []
+    seen = FrameClassifier.holds_frame
+    monkeypatch.setattr(FrameClassifier, "holds_frame", lambda self: calls.append(1) or seen(self))
+    for _ in range(3):
+        head(x)
+    assert len(calls) == 1
+    head.eval()(x)
+    assert len(calls) == 1
+    head.train()(x)
+    copy.deepcopy(head)(x)
+    assert len(calls) == 3
+    torch.compile(head, backend="eager", fullgraph=True)(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch deprecates TorchScript
+        torch.jit.trace(head, x)
+    torch.fx.symbolic_trace(head)(x)
+    assert len(calls) == 3
+
+
+def test_ensembles_by_vmap_train():
+    from torch.func import functional_call, stack_module_state, vmap
+
+    heads = [FrameClassifier(8, 5, neck="residual", feature_norm="none", seed=i) for i in range(3)]
+    for head in heads:
+        head.neck = nn.Linear(8, 8)
+    params, buffers = stack_module_state(heads)
+    x = features(3, 8)
+    out = vmap(lambda p, b: functional_call(heads[0], (p, b), (x,)))(params, buffers)
+    torch.testing.assert_close(out, torch.stack([head(x) for head in heads]))
+
+
+@pytest.mark.parametrize("loaded", [(), ("logit_scale",)])
+def test_memory_in_the_place_of_the_meta_device_is_filled(loaded):
+    """As transformers loads: created on meta, what the checkpoint has put in one by one, the rest left as memory."""
+    head = FrameClassifier(8, 5, device="meta")
+    head.weight = torch.full((5, 8), 1e30)
+    head.logit_scale = torch.tensor(12.0 if loaded else float("nan"))
+    head.eval()
+    expected = FrameClassifier(8, 5)
+    assert torch.equal(head.weight, expected.weight)
+    assert head.logit_scale == expected.logit_scale
+    own = FrameClassifier(8, 5, device="meta")
+    own.load_state_dict(FrameClassifier(8, 5, frame="random").state_dict(), assign=True)
+    assert not torch.equal(own.eval().weight, expected.weight)
+
+
+def test_no_bias_and_why():
+    head = FrameClassifier(8, 5)
+    assert not hasattr(head, "bias")
+    with pytest.raises(AttributeError, match=r"fixed frame has no bias.*leave it out"):
+        nn.init.constant_(head.bias, 0.1)
+    with pytest.raises(AttributeError, match="no attribute 'biases'"):
+        _ = head.biases

@@ -12,8 +12,8 @@ import etf_zoo.layers.implicit
 from etf_zoo import FrameClassifier
 from etf_zoo.errors import EtfZooError
 from etf_zoo.frames import kerdock_frame, random_frame
-from etf_zoo.layers.classifier import kerdock_logit_scale, solve_logit_scale
 from etf_zoo.layers.implicit import frame_blocks, kerdock_sum, kerdock_vectors
+from etf_zoo.layers.logit_scale import kerdock_logit_scale, solve_logit_scale
 
 
 @pytest.fixture

@@ -260,3 +260,13 @@ def test_a_thousand_classes():
     x = F.normalize(torch.randn(1500, 2048, generator=torch.Generator().manual_seed(0)), dim=1)
     head.observe(x, torch.arange(1500) % 1000)
     assert is_etf(head.weight)
+
+
+def test_reset_parameters_forgets_the_means():
+    head = MovingFrameClassifier(8, 5)
+    start = copy.deepcopy(head.state_dict())
+    head.observe(torch.randn(20, 8), torch.arange(20) % 5)
+    assert not torch.equal(head.weight, start["weight"])
+    head(torch.randn(3, 8))  # a moved frame is a frame
+    head.reset_parameters()
+    assert all(torch.equal(value, start[key]) for key, value in head.state_dict().items())

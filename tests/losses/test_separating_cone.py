@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from etf_zoo.frames import simplex_etf
-from etf_zoo.layers.classifier import solve_logit_scale
+from etf_zoo.layers.logit_scale import solve_logit_scale
 from etf_zoo.losses import SeparatingConeLoss
 from etf_zoo.losses.separating_cone import cone_cosine
 
