@@ -12,8 +12,9 @@ from typing import Any
 
 from .recipe.config import parse
 from .run import checkpoint
+from .run.checkpoint import CHECKPOINTS
 from .run.export import check_storable
-from .run.run import CHECKPOINTS
+from .run.launching import process_state
 from .tune.picture import plot
 from .tune.probes import PROBES
 from .tune.tuning import Finetune, Tuned, fine_tune, load_data
@@ -54,17 +55,18 @@ def main() -> None:
         done[name] = tuned
     (own, first), *others = done.items()
     figures: dict[str, dict[str, Any]] = {name: tuned.figures() for name, tuned in others}
-    folder = first.run.folder / "model"
+    folder = first.folder / "model"
     references = [{"model": name, "results": values} for name, values in figures.items()]
     results = {"top1": first.top1} if first.no_folder else first.export(folder, references)
-    if not first.run.accelerator.is_main_process:
+    if not process_state().is_main_process:
         return
     print(f"\n{'top-1 on ' + test.source:<40}{'%':>8}")
     for name, values in {own: results, **figures}.items():
         print(f"{name:<40}{values['top1']:8.2f}")
     if first.probe is None:
-        picture = first.run.folder / "picture.png"
-        plot({name: t.run for name, t in done.items()}, test, picture, curve="Held out" if settings.holdout else "Test")
+        picture = first.folder / "picture.png"
+        runs = {name: tuned.run for name, tuned in done.items() if tuned.run}
+        plot(runs, test, picture, curve="Held out" if settings.holdout else "Test")
         print(f"\nPicture: {picture}")
     if first.no_folder:
         print(f"There is no model folder: {first.no_folder}.")

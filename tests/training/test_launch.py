@@ -97,9 +97,13 @@ def kill_in_mid_epoch(command, folder):
         victim.send_signal(signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL
-    states = [json.loads((f / "state.json").read_text()) for f in folder.glob("checkpoints/step_*[0-9]")]
+    states = [state_of(f) for f in folder.glob("checkpoints/step_*[0-9]")]
     assert max(state["step"] for state in states) % states[0]["steps_per_epoch"] > 0
     assert not (folder / "weights.pt").exists()
+
+
+def state_of(checkpoint):
+    return json.loads((checkpoint / "state.json").read_text())["state"]
 
 
 def same(one, other):
@@ -142,8 +146,8 @@ def test_two_processes(tmp_path):
     records = [json.loads((tmp_path / name / "metrics.jsonl").read_text()) for name in ("one", "shared")]
     for figure in ("train_loss", "train_top1", "val_loss", "val_top1", "val_top5", "val_nc1_pinv", "val_nc4_agreement"):
         assert records[0][figure] == pytest.approx(records[1][figure], rel=1e-4), figure
-    state = json.loads(next((tmp_path / "shared").glob("checkpoints/step_*10/state.json")).read_text())
-    assert "random_states_1.pkl" in state["files"]
+    state = state_of(tmp_path / "shared" / "checkpoints" / "step_00000010")
+    assert {"random_0.safetensors", "random_1.safetensors"} < state["files"].keys()
 
 
 @pytest.fixture
@@ -173,8 +177,8 @@ def test_fully_sharded(tmp_path, stand_in):
     options = ["--num_processes", "2", "--fsdp_min_num_params", "1000"]
     done = finish(launched("fsdp.yaml", *options, str(DRIVER), first, second))
     assert "used up at step 1 of 12; saved." in done.stdout
-    state = json.loads(next((tmp_path / "sharded").glob("checkpoints/step_*12/state.json")).read_text())
-    assert sum(name.endswith(".distcp") for name in state["files"]) == 4  # model and optimizer, by two processes
+    files = state_of(tmp_path / "sharded" / "checkpoints" / "step_00000012")["files"]
+    assert {"model.safetensors", "optimizer.safetensors", "random_0.safetensors", "random_1.safetensors"} == set(files)
     sharded = torch.load(tmp_path / "sharded" / "weights.pt")
     one = Run(dataclasses.replace(recipe, output=str(tmp_path / "one")))
     one.fit()

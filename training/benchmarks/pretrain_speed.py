@@ -130,7 +130,7 @@ class Ours:
     def steps(self) -> Iterator[int]:
         self.run.model.train()
         self.epoch += 1
-        for number, (images, labels) in enumerate(self.run._batches(self.epoch, 0)):
+        for number, (images, labels) in enumerate(self.run.batches(self.epoch, 0)):
             self.run.stepper.step(number, images, labels)
             yield len(labels)
 

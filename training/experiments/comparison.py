@@ -10,7 +10,6 @@ finished cell is one line of `cells.jsonl` in `results`, from which the table is
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,10 +26,10 @@ from etf_zoo.trainer.data.long_tail import long_tail_indices
 from etf_zoo.trainer.recipe.config import Data, Recipe, final_size, parse
 from etf_zoo.trainer.recipe.parsing import merged, parse_entries
 from etf_zoo.trainer.run import checkpoint
+from etf_zoo.trainer.run.checkpoint import CHECKPOINTS
 from etf_zoo.trainer.run.launching import refuse_processes, run_script
-from etf_zoo.trainer.run.log import METRICS
 from etf_zoo.trainer.run.model import make_model
-from etf_zoo.trainer.run.run import CHECKPOINTS, Run
+from etf_zoo.trainer.run.run import Run
 from etf_zoo.trainer.tune.probes import backbone_features, fit_probe
 from training.experiments.grid import CELLS, Record, Results, run_grid, settings_digest, weights_digest
 from training.experiments.transfer_report import markdown
@@ -163,8 +162,8 @@ def run_cell(settings: Comparison, cell: Cell) -> dict[str, Any]:
 
 
 def last_figures(run: Run) -> dict[str, float]:
-    """What the run's evaluation after its last epoch gave, from its log."""
-    figures = json.loads((run.folder / METRICS).read_text().splitlines()[-1])
+    """What the run's evaluation after its last epoch gave."""
+    figures = run.records[-1]
     return {name.removeprefix("val_"): value for name, value in figures.items() if name.startswith("val_")}
 
 

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import safetensors.torch
@@ -26,6 +26,7 @@ import torch
 
 from etf_zoo.errors import EtfZooError
 from etf_zoo.metrics import NeuralCollapse
+from etf_zoo.trainer.data.augment import colors_of
 from etf_zoo.trainer.data.batches import eval_batches
 from etf_zoo.trainer.data.subsets import (
     Images,
@@ -37,11 +38,11 @@ from etf_zoo.trainer.data.subsets import (
 )
 from etf_zoo.trainer.recipe.config import Data, final_size, parse
 from etf_zoo.trainer.recipe.parsing import parse_entries
-from etf_zoo.trainer.run.launching import refuse_processes, run_script
+from etf_zoo.trainer.run.launching import make_accelerator, refuse_processes, run_script
 from etf_zoo.trainer.run.locks import acquire
 from etf_zoo.trainer.run.model import find_model, make_model
 from etf_zoo.trainer.tune.probes import PROBES, backbone_size, fit_probe
-from etf_zoo.trainer.tune.tuning import Finetune, Tuned, bare, features_of, fine_tune
+from etf_zoo.trainer.tune.tuning import Finetune, Tuned, features_of, fine_tune, strip_head
 from training.experiments.choices import Choice, Trials, read_choices
 from training.experiments.grid import CELLS, Results, digest, lock_file, run_grid, weights_digest
 from training.experiments.grid import settings_digest as digest_of
@@ -271,8 +272,8 @@ def _tuned(cell: Cell, train: Images, test: Images, work: Path) -> dict[str, Any
     tuned = fine_tune(dataclasses.replace(cell.settings, output=str(output)), train, test)
     if tuned is None:
         raise EtfZooError("time_budget has no place in a table: a cell is run to its end.")
-    correct, fitted = hits(tuned), cast(Images, tuned.run.train_split)
-    features = features_of(cell.settings, tuned.run.plain_model(), fitted)
+    correct, fitted = hits(tuned), tuned.train
+    features = features_of(cell.settings, tuned.model, fitted)
     shutil.rmtree(output, ignore_errors=True)
     found = {"correct": correct, "tuned": tuned.tuned, "total": tuned.total, "images": len(fitted)}
     return {**found, **_nature(features, fitted)}
@@ -281,17 +282,17 @@ def _tuned(cell: Cell, train: Images, test: Images, work: Path) -> dict[str, Any
 @torch.no_grad()
 def hits(tuned: Tuned) -> np.ndarray:
     """For each test image whether a fine-tuned model is right, in float32 as probes are."""
-    device = tuned.run.accelerator.device
-    model = tuned.run.plain_model().to(device).eval()
+    device = make_accelerator().device
+    model = tuned.model.to(device).eval()
     batches = eval_batches(
-        tuned.test, size=final_size(tuned.run.recipe), batch_size=256, colors=tuned.run.colors, device=device
+        tuned.test, size=final_size(tuned.settings), batch_size=256, colors=colors_of(model), device=device
     )
     return torch.cat([model(images).argmax(1).eq(labels).cpu() for images, labels in batches]).numpy()
 
 
 def _backbone_size(settings: Finetune) -> int:
     with torch.device("meta"):
-        return backbone_size(make_model(dataclasses.replace(bare(settings), pretrained=False), 2))
+        return backbone_size(make_model(dataclasses.replace(strip_head(settings), pretrained=False), 2))
 
 
 def _nature(features: torch.Tensor, split: Images) -> dict[str, float]:
@@ -303,7 +304,7 @@ def _nature(features: torch.Tensor, split: Images) -> dict[str, float]:
 
 def _cached(cell: Cell, split: Images, work: Path) -> torch.Tensor:
     """Features of a split, computed once; two processes do not compute the same."""
-    settings = bare(cell.settings)
+    settings = strip_head(cell.settings)
     source = find_model(settings.model, settings.pretrained)
     parts = [split.digest, final_size(settings), settings.model_args, source.architecture, source.identity]
     parts += [weights_digest(settings.model) if settings.pretrained else settings.seed]

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -67,6 +68,7 @@ __all__ = [
     "Recipe",
     "parse",
     "changes",
+    "entries",
     "final_size",
     "save_recipe",
     "seconds",
@@ -369,23 +371,22 @@ def final_size(recipe: Recipe) -> int:
 def save_recipe(recipe: Any, path: Path) -> None:
     """Write the resolved recipe as YAML; a kill leaves the one that was there."""
     new = path.with_suffix(".new")
-    new.write_text(yaml.safe_dump(_plain(recipe), sort_keys=False))
+    new.write_text(yaml.safe_dump(entries(recipe), sort_keys=False))
     os.replace(new, path)
 
 
-def changes(file: Path, recipe: Any) -> dict[str, str]:
-    """What a recipe has otherwise than a saved one: `{"optim.lr": "optim.lr 0.1 -> 0.2"}`; nothing without a file."""
-    before = _flat(yaml.safe_load(file.read_text()) or {}) if file.is_file() else {}
-    now = _flat(_plain(recipe))
+def changes(before: Mapping[str, Any], recipe: Any) -> dict[str, str]:
+    """What a recipe has otherwise than an earlier one's `entries`: `{"optim.lr": "optim.lr 0.1 -> 0.2"}`."""
+    before, now = _flat(before), _flat(entries(recipe))
     return {k: f"{k} {before[k]} -> {now[k]}" for k in now if k in before and before[k] != now[k]}
 
 
-def _plain(recipe: Any) -> dict[str, Any]:
-    """A recipe as YAML and JSON know it."""
+def entries(recipe: Any) -> dict[str, Any]:
+    """A recipe's fields as YAML and JSON know them."""
     return json.loads(json.dumps(dataclasses.asdict(recipe)))
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested fields by their dotted names; what has free keys, such as `model_args`, is one value."""
     found: dict[str, Any] = {}
     for name, value in values.items():

@@ -5,23 +5,32 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from safetensors import SafetensorError
+from torch import nn
 
-from etf_zoo.errors import EtfZooError
+from etf_zoo.errors import EtfZooError, StorageError
 from etf_zoo.sharing.card import METRICS_NAME, write_card
 from etf_zoo.sharing.folder import save_folder
 
+from ..data.augment import Colors
 from ..data.batches import Split
 from ..evaluate import Evaluation, command_line, evaluate_model
 from ..recipe.config import Recipe, final_size, save_recipe
+from .checkpoint import reason
+from .launching import make_accelerator
+from .log import METRICS, read_records
 from .run import Run
 
-__all__ = ["check_storable", "export_run", "plot_curve"]
+__all__ = ["Origin", "check_storable", "export_model", "export_run", "plot_curve"]
 
 matplotlib.use("Agg")
 
@@ -40,68 +49,132 @@ def check_storable(recipe: Recipe) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Origin:
+    """How a model came about, as far as its folder tells.
+
+    Attributes:
+        recipe: That would make it again from the start.
+        train_source: Folder or Hub name of the training images.
+        label_names: Names of the classes, in order.
+        colors: What its pixels are centerd and scaled by.
+        whole_images: Whether it sees resident images, which are seen whole, rather than `data.crop_pct` of others.
+        batch_size: Images per step and process to measure it with.
+        training: What `metrics.json` says of it, see `summarize`.
+        records: `metrics.jsonl` of its training; None for a classifier that was fitted to frozen features.
+    """
+
+    recipe: Recipe
+    train_source: str
+    label_names: Sequence[str]
+    colors: Colors
+    whole_images: bool
+    batch_size: int
+    training: dict[str, Any]
+    records: Path | None = None
+
+
 def export_run(
     run: Run, folder: Path, *, references: list[dict[str, Any]] | None = None, name: str = ""
 ) -> dict[str, Any]:
-    """Write a run's model folder and measure it from the file written. Every process of a run has to call it.
+    """`export_model` of a finished run's result. Every process of the run has to call it."""
+    origin = Origin(
+        run.record(),
+        run.train_split.source,
+        run.train_split.label_names,
+        run.colors,
+        isinstance(run.val_split, Split),
+        run.eval_batch_size,
+        run.summary(),
+        run.folder / METRICS,
+    )
+    return export_model(run.plain_model(), folder, origin, references=references, name=name)
+
+
+def export_model(
+    model: nn.Module, folder: Path, origin: Origin, *, references: list[dict[str, Any]] | None = None, name: str = ""
+) -> dict[str, Any]:
+    """Write a model folder and measure it from the file written. Every process has to call it.
 
     Args:
-        run: A finished run.
+        model: A timm model in one piece; the main process's is written.
         folder: Where to.
+        origin: How the model came about.
         references: Figures to stand beside: `[{"model": name, "results": {...}}]`.
         name: What the stored model will be called in the command that measures it again; the folder by default.
 
     Returns:
         The content of `metrics.json`.
-    """
-    recipe, size = run.recipe, final_size(run.recipe)
-    data_name = Path(run.train_split.source).name
-    # fine-tuned weights stay under the terms of those they started from
-    model: Any = run.plain_model()
-    inherited = model.pretrained_cfg.get("license") if recipe.pretrained else None
-    cfg = {
-        "input_size": (3, size, size),
-        "test_input_size": None,
-        "pool_size": None,
-        "mean": run.colors.mean,
-        "std": run.colors.std,
-        "crop_pct": 1.0 if isinstance(run.val_split, Split) else recipe.data.crop_pct,
-        "test_crop_pct": None,
-        "interpolation": "bilinear",
-        "tag": recipe.tag or None,
-        "license": inherited or LICENSES.get(data_name, "other"),
-        "description": f"native: trained with head={recipe.head} on {data_name}",
-    }
-    if run.accelerator.is_main_process:
-        save_folder(model, folder, pretrained_cfg=cfg, label_names=run.train_split.label_names)
-        save_recipe(run.record(), folder / "recipe.yaml")
-        if run.step:  # a classifier fitted to frozen features has no curve
-            shutil.copy(run.folder / "metrics.jsonl", folder / "metrics.jsonl")
-            plot_curve(folder / "metrics.jsonl", folder / "curve.png")
-    run.accelerator.wait_for_everyone()
 
-    evaluation = Evaluation(model=str(folder), data=recipe.data, batch_size=run.eval_batch_size)
+    Raises:
+        StorageError: If the folder cannot be written, on a full disk for one; files that were in it stay whole.
+    """
+    accelerator = make_accelerator()
+    with _storage(folder, origin):
+        if accelerator.is_main_process:
+            _write_model(model, folder, origin)
+    accelerator.wait_for_everyone()
+    evaluation = Evaluation(model=str(folder), data=origin.recipe.data, batch_size=origin.batch_size)
     measured = evaluate_model(evaluation)
     del measured["images_per_second"]  # says more of the machine's other work than of the model
     metrics = {
         **measured,
         "command": command_line(dataclasses.replace(evaluation, model=name or str(folder))),
         "references": references or [],
-        "training": run.summary(),
+        "training": origin.training,
     }
-    if run.accelerator.is_main_process:
-        (folder / METRICS_NAME).write_text(json.dumps(metrics, indent=1) + "\n")
-        write_card(folder)
-    run.accelerator.wait_for_everyone()
+    with _storage(folder, origin):
+        if accelerator.is_main_process:
+            (folder / METRICS_NAME).write_text(json.dumps(metrics, indent=1) + "\n")
+            write_card(folder)
+    accelerator.wait_for_everyone()
     return metrics
+
+
+def _write_model(model: Any, folder: Path, origin: Origin) -> None:
+    recipe, size, data_name = origin.recipe, final_size(origin.recipe), Path(origin.train_source).name
+    # fine-tuned weights stay under the terms of those they started from
+    inherited = model.pretrained_cfg.get("license") if recipe.pretrained else None
+    cfg = {
+        "input_size": (3, size, size),
+        "test_input_size": None,
+        "pool_size": None,
+        "mean": origin.colors.mean,
+        "std": origin.colors.std,
+        "crop_pct": 1.0 if origin.whole_images else recipe.data.crop_pct,
+        "test_crop_pct": None,
+        "interpolation": "bilinear",
+        "tag": recipe.tag or None,
+        "license": inherited or LICENSES.get(data_name, "other"),
+        "description": f"native: trained with head={recipe.head} on {data_name}",
+    }
+    save_folder(model, folder, pretrained_cfg=cfg, label_names=origin.label_names)
+    save_recipe(recipe, folder / "recipe.yaml")
+    if origin.records is not None:
+        shutil.copy(origin.records, folder / METRICS)
+        plot_curve(folder / METRICS, folder / "curve.png")
+
+
+@contextmanager
+def _storage(folder: Path, origin: Origin) -> Iterator[None]:
+    """What the system refuses, in one sentence."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        left = "" if origin.records is None else "The run's checkpoints are intact: "
+        raise StorageError(
+            f"Could not write the model folder {folder}: {reason(error)}. {left}Make room, or mend the folder's "
+            f"permissions, then give the same command{' and --resume' if left else ' again'}."
+        ) from error
 
 
 def plot_curve(metrics_file: Path, picture: Path) -> None:
     """Loss and accuracy over epochs, from `metrics.jsonl`; not every epoch need have been evaluated."""
-    records = [json.loads(line) for line in metrics_file.read_text().splitlines()]
+    records = read_records(metrics_file)
 
     def draw(axes: Axes, name: str, label: str) -> None:
-        axes.plot(*zip(*[(r["epoch"], r[name]) for r in records if name in r], strict=True), label=label)
+        points = [(r["epoch"], r[name]) for r in records if name in r]
+        axes.plot([epoch for epoch, _ in points], [value for _, value in points], label=label)
 
     figure = Figure(figsize=(7, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)

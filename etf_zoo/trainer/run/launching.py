@@ -34,7 +34,6 @@ __all__ = [
     "gather_in",
     "in_step",
     "is_deliberate",
-    "sync_buffers",
     "run_script",
 ]
 
@@ -136,12 +135,6 @@ def in_step(
         if not sum_over_processes(torch.tensor([float(batch is not None)], device=device), accelerator).item():
             return
         yield batch or (torch.empty(empty, device=device), torch.empty(0, dtype=torch.int64, device=device))
-
-
-def sync_buffers(model: nn.Module) -> None:
-    """Give every process the buffers of the main one; each has to call it."""
-    for buffer in model.buffers():
-        torch.distributed.broadcast(buffer, 0)
 
 
 def checkout_commit() -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -178,27 +178,16 @@ def _class_weights(counts: list[int], device: torch.device) -> Tensor:
 
 
 @contextmanager
-def _seen(classifier: nn.Module):
-    """What goes into a classifier while the context lasts (`features`), and on to its frame (`embeddings`).
-
-    Nothing stays behind on the module, so copies of the model (an average of its weights) are clean.
-    """
+def _seen(classifier: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """What goes into a classifier while the context lasts (`features`), and on to its frame (`embeddings`)."""
     seen: dict[str, Tensor] = {}
-    hook = None
-    if isinstance(classifier, nn.Module):
-        hook = classifier.register_forward_pre_hook(lambda module, inputs: seen.update(features=_rows(inputs[0])))
     if isinstance(classifier, FrameClassifier):
-
-        def embed(x: Tensor) -> Tensor:
-            embeddings = FrameClassifier.embed(classifier, x)
-            seen["embeddings"] = _rows(embeddings)
-            return embeddings
-
-        classifier.embed = embed  # type: ignore[method-assign]
-    try:
+        with classifier.register_embedding_hook(
+            lambda features, embeddings: seen.update(features=_rows(features), embeddings=_rows(embeddings))
+        ):
+            yield seen
+    elif isinstance(classifier, nn.Module):
+        with classifier.register_forward_pre_hook(lambda module, inputs: seen.update(features=_rows(inputs[0]))):
+            yield seen
+    else:
         yield seen
-    finally:
-        if hook is not None:
-            hook.remove()
-        if isinstance(classifier, FrameClassifier):
-            del classifier.embed

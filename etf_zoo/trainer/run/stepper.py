@@ -11,20 +11,40 @@ from timm.scheduler.cosine_lr import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from etf_zoo import frame_heads
 from etf_zoo.errors import EtfZooError
 from etf_zoo.layers.moving import copy_moving_frames
 
 from ..data.batches import batch_generator, mix
 from ..recipe.config import Recipe
-from .launching import is_sharded
+from .launching import gather_in, is_sharded
+from .model import make_optimizer
 from .objective import Objective
+from .small_maps import use_products
 
-__all__ = ["Stepper", "channels_last"]
+__all__ = ["Stepper", "channels_last", "prepare"]
 
 
 def channels_last(recipe: Recipe, accelerator: Accelerator) -> bool:
     """Whether weights and images have their channels last; FSDP shards contiguous weights only."""
     return recipe.channels_last and not is_sharded(accelerator)
+
+
+def prepare(recipe: Recipe, accelerator: Accelerator, model: nn.Module) -> tuple[nn.Module, Any]:
+    """A model and its optimizer as the processes train them, by accelerate.
+
+    Args:
+        recipe: Says how.
+        accelerator: The processes.
+        model: On the CPU; it is changed.
+    """
+    if channels_last(recipe, accelerator):
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if accelerator.device.type == "cpu":
+        use_products(model)
+    # DDP would send these buffers to every process at every step; they never change
+    model._ddp_params_and_buffers_to_ignore = [f"{name}.weight" for name in frame_heads(model)]  # type: ignore
+    return accelerator.prepare(model, make_optimizer(recipe.optim, model))
 
 
 class Stepper:
@@ -64,6 +84,8 @@ class Stepper:
             )
         if recipe.compile:  # what comes behind the features is cheap, and the objective looks into it
             self.plain.forward_features = torch.compile(self.plain.forward_features)
+        if is_sharded(accelerator):
+            gather_in(model)
         self.schedule = CosineLRScheduler(
             optimizer,
             t_initial=recipe.epochs * steps_per_epoch,
@@ -79,9 +101,7 @@ class Stepper:
             return None
         if is_sharded(self.accelerator):
             raise EtfZooError("An average of the weights is not available under FSDP: set --ema.decay 0.")
-        ema = ModelEmaV3(self.plain, decay=settings.decay, use_warmup=settings.warmup)
-        self.accelerator.register_for_checkpointing(ema)
-        return ema
+        return ModelEmaV3(self.plain, decay=settings.decay, use_warmup=settings.warmup)
 
     def step(self, number: int, images: Tensor, labels: Tensor) -> Tensor:
         """One step.

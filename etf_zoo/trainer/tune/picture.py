@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, cast
 
@@ -60,8 +59,7 @@ def plot(runs: dict[str, Run], test: Images, path: Path, *, curve: str = "Test")
     axes = top.subplots(1, 1 + len(runs), width_ratios=[1.5] + [1] * len(runs))
     shown = None
     for i, (name, run) in enumerate(runs.items()):
-        records = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
-        records = [record for record in records if "val_top1" in record]
+        records = [record for record in run.records if "val_top1" in record]
         axes[0].plot([r["epoch"] for r in records], [r["val_top1"] for r in records], marker="o", label=name)
         *found, cosines = _predictions(run, test)
         shown = shown or found

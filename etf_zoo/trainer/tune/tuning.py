@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import safetensors.torch
 import torch
 from torch import nn
 
@@ -17,20 +15,21 @@ from etf_zoo import attach_frame
 from etf_zoo.errors import EtfZooError
 from etf_zoo.models.head_config import split_head_args
 
-from ..data.batches import frame_tree
+from ..data.augment import colors_of
+from ..data.batches import Split, frame_tree
 from ..data.subsets import Images, check_classes, load_images, split_training
 from ..recipe.config import HEADS, Recipe, final_size
-from ..run.export import export_run
-from ..run.launching import is_sharded, make_accelerator
-from ..run.log import METRICS
+from ..run.export import Origin, export_model, export_run
+from ..run.launching import make_accelerator
+from ..run.measure import measure_split
 from ..run.model import find_model, make_model
 from ..run.run import Run
+from ..run.summary import summarize
+from ..run.watch import BestEpoch
 from .methods import METHODS, prepare, tuned_share, warm_head
 from .probes import PROBES, Probe, backbone_features, backbone_size, fit_probe, linear_classifier
 
-__all__ = ["Finetune", "Tuned", "Tuning", "bare", "features_of", "fine_tune", "load_data"]
-
-BEST = "best.safetensors"
+__all__ = ["Finetune", "Tuned", "strip_head", "features_of", "fine_tune", "load_data"]
 
 
 @dataclass
@@ -97,86 +96,64 @@ class Tuned:
     """A finished fine-tuning.
 
     Attributes:
-        run: Its run, with the model; of a probe, one of no steps.
+        settings: Its recipe.
+        model: The result.
+        train: The images that it was fitted on.
         test: The test images.
         tuned: Parameters that were fitted.
         total: All parameters.
+        run: Of a method that trains.
         start: Accuracy before any training, and on what; only of a warm head.
         probe: Of the methods on frozen features.
         top1: Their accuracy on the test images, in percent.
         no_folder: Why no folder can hold the model; empty where one can.
     """
 
-    run: Run
+    settings: Finetune
+    model: nn.Module
+    train: Images
     test: Images
     tuned: int
     total: int
+    run: Run | None = None
     start: tuple[float, str] | None = None
     probe: Probe | None = None
     top1: float | None = None
     no_folder: str = ""
 
+    @property
+    def folder(self) -> Path:
+        """Where its files go."""
+        return Path(self.settings.output)
+
     def export(self, folder: Path, references: list[dict[str, Any]] | None = None) -> dict[str, float]:
         """Write the Hub-ready folder; figures on the test images, measured from the stored weights."""
-        return export_run(self.run, folder, references=references)["results"]
+        if self.run:
+            return export_run(self.run, folder, references=references)["results"]
+        training = summarize(self.settings, self.train, make_accelerator(), images=len(self.train))
+        origin = Origin(
+            self.settings,
+            self.train.source,
+            self.train.label_names,
+            colors_of(self.model),
+            isinstance(self.test, Split),
+            max(self.settings.batch_size, 16),
+            training,
+        )
+        return export_model(self.model, folder, origin, references=references)["results"]
 
     def figures(self) -> dict[str, float]:
-        """Figures on the test images."""
-        return self.run.figures_on(self.test)
-
-
-class Tuning(Run):
-    """A run that watches the accuracy on held-out images, stops when it no longer rises, and goes back to the best."""
-
-    def __init__(self, recipe: Finetune, train: Images, held: Images | None, test: Images, model: nn.Module):
-        super().__init__(recipe, train=train, val=held or test, model=model)
-        self.patience = recipe.patience
-        if self.patience and is_sharded(self.accelerator):
-            raise EtfZooError("Early stopping is not available under FSDP: set --patience 0.")
-        if not self.patience and self.accelerator.is_main_process:  # the weights of an earlier session that had some
-            (self.folder / BEST).unlink(missing_ok=True)
-        file = self.folder / METRICS
-        lines = file.read_text().splitlines() if recipe.resume and file.is_file() else []
-        records = [json.loads(line) for line in lines]
-        scores = [(r["val_top1"], -r["val_loss"]) for r in records if "val_top1" in r]
-        self.unwatched = len(scores)  # evaluations of sessions that kept no best weights
-        if self.patience and recipe.resume and (self.folder / BEST).is_file():
-            with safetensors.safe_open(self.folder / BEST, "pt") as best:
-                self.unwatched = int(best.metadata()["unwatched"])
-        self.scores = scores[self.unwatched :]
-
-    def evaluate(self) -> dict[str, float]:
-        """Figures on the held-out images; with early stopping, the best weights so far are kept."""
-        figures = super().evaluate()
-        score = (figures["top1"], -figures["loss"])
-        if self.patience and score > max(self.scores, default=(-1.0, 0.0)) and self.accelerator.is_main_process:
-            weights = {
-                name: value.detach().cpu().contiguous() for name, value in self.plain_model().state_dict().items()
-            }
-            kept = {"unwatched": str(self.unwatched)}
-            safetensors.torch.save_file(weights, self.folder / (BEST + ".new"), kept)
-            (self.folder / (BEST + ".new")).replace(self.folder / BEST)
-        self.scores.append(score)
-        return figures
-
-    def enough(self) -> bool:
-        """Whether the best accuracy is `patience` evaluations old."""
-        return bool(self.patience and self.scores) and (
-            len(self.scores) - 1 - self.scores.index(max(self.scores)) >= self.patience
+        """Figures on the test images, in float32."""
+        if self.run:
+            return self.run.evaluate(self.test)
+        return measure_split(
+            self.model,
+            self.test,
+            size=final_size(self.settings),
+            batch_size=max(self.settings.batch_size, 16),
+            colors=colors_of(self.model),
+            accelerator=make_accelerator(),
         )
-
-    def fit(self) -> bool:
-        """Train to the end, or until it is enough; then take the best weights."""
-        if not super().fit():
-            return False
-        if self.patience and self.scores:  # none if the run had ended when it was told to stop early
-            self.accelerator.wait_for_everyone()
-            self.plain_model().load_state_dict(safetensors.torch.load_file(self.folder / BEST))
-            best = self.scores.index(max(self.scores))
-            self.accelerator.print(
-                f"Best of {len(self.scores)} evaluations: {best + 1}, {self.scores[best][0]:.2f} % held out."
-            )
-        return True
 
 
 def load_data(settings: Recipe) -> tuple[Images, Images]:
@@ -213,7 +190,7 @@ def fine_tune(settings: Finetune, train: Images, test: Images) -> Tuned | None:
     return _probe(settings, fitted_on, test) if is_probe else _train(settings, fitted_on, held, test)
 
 
-def bare(settings: Finetune) -> Finetune:
+def strip_head(settings: Finetune) -> Finetune:
     """The recipe of the same backbone under its own classifier, which frozen features do not depend on."""
     _, args = split_head_args(settings.model_args)
     return dataclasses.replace(settings, head="learned", model_args=args)
@@ -233,18 +210,19 @@ def _train(settings: Finetune, train: Images, held: Images | None, test: Images)
         warm_head(model, features, torch.from_numpy(train.labels), names, settings.model_args)
     prepare(model, settings.method, settings.layer)
     tuned, total = tuned_share(model)
-    run = Tuning(settings, train, held, test, model)
+    best = BestEpoch(settings.patience) if settings.patience else None
+    run = Run(settings, train, held or test, model, best=best)
     start = None
     if settings.head == "warm" and run.step == 0:
         on, what = (train, "training") if held is None else (held, "held-out")
-        start = run.figures_on(on)["top1"], f"{what} images"
+        start = run.evaluate(on)["top1"], f"{what} images"
         run.accelerator.print(f"Before any training: {start[0]:.2f} % of the {start[1]}.")
     run.accelerator.print(f"Tuning {tuned:,} of {total:,} parameters ({100 * tuned / total:.1f} %).")
-    return Tuned(run, test, tuned, total, start) if run.fit() else None
+    return Tuned(settings, run.plain_model(), train, test, tuned, total, run, start) if run.fit() else None
 
 
 def _probe(settings: Finetune, train: Images, test: Images) -> Tuned:
-    settings, names, labels = bare(settings), train.label_names, torch.from_numpy(train.labels)
+    settings, names, labels = strip_head(settings), train.label_names, torch.from_numpy(train.labels)
     model: Any = make_model(settings, len(names))
     layer: Any = linear_classifier(model)
     several = f"{type(model).__name__} has more than one linear layer behind its features"
@@ -268,8 +246,6 @@ def _probe(settings: Finetune, train: Images, test: Images) -> Tuned:
         attach_frame(model, len(names), frame=probe.prototypes, logit_scale=probe.logit_scale)
     notes = f"{settings.method} on frozen features: {probe.chosen}. {settings.notes}".strip()
     settings = dataclasses.replace(settings, head=head, notes=notes)
-    run = Run(settings, train=train, val=test, model=model)
-    run.accelerator.print(
-        f"{probe.chosen}; {probe.tuned:,} of {total:,} parameters ({100 * probe.tuned / total:.1f} %)."
-    )
-    return Tuned(run, test, probe.tuned, total, probe=probe, top1=top1, no_folder=no_folder)
+    share = f"{probe.tuned:,} of {total:,} parameters ({100 * probe.tuned / total:.1f} %)"
+    make_accelerator(settings.precision).print(f"{probe.chosen}; {share}.")
+    return Tuned(settings, model, train, test, probe.tuned, total, probe=probe, top1=top1, no_folder=no_folder)

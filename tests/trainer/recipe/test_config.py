@@ -13,6 +13,7 @@ from etf_zoo.trainer.recipe.config import (
     Optim,
     Recipe,
     changes,
+    entries,
     final_size,
     parse,
     save_recipe,
@@ -136,15 +137,15 @@ def test_dashes_and_underscores():
     assert recipe.model_args == {"drop_rate": 0.1}
 
 
-def test_changes_by_dotted_name(tmp_path):
-    save_recipe(Recipe(), tmp_path / "recipe.yaml")
-    assert changes(tmp_path / "recipe.yaml", Recipe()) == {}
+def test_changes_by_dotted_name():
+    before = entries(Recipe())
+    assert changes(before, Recipe()) == {}
     other = Recipe(epochs=31, optim=Optim(lr=0.1))
-    assert changes(tmp_path / "recipe.yaml", other) == {
+    assert changes(before, other) == {
         "optim.lr": "optim.lr 0.002 -> 0.1",
         "epochs": "epochs 30 -> 31",
     }
-    assert changes(tmp_path / "missing.yaml", other) == {}
+    assert changes({}, other) == {}
 
 
 def test_help_describes_every_field(capsys):

@@ -17,8 +17,9 @@ from torch import nn
 from etf_zoo import frame_heads
 from etf_zoo.trainer.data.batches import Split
 from etf_zoo.trainer.recipe.config import Augment, Data, Ema, Optim, Recipe
-from etf_zoo.trainer.run.checkpoint import CheckpointError
+from etf_zoo.trainer.run.checkpoint import CheckpointError, _digest
 from etf_zoo.trainer.run.export import export_run
+from etf_zoo.trainer.run.loop import Loop
 from etf_zoo.trainer.run.model import make_model, make_optimizer
 from etf_zoo.trainer.run.run import Run
 
@@ -38,6 +39,13 @@ RECIPE = Recipe(
 def run(tmp_path, name, **changes):
     recipe = dataclasses.replace(RECIPE, output=str(tmp_path / name), **changes)
     return Run(recipe)
+
+
+def rewrite_state(checkpoint, **changes):
+    """Change what a checkpoint says, as one that was written so."""
+    file = checkpoint / "state.json"
+    state = {**json.loads(file.read_text())["state"], **changes}
+    file.write_text(json.dumps({"sha256": _digest(state), "state": state}))
 
 
 def test_interrupted_and_resumed_equals_uninterrupted(tmp_path):
@@ -83,10 +91,11 @@ def test_half_written_checkpoints_are_passed_over(tmp_path, capsys):
     resumed = run(tmp_path, "run", resume=True)
     assert resumed.step == 2
     out = capsys.readouterr().out
-    assert "step_00000004 is passed over, it is incomplete: no readable state.json" in out
-    assert "step_00000003 is passed over, it is incomplete: model.safetensors has" in out
-    assert log.read_text() == ""  # the first epoch is not over at step 2
+    assert "step_00000004 is passed over: it has no readable state.json" in out
+    assert "step_00000003 is passed over: model.safetensors has" in out
+    assert resumed.records == []  # the first epoch is not over at step 2
     assert resumed.fit()
+    assert [json.loads(line)["epoch"] for line in log.read_text().splitlines()] == [1, 2]
     assert sorted(f.name for f in checkpoints.iterdir()) == ["step_00000004", "step_00000008"]
 
 
@@ -121,8 +130,9 @@ def test_a_full_disk_at_the_log(tmp_path, monkeypatch):
 def test_a_budget_that_ends_with_the_epoch(tmp_path, monkeypatch):
     """The epoch is evaluated and logged before the run stops, and not again after it."""
     stopped = run(tmp_path, "run", sizes=[[0, 24]])
-    monkeypatch.setattr(stopped, "_clock", lambda look: (stopped.step == stopped.steps_per_epoch, False))
-    assert not stopped.fit()
+    with monkeypatch.context() as context:
+        context.setattr(Loop, "clock", lambda loop, look: (stopped.step == stopped.steps_per_epoch, False))
+        assert not stopped.fit()
     assert stopped.step == stopped.steps_per_epoch
     resumed = run(tmp_path, "run", sizes=[[0, 24]], resume=True)
     assert resumed.fit()
@@ -154,6 +164,7 @@ def test_resuming_with_another_recipe(tmp_path, capsys):
     again = run(tmp_path, "run", resume=True, optim=Optim(lr=1e-3, weight_decay=0.5, betas=[0.8, 0.9]))
     assert "another recipe than before: optim.lr 0.002 -> 0.001" in capsys.readouterr().out
     assert again.step == 1
+    assert again.fit()
     assert "lr: 0.001" in (tmp_path / "run" / "recipe.yaml").read_text()
     groups = again.optimizer.param_groups
     assert {group["weight_decay"] for group in groups} == {0.0, 0.5}  # what is announced is what is done
@@ -162,19 +173,32 @@ def test_resuming_with_another_recipe(tmp_path, capsys):
 
 def test_several_processes_do_not_go_on_from_one(tmp_path):
     run(tmp_path, "run", time_budget="0s").fit()
-    state = tmp_path / "run" / "checkpoints" / "step_00000001" / "state.json"
-    state.write_text(json.dumps({**json.loads(state.read_text()), "processes": 2}))
+    rewrite_state(tmp_path / "run" / "checkpoints" / "step_00000001", processes=2)
     with pytest.raises(ValueError, match=r"is of 2 process\(es\): resume with one if it was one"):
         run(tmp_path, "run", resume=True)
 
 
 def test_one_training_a_folder(tmp_path):
-    first = run(tmp_path, "run", epochs=1)
-    with open(tmp_path / "run" / ".lock", "w") as lock:
+    """A second one is refused before it has changed anything."""
+    first, folder = run(tmp_path, "run", epochs=1), tmp_path / "run"
+    folder.mkdir()
+    (folder / "recipe.yaml").write_text("of the first\n")
+    (folder / "metrics.jsonl").write_text('{"epoch": 1}\n')
+    with open(folder / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(ValueError, match="Another process trains in"):
             first.fit()
+    assert (folder / "recipe.yaml").read_text() == "of the first\n"
+    assert (folder / "metrics.jsonl").read_text() == '{"epoch": 1}\n'
+    late = run(tmp_path, "run", epochs=1)
     assert first.fit()
+    recipe, records = (folder / "recipe.yaml").read_text(), (folder / "metrics.jsonl").read_text()
+    with pytest.raises(ValueError, match="Another process trains in"):  # which did since this one looked
+        late.fit()
+    with pytest.raises(ValueError, match="holds a run already"):
+        run(tmp_path, "run", epochs=2)
+    assert (folder / "recipe.yaml").read_text() == recipe
+    assert (folder / "metrics.jsonl").read_text() == records
 
 
 def test_a_killed_save_leaves_the_recipe(tmp_path, monkeypatch):
@@ -184,7 +208,7 @@ def test_a_killed_save_leaves_the_recipe(tmp_path, monkeypatch):
         "etf_zoo.trainer.recipe.config.yaml.safe_dump", lambda *args, **kwargs: (_ for _ in ()).throw(OSError())
     )
     with pytest.raises(OSError):  # noqa: PT011
-        run(tmp_path, "run", resume=True, optim=Optim(lr=1e-3))
+        run(tmp_path, "run", resume=True, optim=Optim(lr=1e-3)).fit()
     assert (tmp_path / "run" / "recipe.yaml").read_text() == before
 
 
@@ -293,7 +317,7 @@ def test_tensorboard(tmp_path, monkeypatch):
     )
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ImportError, match="pip install tensorboard"):
-        run(tmp_path, "other", tensorboard=True)
+        run(tmp_path, "other", tensorboard=True).fit()
 
 
 def test_half_precision_without_a_gpu(tmp_path):

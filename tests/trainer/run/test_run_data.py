@@ -50,7 +50,7 @@ def test_mixed_images_train_and_resume(tmp_path):
 
 def test_mixed_labels_reach_the_loss(tmp_path):
     trained = run(tmp_path, "run", augment=Augment(mixup=1e6), label_smoothing=0.0)
-    images, labels = next(iter(trained._batches(0, 0)))
+    images, labels = next(trained.batches(0, 0))
     seen = []
     stepper, objective = trained.stepper, trained.stepper.objective
     stepper.objective = lambda forward, x, y: seen.append((x, y)) or objective(forward, x, y)

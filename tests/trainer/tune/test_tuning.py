@@ -53,8 +53,8 @@ def test_training_watches_held_out_images_and_not_the_test(tmp_path, digits, mon
     plain = Split.take
     monkeypatch.setattr(Split, "take", lambda split, *args: looked.append(id(split)) or plain(split, *args))
     tuned = fine_tune(recipe(tmp_path, head=head), *digits)
-    assert len(tuned.run.train_split) + len(tuned.run.val_split) == 400
-    assert set(looked) == {id(tuned.run.train_split), id(tuned.run.val_split)}
+    assert len(tuned.train) + len(tuned.run.val_split) == 400
+    assert set(looked) == {id(tuned.train), id(tuned.run.val_split)}
     assert tuned.figures()["images"] == 450
     assert looked[-1] == id(digits[1])
     assert tuned.run.recipe.batch_size == 64
@@ -64,7 +64,7 @@ def test_early_stopping_goes_back_to_the_best(tmp_path, digits, monkeypatch):
     scores = iter([30.0, 50.0, 40.0, 50.0, 99.0])
     weights = []
 
-    def evaluate(run):
+    def evaluate(run, split=None):
         weights.append({k: v.clone() for k, v in run.plain_model().state_dict().items()})
         return {"top1": next(scores), "loss": 1.0}
 
@@ -80,7 +80,7 @@ def test_early_stopping_resumed(tmp_path, digits):
     whole = fine_tune(recipe(tmp_path / "a", epochs=4, patience=1), *digits)
     assert fine_tune(recipe(tmp_path / "b", epochs=4, patience=1, time_budget="0s"), *digits) is None
     resumed = fine_tune(recipe(tmp_path / "b", epochs=4, patience=1, resume=True), *digits)
-    assert resumed.run.scores == whole.run.scores
+    assert resumed.run.best.scores == whole.run.best.scores
     for key, value in whole.run.plain_model().state_dict().items():
         assert torch.equal(value, resumed.run.plain_model().state_dict()[key]), key
     again = fine_tune(recipe(tmp_path / "a", epochs=4, patience=1, resume=True), *digits)  # finished: nothing to do
@@ -88,21 +88,26 @@ def test_early_stopping_resumed(tmp_path, digits):
 
 
 def test_early_stopping_begun_in_a_later_session(tmp_path, digits, monkeypatch, capsys):
-    scores = iter([90.0, 30.0, 50.0, 40.0])
-    monkeypatch.setattr("etf_zoo.trainer.run.run.Run.evaluate", lambda run: {"top1": next(scores), "loss": 1.0})
-    best = tmp_path / "run" / "best.safetensors"
+    scores = iter([90.0, 30.0, 50.0, 40.0, 60.0, 60.0])
+    monkeypatch.setattr(
+        "etf_zoo.trainer.run.run.Run.evaluate", lambda run, split=None: {"top1": next(scores), "loss": 1.0}
+    )
 
     def resumed(**changes):
-        return fine_tune(recipe(tmp_path, resume=True, **changes), *digits).run.scores
+        best = fine_tune(recipe(tmp_path, resume=True, **changes), *digits).run.best
+        return [tuple(score) for score in best.scores] if best else None
+
+    def kept():
+        return [file.name for file in sorted(tmp_path.glob("run/checkpoints/*/best.safetensors"))]
 
     fine_tune(recipe(tmp_path, epochs=1), *digits)
     assert resumed(epochs=1, patience=1) == []  # had ended before: nothing was kept, and nothing is taken
-    assert resumed(epochs=3, patience=3) == [(30.0, -1.0), (50.0, -1.0)]  # of epoch 1 there are no weights
-    assert best.is_file()
-    assert resumed(epochs=4, patience=3) == [(30.0, -1.0), (50.0, -1.0), (40.0, -1.0)]
-    assert "Best of 3 evaluations: 2, 50.00 % held out" in capsys.readouterr().out
-    resumed(epochs=4)
-    assert not best.is_file()  # a session without patience keeps none up to date
+    assert resumed(epochs=3, patience=3) == [(2, 30.0, 1.0), (3, 50.0, 1.0)]  # of epoch 1 there are no weights
+    assert len(kept()) == 2
+    assert resumed(epochs=4, patience=3) == [(2, 30.0, 1.0), (3, 50.0, 1.0), (4, 40.0, 1.0)]
+    assert "Best of 3 evaluations: epoch 3, 50.00 % on held-out images" in capsys.readouterr().out
+    resumed(epochs=6)
+    assert not kept()  # a session without patience keeps none up to date
 
 
 def test_warm_head_starts_above_chance(tmp_path, digits, capsys):
@@ -181,7 +186,7 @@ def test_probes_of_a_model_with_two_classifiers(tmp_path, digits, monkeypatch):
         settings = dataclasses.replace(distilled, method=method, output=str(tmp_path / method))
         tuned = fine_tune(settings, train, test)
         backbone = tuned.total - tuned.tuned
-        assert (tuned.tuned, backbone + 2 * (10 * 192 + 10)) == (tuned_numbers, tuned_share(tuned.run.model)[1])
+        assert (tuned.tuned, backbone + 2 * (10 * 192 + 10)) == (tuned_numbers, tuned_share(tuned.model)[1])
         assert tuned.top1 > 20  # chance is 10
         assert tuned.no_folder
     monkeypatch.setattr(
@@ -193,7 +198,7 @@ def test_probes_of_a_model_with_two_classifiers(tmp_path, digits, monkeypatch):
 
 def test_few_shots(tmp_path, digits):
     tuned = fine_tune(recipe(tmp_path, method="ncm", shots=3), *digits)
-    assert len(tuned.run.train_split) == 30
+    assert len(tuned.train) == 30
     with pytest.raises(ValueError, match="Ask for at most"):
         fine_tune(recipe(tmp_path, shots=100), *digits)
 
@@ -202,15 +207,15 @@ def test_a_limit_holds_for_probes(tmp_path, digits):
     limited = recipe(tmp_path, data=dataclasses.replace(RECIPE.data, limit=100), epochs=1, holdout=0)
     probe = fine_tune(dataclasses.replace(limited, method="ncm", output=str(tmp_path / "ncm")), *digits)
     trained = fine_tune(limited, *digits)
-    assert sorted(probe.run.train_split.index) == sorted(limited_rows(400, 100, limited.seed))
-    assert sorted(probe.run.train_split.index) == sorted(trained.run.train_split.index)
+    assert sorted(probe.train.index) == sorted(limited_rows(400, 100, limited.seed))
+    assert sorted(probe.train.index) == sorted(trained.run.train_split.index)
 
 
 def test_long_tail(tmp_path, digits):
     tail = dataclasses.replace(RECIPE.data, long_tail=0.1)
     settings = recipe(tmp_path, data=tail, epochs=1, batch_size=16, loss=Loss(class_weights=True))
     tuned = fine_tune(settings, *digits)
-    counts = np.bincount(tuned.run.train_split.labels)
+    counts = np.bincount(tuned.train.labels)
     assert counts[0] >= 9 * counts[9]
     weights = tuned.run.stepper.objective.class_weights
     torch.testing.assert_close(weights * torch.from_numpy(counts), torch.full((10,), float(counts.sum()) / 10))
