@@ -374,7 +374,7 @@ def test_diverged_loss_stops_with_advice(tmp_path):
 
 def test_misspelled_model_arguments():
     for name in ("test_resnet_etf", "test_resnet"):
-        with pytest.raises(ValueError, match=rf"model_args of {name}: .*orientaton"):
+        with pytest.raises(ValueError, match=rf"{name} cannot be made with model_args .*orientaton"):
             make_model(dataclasses.replace(RECIPE, model=name, model_args={"orientaton": "blocks"}), 10)
 
 
