@@ -42,6 +42,8 @@ def test_every_recipe_reads(path, tmp_path, monkeypatch):
         comparison = parse(Comparison, ["--config", str(path)])
         assert all(recipe_of(comparison, cell).data.label_column == cell.labels for cell in cells_of(comparison))
     elif "\nweights:" in text:
+        # the weights of some are not kept, so they have no hash
+        monkeypatch.setattr("training.experiments.transfer_table._identity", lambda *args, **kwargs: "")
         assert cells(parse(Table, ["--config", str(path)]))
     elif "\nmodels:" in text:
         zoo = parse(Zoo, ["--config", str(path)])
