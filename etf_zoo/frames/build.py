@@ -70,7 +70,7 @@ def check_frame(
             raise EtfZooError(
                 f"frame={HELMERT!r} is {num_classes - 1} wide, the features are {dim}: use neck='linear'."
             )
-    elif frame not in (*FRAMES, CUSTOM):
+    elif not isinstance(frame, str) or frame not in (*FRAMES, CUSTOM):
         raise EtfZooError(f"Unknown frame {frame!r}. Choose one of {', '.join(FRAMES)}, or pass a tensor (K, dim).")
     elif frame != CUSTOM:
         if frame in _CHECKS:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import EtfZooError
+from .numerics import seeded
 from .orientation import resolve_orientation
 from .simplex import check_sizes, haar_columns, helmert_basis, simplex_etf
 
@@ -68,7 +69,7 @@ def random_frame(num_classes: int, dim: int, *, seed: int = 0) -> Tensor:
         ValueError: On fewer than 2 classes or 1 dimension.
     """
     check_sizes(num_classes, dim)
-    generator = torch.Generator(device="cpu").manual_seed(seed)
+    generator = seeded(seed)
     gaussian = torch.randn(num_classes, dim, generator=generator, dtype=torch.float64, device="cpu")
     return F.normalize(gaussian, dim=1).float()
 
@@ -92,6 +93,7 @@ def quick_code(num_classes: int, dim: int, *, seed: int = 0) -> Tensor:
         ValueError: On fewer than 2 classes or 1 dimension.
     """
     check_sizes(num_classes, dim)
+    seeded(seed)
     bases = [haar_columns(dim, dim, seed + i).T for i in range(math.ceil(num_classes / dim))]
     frame = torch.cat(bases)[:num_classes].float()
     steps = min(_POLISH_STEPS, int(_POLISH_BUDGET / (2 * num_classes**2 * dim)))

@@ -223,7 +223,7 @@ def check_hierarchy_fits(num_classes: int, dim: int) -> None:
 def check_gamma(gamma: float) -> None:
     """Raise ValueError unless gamma is a finite number, and not so small that rounding decides on the frame."""
     if not isinstance(gamma, int | float) or not (math.isfinite(gamma) and gamma >= MIN_GAMMA):
-        raise EtfZooError(f"gamma must be positive, at least {MIN_GAMMA} and finite, got {gamma!r}.")
+        raise EtfZooError(f"gamma must be positive and finite, got {gamma!r} (at least {MIN_GAMMA}).")
 
 
 def check_matrix(distance: Tensor) -> None:
@@ -256,6 +256,8 @@ def _solve(distance: Tensor, gamma: float) -> tuple[Tensor, Tensor, float]:
 
 def _checked(distance: Tensor) -> Tensor:
     check_matrix(distance)
+    if not isinstance(distance, Tensor) or distance.is_complex() or distance.dtype == torch.bool:
+        raise EtfZooError(f"distance holds numbers, got {distance.dtype}.")
     d = distance.detach().cpu().double()
     if not bool(torch.isfinite(d).all()) or bool((d < 0).any()):
         raise EtfZooError("distance must be finite and nonnegative.")

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import EtfZooError
+from .numerics import seeded
 from .simplex import check_sizes, haar_columns
 
 __all__ = [
@@ -116,7 +117,7 @@ def kerdock_signs(dim: int, *, seed: int = 0) -> Tensor:
     product = (logs[:, None] + logs) % order  # logarithm of a x
     forms[1:, 0, powers] = quadratic[product]
     forms[1:, 1, powers] = (quadratic ^ linear)[product]
-    generator = torch.Generator(device="cpu").manual_seed(seed)
+    generator = seeded(seed)
     flips = torch.randint(2, (dim,), generator=generator, dtype=torch.uint8, device="cpu")
     bits = forms.flatten(1) ^ flips
     bits = torch.nn.functional.pad(bits, (0, -dim % 8)).unflatten(1, (-1, 8))

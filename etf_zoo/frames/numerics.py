@@ -5,7 +5,37 @@ import math  # no `from __future__ import annotations` here: TorchScript cannot 
 import torch
 from torch import Tensor
 
-__all__ = ["at_least_float32", "directed_lengths", "unit"]
+from ..errors import EtfZooError
+
+__all__ = ["at_least_float32", "check_finite_matrix", "directed_lengths", "seeded", "unit"]
+
+
+def seeded(seed: int) -> torch.Generator:
+    """A generator of its own on the CPU.
+
+    Raises:
+        EtfZooError: If the seed is no whole number of 64 bits.
+    """
+    if not isinstance(seed, int) or isinstance(seed, bool) or not -(2**63) <= seed < 2**63:
+        raise EtfZooError(f"A seed is a whole number of 64 bits, got {seed!r}.")
+    return torch.Generator(device="cpu").manual_seed(seed)
+
+
+def check_finite_matrix(matrix: Tensor, what: str) -> None:
+    """Raise EtfZooError unless `matrix` is a tensor (rows, columns) of finite numbers, neither empty nor whole.
+
+    Args:
+        matrix: What was given.
+        what: Its name, for the message.
+    """
+    if not isinstance(matrix, Tensor):
+        raise EtfZooError(f"{what} is a tensor (rows, columns), got a {type(matrix).__name__}: torch.as_tensor(...).")
+    if matrix.ndim != 2 or not matrix.numel():
+        raise EtfZooError(f"Expected a matrix (num_classes, dim), got shape {tuple(matrix.shape)}.")
+    if not matrix.is_floating_point():
+        raise EtfZooError(f"{what} holds floating point numbers, got {matrix.dtype}.")
+    if not bool(torch.isfinite(matrix).all()):
+        raise EtfZooError(f"{what} has entries that are not finite.")
 
 
 def at_least_float32(x: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import EtfZooError
+from .numerics import check_finite_matrix
 
 __all__ = ["ORIENTATIONS", "block_indicators", "resolve_orientation", "turn_to_blocks"]
 
@@ -62,6 +63,7 @@ def turn_to_blocks(frame: Tensor) -> Tensor:
     Raises:
         ValueError: If K > dim, as not every class can have coordinates of its own.
     """
+    check_finite_matrix(frame, "The frame")
     blocks = block_indicators(*frame.shape)
     w = frame.detach().cpu().double()
     values, vectors = torch.linalg.eigh(w @ w.T)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import EtfZooError
+from .numerics import check_finite_matrix
 
 __all__ = ["polar_factor"]
 
@@ -51,6 +52,7 @@ def polar_factor(matrix: Tensor, *, eps: float = torch.finfo(torch.float64).eps)
     Raises:
         ValueError: If n > d or M is not float64.
     """
+    check_finite_matrix(matrix, "The matrix")
     n, d = matrix.shape
     if n > d:
         raise EtfZooError(f"A matrix of {n} rows and {d} columns has no factor with orthonormal rows.")

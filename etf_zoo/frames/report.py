@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..errors import EtfZooError
 from .kerdock import check_kerdock_fits, kerdock_core
+from .numerics import check_finite_matrix
 from .simplex import check_simplex_fits
 
 __all__ = ["FrameReport", "frame_report", "kerdock_report", "simplex_report"]
@@ -59,11 +60,12 @@ def frame_report(weight: Tensor) -> FrameReport:
     Raises:
         ValueError: If `weight` is not a matrix of at least two rows, all finite and nonzero.
     """
-    if weight.ndim != 2 or weight.shape[0] < 2:
+    check_finite_matrix(weight, "The frame")
+    if weight.shape[0] < 2:
         raise EtfZooError(f"Expected a matrix (num_classes, dim) of at least two rows, got {tuple(weight.shape)}.")
     w = weight.detach().cpu().double()
     norms = w.norm(dim=1, keepdim=True)
-    if not bool((torch.isfinite(norms) & (norms > 0)).all()):
+    if not bool((norms > 0).all()):
         raise EtfZooError("A row of the frame is zero or not finite and has no direction.")
     w = w / norms
     k, dim = w.shape

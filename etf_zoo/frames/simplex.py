@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import EtfZooError
+from .numerics import check_finite_matrix, seeded
 from .orientation import block_indicators, resolve_orientation
 from .polar import polar_factor
 
@@ -66,7 +67,7 @@ def haar_columns(dim: int, columns: int, seed: int) -> Tensor:
     Returns:
         Float64 `(dim, columns)`.
     """
-    generator = torch.Generator(device="cpu").manual_seed(seed)
+    generator = seeded(seed)
     gaussian = torch.randn(dim, columns, generator=generator, dtype=torch.float64, device="cpu")
     q, r = torch.linalg.qr(gaussian)
     signs = torch.where(torch.diagonal(r) < 0, -1.0, 1.0).to(torch.float64)
@@ -75,6 +76,9 @@ def haar_columns(dim: int, columns: int, seed: int) -> Tensor:
 
 def check_sizes(num_classes: int, dim: int) -> None:
     """Raise ValueError unless a frame of `num_classes` vectors in `dim` dimensions makes sense at all."""
+    for name, value in (("num_classes", num_classes), ("dim", dim)):
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise EtfZooError(f"{name} is a whole number, got {value!r}.")
     if num_classes < 2:
         raise EtfZooError(f"A frame needs at least 2 classes, got num_classes={num_classes}.")
     if dim < 1:
@@ -83,6 +87,7 @@ def check_sizes(num_classes: int, dim: int) -> None:
 
 def check_simplex_fits(num_classes: int, dim: int) -> None:
     """Raise ValueError, naming the ways out, unless a simplex of `num_classes` vectors fits `dim` dimensions."""
+    check_sizes(num_classes, dim)
     check_room(
         "simplex ETF",
         num_classes,
@@ -153,13 +158,10 @@ def nearest_simplex_etf(weight: Tensor, *, previous: Tensor | None = None, delta
     Warns:
         UserWarning: If `weight` has rank below K - 1 (the minimizer is then not unique) and `previous` is not given.
     """
-    if weight.ndim != 2:
-        raise EtfZooError(f"Expected a matrix (num_classes, dim), got shape {tuple(weight.shape)}.")
+    check_finite_matrix(weight, "The matrix")
     k, dim = weight.shape
     check_simplex_fits(k, dim)
     a = weight.detach().cpu().double()
-    if not torch.isfinite(a).all():
-        raise EtfZooError("The matrix has entries that are not finite; no nearest simplex ETF exists.")
     a = a - a.mean(dim=0)  # before the product, which would round a large mean instead of removing it
     basis = helmert_basis(k)
     m = basis.T @ a

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..errors import EtfZooError
 from .codes import best_frame, quick_code, random_frame
+from .numerics import seeded
 from .simplex import check_sizes
 
 __all__ = ["spherical_code"]
@@ -54,6 +55,7 @@ def spherical_code(
         ValueError: On fewer than 2 classes, fewer than 2 dimensions with K > 2, or nonpositive counts.
     """
     check_sizes(num_classes, dim)
+    seeded(seed)
     if num_classes <= 2 * dim:
         return best_frame(num_classes, dim, orientation="random", seed=seed)
     if dim == 1:

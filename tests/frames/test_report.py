@@ -76,7 +76,9 @@ def test_no_frame_beats_the_bounds():
         (torch.ones(3), "matrix"),
         (torch.ones(1, 3), "at least two rows"),
         (torch.tensor([[1.0, 0], [0, 0]]), "zero or not finite"),
-        (torch.tensor([[1.0, 0], [math.nan, 0]]), "zero or not finite"),
+        (torch.tensor([[1.0, 0], [math.nan, 0]]), "not finite"),
+        ([[1.0, 0], [0, 1]], "a tensor .*got a list"),
+        (torch.eye(2).long(), "floating point numbers, got torch.int64"),
     ],
 )
 def test_errors(weight, message):
