@@ -86,6 +86,8 @@ def _head_text(config: dict[str, Any], name: str) -> str:
         control = ": the control for the fixed frame of the same recipe, data order and seed"
         return "a learned linear classifier" + (control if "_control." in name else "")
     frame, orientation = args.get("frame", "auto"), args.get("orientation", "auto")
+    if "head=learned_cosine" in (config.get("pretrained_cfg", {}).get("description") or ""):
+        return "learned prototypes under a frame's norm and scale: the control for the frame being fixed"
     text = f"a fixed frame, never trained: {_FRAMES.get(frame, frame)}"
     if orientation != "auto" and frame not in ("custom", "helmert"):
         text += f", orientation `{orientation}`"

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import EtfZooError
+from ..layers.cosine import fix_prototypes
 from ..layers.whitening import Whitening
 from ..models.attach import FrameModel
 from ..models.names import frame_heads
@@ -56,6 +57,8 @@ def save_folder(
 ) -> Path:
     """Write a model as a Hub-ready folder: `model.safetensors` and `config.json` with the file's sha256.
 
+    Learned prototypes are stored as the fixed frame that they have become.
+
     `timm.create_model("local-dir:FOLDER", pretrained=True)` loads it after `import etf_zoo`.
 
     Args:
@@ -77,6 +80,7 @@ def save_folder(
     folder = Path(folder)
     if label_names is not None and len(label_names) != model.num_classes:
         raise EtfZooError(f"{len(label_names)} label names for {model.num_classes} classes.")
+    model = fix_prototypes(model)
     _check_whitening(model)
     if isinstance(model, FrameModel) and isinstance(model.head_config.neck, nn.Module):
         raise EtfZooError("A model with a neck of your own cannot be saved for others to build; use a named neck.")

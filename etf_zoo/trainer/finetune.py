@@ -34,7 +34,14 @@ def plan(settings: Finetune) -> dict[str, Finetune]:
 
 
 def _name(settings: Finetune) -> str:
-    heads = {"frame": "fixed frame", "random": "random frame", "learned": "learned head", "warm": "warm frame"}
+    heads = {
+        "frame": "fixed frame",
+        "random": "random frame",
+        "learned": "learned head",
+        "learned_cosine": "learned cosine head",
+        "warm": "warm frame",
+        "warm_learned": "warm learned head",
+    }
     what = settings.method if settings.method in PROBES else heads[settings.head]
     weights = "pretrained" if settings.pretrained else "random weights"
     method = "" if settings.method in ("full", *PROBES) else f", {settings.method}"

@@ -1,7 +1,8 @@
 """Images that show nearly the same stay together: in one fold, or on one side of a holdout.
 
 Photographs often come in series of one object. Held out from a series that is trained on, they measure memory: on such
-data the nearest neighbor looks the best classifier to cross-validation, and is not on a test of other objects.
+data the nearest neighbor looks the best classifier to cross-validation, and is not on a test of other objects. What
+features say goes further than `duplicates`, which finds the same picture, by its pixels.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
 from sklearn.model_selection import StratifiedGroupKFold
 from torch import Tensor
 from torch.nn import functional as F
+
+from .duplicates import connected
 
 __all__ = ["NEAR", "grouped_folds", "near_duplicates"]
 
@@ -64,9 +65,7 @@ def _linked(unit: Tensor, near: float) -> np.ndarray:
     for first in range(0, len(unit), ROWS):
         links = (unit[first : first + ROWS] @ unit[first:].T > near).nonzero()
         pairs.append((links + first).numpy())
-    own, other = np.concatenate(pairs).T
-    graph = coo_matrix((np.ones(len(own), bool), (own, other)), (len(unit), len(unit)))
-    return connected_components(graph, directed=False)[1].astype(np.int64)
+    return connected(np.concatenate(pairs), len(unit)).astype(np.int64)
 
 
 def grouped_folds(labels: np.ndarray, groups: np.ndarray, folds: int, seed: int) -> Iterator[tuple[np.ndarray, ...]]:

@@ -18,7 +18,7 @@ from etf_zoo.errors import EtfZooError
 from .fields import MAX_COUNT, Choice, Count, Fields, Probability, Range, Rule, Texts
 from .parsing import parse
 
-HEADS = ("frame", "random", "learned")
+HEADS = ("frame", "random", "learned", "learned_cosine")
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # our names -> accelerate's
 MAX_SIZE = 10_000  # pixels
 MAX_SEED = 2**32 - 1  # NumPy's
@@ -277,8 +277,9 @@ class Recipe(Fields):
     Attributes:
         output: Folder of the run.
         model: Any timm name.
-        head: `frame` (an `_etf` model as it is; any other gets a frame), `random` (the same with independent random
-            directions: a control) or `learned` (a plain trained classifier on the same backbone: the control).
+        head: `frame` (an `_etf` model as it is; any other gets a frame), or a control: `random` (the same with
+            independent random directions, drawn by the seed), `learned` (a plain trained classifier on the same
+            backbone, from zeros), `learned_cosine` (the frame, its norm and scale, but its rows train).
         model_args: Keyword arguments for the model, such as `orientation` or `moving: true`. `frame: hierarchy` takes
             its tree from the data's `hierarchy.json`; `frame: spherical_code` optimizes what `code` only starts.
         pretrained: Start from the tag's weights.

@@ -14,16 +14,19 @@ from torch import Tensor, nn
 from etf_zoo import attach_frame, frame_heads
 from etf_zoo.errors import EtfZooError
 from etf_zoo.frames import spherical_code
+from etf_zoo.layers.cosine import learn_prototypes
 from etf_zoo.layers.necks import build_neck
 from etf_zoo.models import find as models
 from etf_zoo.models.create import whiten
 from etf_zoo.models.find import Source
 from etf_zoo.models.head_config import split_head_args
-from etf_zoo.models.names import SKIP_CONNECTION, base_name, split_head, timm_classifier_names
+from etf_zoo.models.names import SKIP_CONNECTION, base_name, leaf_of, split_head, timm_classifier_names
 
 from ..recipe.config import Optim, Recipe
 
-__all__ = ["Source", "find_model", "make_model", "make_optimizer"]
+__all__ = ["LEARNED_HEADS", "Source", "find_model", "make_model", "make_optimizer"]
+
+LEARNED_HEADS = ("learned", "warm_learned")  # a linear layer of the backbone's own
 
 
 def find_model(model: str, pretrained: bool = True) -> Source:
@@ -62,23 +65,30 @@ def make_model(recipe: Recipe, num_classes: int, hierarchy: Tensor | None = None
 
 
 def _make_model(recipe: Recipe, num_classes: int, hierarchy: Tensor | None) -> nn.Module:
+    if recipe.head == "learned_cosine":
+        args = {key: value for key, value in recipe.model_args.items() if key != "moving"}
+        frame = dataclasses.replace(recipe, head="frame", model_args=args)
+        return learn_prototypes(_make_model(frame, num_classes, hierarchy))
     set_seed(recipe.seed)
     source = find_model(recipe.model, recipe.pretrained)
     args: dict[str, Any] = {"pretrained": recipe.pretrained, "num_classes": num_classes, **recipe.model_args}
     if args.get("frame") == "hierarchy":
         args.setdefault("hierarchy", hierarchy)
-    if recipe.head == "random":  # which knows no tree, and stays where it is
-        args = {**{k: v for k, v in args.items() if k not in ("hierarchy", "gamma", "moving")}, "frame": "random"}
-    if args.get("frame") == "spherical_code" and recipe.head != "learned":
+    if recipe.head == "random":  # which knows no tree, and stays where it is; each seed draws another
+        kept = {k: v for k, v in args.items() if k not in ("hierarchy", "gamma", "moving")}
+        head_args, args = split_head_args(kept)
+        args |= {"seed": recipe.seed, **head_args, "frame": "random"}
+    learned = recipe.head in LEARNED_HEADS
+    if args.get("frame") == "spherical_code" and not learned:
         return _with_spherical_code(recipe, args)
-    if recipe.head != "learned" and source.is_twin:
+    if not learned and source.is_twin:
         return timm.create_model(source.name, **args)
     whitening = args.pop("whitening", False)
     head_args, args = split_head_args(args)
     neck, width = head_args.get("neck"), head_args.get("neck_features")
-    plain = _plain_model(source, args) if recipe.head == "learned" else timm.create_model(source.name, **args)
+    plain = _plain_model(source, args) if learned else timm.create_model(source.name, **args)
     whiten(plain, whitening)
-    if recipe.head != "learned":
+    if not learned:
         return attach_frame(plain, **head_args)
     if neck not in (None, "none"):
         _put_neck(plain, neck, width)
@@ -98,9 +108,15 @@ def _with_spherical_code(recipe: Recipe, args: dict[str, Any]) -> nn.Module:
 
 
 def _plain_model(source: Source, args: dict[str, Any]) -> nn.Module:
-    """The backbone with timm's own learned classifier."""
+    """The backbone with timm's own learned classifier: zeros, unless pretrained weights bring one for these classes.
+
+    timm's random ones are so large for some architectures that fine-tuning on few images ends where they began.
+    """
     if not source.is_twin:
-        return timm.create_model(source.name, **args)
+        model: Any = timm.create_model(source.name, **args)
+        if not args["pretrained"] or model.pretrained_cfg.get("num_classes") != args["num_classes"]:
+            _zero_classifiers(model)
+        return model
     base = base_name(source.architecture)
     plain: Any = timm.create_model(base, **{**args, "pretrained": False})
     if args["pretrained"]:
@@ -110,7 +126,20 @@ def _plain_model(source: Source, args: dict[str, Any]) -> nn.Module:
         if unexpected or any(not key.startswith(tuple(f"{name}." for name in names)) for key in missing):
             raise RuntimeError(f"{source.architecture} and {base} differ in more than the head: {missing}.")
         plain.pretrained_cfg = {**twin.pretrained_cfg, "architecture": base}
+    _zero_classifiers(plain)
     return plain
+
+
+def _zero_classifiers(model: nn.Module) -> None:
+    for name in timm_classifier_names(model):
+        if (leaf := leaf_of(model, name)) is not None:
+            _zero(leaf)
+
+
+def _zero(layer: nn.Module) -> nn.Module:
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer
 
 
 def make_optimizer(settings: Optim, model: nn.Module) -> torch.optim.Optimizer:
@@ -141,4 +170,4 @@ def _put_neck(model: nn.Module, neck: str, width: int | None) -> None:
         raise EtfZooError(f"A learned head behind a neck needs a model with one linear classifier, not {name}.")
     module, width = build_neck(neck, leaf.in_features, leaf.out_features, width)
     parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, nn.Sequential(module, nn.Linear(width, leaf.out_features)))
+    setattr(model.get_submodule(parent), child, nn.Sequential(module, _zero(nn.Linear(width, leaf.out_features))))

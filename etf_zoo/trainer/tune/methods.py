@@ -16,9 +16,9 @@ from etf_zoo.models.head_config import split_head_args
 from etf_zoo.models.mixing import become
 from etf_zoo.models.names import timm_classifier_names
 
-from .probes import class_means
+from .probes import class_means, copy_linear, fit_probe, linear_classifier
 
-__all__ = ["METHODS", "blocks", "pick_layer", "prepare", "tuned_share", "warm_frame", "warm_head"]
+__all__ = ["METHODS", "blocks", "pick_layer", "prepare", "tuned_share", "warm_frame", "warm_head", "warm_learned_head"]
 
 METHODS = ("full", "head", "layer", "scl")
 LAYER_SHARE = 0.1  # the layer that is tuned by default has at most so much of the parameters
@@ -170,3 +170,33 @@ def warm_head(model: nn.Module, features: Tensor, labels: Tensor, names: list[st
         raise EtfZooError("A warm frame meets the backbone's features themselves: take the neck out, or --head frame.")
     kept = {k: v for k, v in split_head_args(head_args)[0].items() if k not in ("frame", "orientation", "seed")}
     attach_frame(model, len(names), frame=warm_frame(features, labels, names), **kept)
+
+
+def warm_learned_head(
+    model: nn.Module, features: Tensor, labels: Tensor, names: list[str], *, seed: int = 0, strength: float = 0.0
+) -> str:
+    """Put the linear probe of the frozen features into a model's learned classifier, in place (LP-FT, 2202.10054).
+
+    Args:
+        model: A timm model.
+        features: Of its frozen backbone, `(N, d)`.
+        labels: `(N,)`.
+        names: Of the K classes.
+        seed: See `fit_probe`.
+        strength: See `fit_probe`.
+
+    Returns:
+        What was chosen, for people.
+
+    Raises:
+        EtfZooError: As `fit_probe`, or if no single linear layer stands behind the features.
+    """
+    layer = linear_classifier(model)
+    if layer is None:
+        raise EtfZooError(
+            f"{type(model).__name__} has more than one linear layer behind its features: a linear probe has no place "
+            "in it. Take --head learned, or --head warm."
+        )
+    probe = fit_probe("linear_probe", features, labels, names, seed=seed, strength=strength)
+    copy_linear(probe, layer)
+    return probe.chosen

@@ -25,7 +25,16 @@ from ..data.sealed import choosing
 from ..data.subsets import Images
 from .logistic import fit_logistic, principal_axes
 
-__all__ = ["PROBES", "Probe", "backbone_features", "backbone_size", "class_means", "fit_probe", "linear_classifier"]
+__all__ = [
+    "PROBES",
+    "Probe",
+    "backbone_features",
+    "backbone_size",
+    "class_means",
+    "copy_linear",
+    "fit_probe",
+    "linear_classifier",
+]
 
 PROBES = ("linear_probe", "knn", "knn_20", "ncm", "ncm_euclid")
 STRENGTHS = tuple(10.0**power for power in range(-4, 3))  # scikit-learn's C: larger is weaker regularization
@@ -73,6 +82,15 @@ def linear_classifier(model: nn.Module) -> nn.Linear | nn.Conv2d | None:
     layer = model.get_classifier()  # type: ignore[operator]
     single = isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1))
     return layer if single and len(timm_classifier_names(model)) == 1 else None
+
+
+@torch.no_grad()
+def copy_linear(probe: Probe, layer: nn.Linear | nn.Conv2d) -> None:
+    """Put a linear probe into the layer that classifies, see `linear_classifier`."""
+    if probe.linear is None or layer.bias is None:
+        raise EtfZooError(f"A probe with weight and bias does not fit into {layer}: {probe.chosen}.")
+    layer.weight.copy_(probe.linear[0].view_as(layer.weight))
+    layer.bias.copy_(probe.linear[1])
 
 
 @torch.no_grad()  # not inference_mode, in which a model that is moved to a GPU could not be trained any more

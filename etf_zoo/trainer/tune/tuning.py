@@ -17,6 +17,7 @@ from etf_zoo.models.head_config import split_head_args
 
 from ..data.augment import colors_of
 from ..data.batches import Split, frame_tree
+from ..data.near_duplicates import near_duplicates
 from ..data.subsets import Images, check_classes, load_images, split_training
 from ..recipe.config import HEADS, Recipe, final_size
 from ..run.export import Origin, export_model, export_run
@@ -26,8 +27,8 @@ from ..run.model import find_model, make_model
 from ..run.run import Run
 from ..run.summary import summarize
 from ..run.watch import BestEpoch
-from .methods import METHODS, prepare, tuned_share, warm_head
-from .probes import PROBES, Probe, backbone_features, backbone_size, fit_probe, linear_classifier
+from .methods import METHODS, prepare, tuned_share, warm_head, warm_learned_head
+from .probes import PROBES, Probe, backbone_features, backbone_size, copy_linear, fit_probe, linear_classifier
 
 __all__ = ["Finetune", "Tuned", "strip_head", "features_of", "fine_tune", "load_data"]
 
@@ -38,15 +39,16 @@ class Finetune(Recipe):
 
     Attributes:
         model: timm or `_etf` name, `hf-hub:` id, model folder or the folder of a finished run.
-        head: The new head: `frame`, `random`, `learned`, or `warm`: the simplex ETF nearest to the class means of the
-            frozen features, which knows the classes before any training. By default `frame` for `_etf` models and
-            `learned` for others.
+        head: The new head, as in pretraining, or one that knows the classes before any training: `warm` (the simplex
+            ETF nearest to the class means of the frozen features) or `warm_learned` (their linear probe, 2202.10054).
+            By default `frame` for `_etf` models and `learned` for others.
         method: `full`, `head` (frozen backbone), `layer` (one block and the head), `scl` (the same, with a skip
             connection to the last feature, 2212.12206), or on frozen features, with a head of their own,
             `linear_probe`, `knn`, `knn_20`, `ncm`, `ncm_euclid`, see `fit_probe`; what `head` and `model_args` say of a
             head is then left out.
         layer: Block that `layer` and `scl` tune; by default the last with at most a tenth of the parameters.
-        holdout: Share of each class's training images that is held out, to draw the curve and to stop by. With 0 the
+        holdout: Share of each class's training images that is held out, to draw the curve and to stop by; with
+            pretrained weights, near-duplicates by their features stay on one side. With 0 the
             curve is over the test images, and nothing is chosen by it. Probes hold nothing out.
         patience: Stop after so many epochs without a better accuracy on the held-out images, and keep the best; 0 for
             never.
@@ -57,7 +59,7 @@ class Finetune(Recipe):
             itself: the same model from random weights, and a learned head on the same weights.
     """
 
-    heads: ClassVar[tuple[str, ...]] = (*HEADS, "warm")
+    heads: ClassVar[tuple[str, ...]] = (*HEADS, "warm", "warm_learned")
 
     output: str = "runs/finetune"
     model: str = "mobilenetv3_small_100_etf"
@@ -178,9 +180,15 @@ def fine_tune(settings: Finetune, train: Images, test: Images) -> Tuned | None:
         The result, or None if the time budget ran out first.
     """
     is_probe = settings.method in PROBES
+    holdout = 0.0 if is_probe else settings.holdout
+    groups = None
+    if holdout and settings.pretrained:  # features of random weights tell no series from others
+        model = make_model(strip_head(settings), len(train.label_names))
+        groups = near_duplicates(features_of(settings, model, train))
     fitted_on, held = split_training(
         train,
-        holdout=0 if is_probe else settings.holdout,
+        holdout=holdout,
+        groups=groups,
         shots=settings.shots,
         long_tail=settings.data.long_tail,
         limit=settings.data.limit,
@@ -208,12 +216,15 @@ def _train(settings: Finetune, train: Images, held: Images | None, test: Images)
     if settings.head == "warm":
         features = features_of(settings, model, train)
         warm_head(model, features, torch.from_numpy(train.labels), names, settings.model_args)
+    elif settings.head == "warm_learned":
+        features, labels = features_of(settings, model, train), torch.from_numpy(train.labels)
+        warm_learned_head(model, features, labels, names, seed=settings.seed, strength=settings.strength)
     prepare(model, settings.method, settings.layer)
     tuned, total = tuned_share(model)
     best = BestEpoch(settings.patience) if settings.patience else None
     run = Run(settings, train, held or test, model, best=best)
     start = None
-    if settings.head == "warm" and run.step == 0:
+    if settings.head in ("warm", "warm_learned") and run.step == 0:
         on, what = (train, "training") if held is None else (held, "held-out")
         start = run.evaluate(on)["top1"], f"{what} images"
         run.accelerator.print(f"Before any training: {start[0]:.2f} % of the {start[1]}.")
@@ -234,9 +245,7 @@ def _probe(settings: Finetune, train: Images, test: Images) -> Tuned:
     total = backbone_size(model) + probe.tuned
     head, no_folder = "learned", ""
     if probe.linear is not None and layer is not None:
-        with torch.no_grad():
-            layer.weight.copy_(probe.linear[0].view_as(layer.weight))
-            layer.bias.copy_(probe.linear[1])
+        copy_linear(probe, layer)
     elif probe.linear is None and probe.prototypes is None:
         no_folder = f"{settings.method} keeps the training features themselves"
     elif layer is None:

@@ -80,7 +80,7 @@ def test_seconds(text, value):
     [
         ({"time_budget": "soon"}, "such as 9m"),
         ({"sizes": [[3, 32]]}, "begins at epoch 0"),
-        ({"head": "nice"}, "head takes one of frame, random, learned, got 'nice'"),
+        ({"head": "nice"}, "head takes one of frame, random, learned, learned_cosine, got 'nice'"),
         ({"precision": "fp8"}, "precision takes one of fp32, bf16, fp16, got 'fp8'"),
         ({"epochs": 0}, "epochs takes a whole number at least 1, got 0"),
         ({"keep_checkpoints": 0}, "keep_checkpoints takes a whole number at least 1, got 0"),

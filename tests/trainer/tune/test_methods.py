@@ -6,7 +6,16 @@ import torch
 from torch.nn import functional as F
 
 from etf_zoo import frame_heads
-from etf_zoo.trainer.tune.methods import blocks, pick_layer, prepare, tuned_share, warm_frame, warm_head
+from etf_zoo.trainer.tune.methods import (
+    blocks,
+    pick_layer,
+    prepare,
+    tuned_share,
+    warm_frame,
+    warm_head,
+    warm_learned_head,
+)
+from etf_zoo.trainer.tune.probes import fit_probe
 
 
 def make(name="test_resnet", **kwargs):
@@ -116,3 +125,16 @@ def test_warm_head_replaces_the_frame(positive):
         warm_head(make("test_resnet_etf", neck="mlp"), wide, labels, list("abcde"), {})
     with pytest.raises(ValueError, match="needs at least 4 dimensions"):
         warm_frame(features[:, :3], labels, list("abcde"))
+
+
+def test_warm_learned_head_is_the_probe(positive):
+    features, labels = positive
+    wide = F.pad(features, (0, 96 - 32))
+    model = make()
+    chosen = warm_learned_head(model, wide, labels, list("abcde"), seed=1)
+    probe = fit_probe("linear_probe", wide, labels, list("abcde"), seed=1)
+    assert chosen == probe.chosen
+    assert torch.equal(model.fc(wide).argmax(1), torch.from_numpy(probe.predict(wide.numpy())))
+    torch.testing.assert_close(model.fc.weight, probe.linear[0])
+    with pytest.raises(ValueError, match="more than one linear layer"):
+        warm_learned_head(timm.create_model("levit_128s"), wide, labels, list("abcde"))

@@ -119,7 +119,14 @@ def test_warm_head_starts_above_chance(tmp_path, digits, capsys):
     assert frame_heads(tuned.run.plain_model())["fc"].frame == "custom"
 
 
-@pytest.mark.parametrize(("method", "head"), [("scl", ""), ("layer", ""), ("head", "learned")])
+def test_a_warm_learned_head_starts_from_the_probe(tmp_path, digits):
+    tuned = fine_tune(recipe(tmp_path, head="warm_learned", strength=0.1, epochs=1, optim=Optim(lr=1e-9)), *digits)
+    accuracy, where = tuned.start
+    assert where == "held-out images"
+    assert accuracy > 50  # chance is 10, and the backbone is random
+
+
+@pytest.mark.parametrize(("method", "head"), [("scl", ""), ("layer", ""), ("head", "learned"), ("head", "learned_cosine")])
 def test_methods_become_model_folders(tmp_path, digits, method, head, capsys):
     settings = recipe(tmp_path, method=method, head=head or RECIPE.head, epochs=1, layer="layer3" * (method != "head"))
     tuned = fine_tune(settings, *digits)
@@ -134,6 +141,7 @@ def test_methods_become_model_folders(tmp_path, digits, method, head, capsys):
         torch.testing.assert_close(loaded(x), tuned.run.plain_model().eval()(x), atol=0.05, rtol=0.05)
     frame = "a fixed frame, never trained" in (folder / "README.md").read_text()
     assert frame == (method != "head")
+    assert ("learned prototypes" in (folder / "README.md").read_text()) == (head == "learned_cosine")
     if method == "scl":
         with pytest.raises(ValueError, match="skip connection from an earlier tuning"):
             dataclasses.replace(settings, model=str(folder))
@@ -316,7 +324,7 @@ def test_classes_that_are_missing(tmp_path, digits, monkeypatch):
     ("changes", "message"),
     [
         ({"method": "svm"}, "method is one of full, head"),
-        ({"head": "hot"}, "head takes one of frame, random, learned, warm"),
+        ({"head": "hot"}, "head takes one of frame, random, learned, learned_cosine, warm, warm_learned"),
         ({"model": "resnt18"}, "There is no model or folder 'resnt18'. Did you mean"),
         ({"patience": 3, "holdout": 0.0}, "needs held-out images"),
         ({"compare": True, "method": "ncm"}, "compare is for training"),
