@@ -231,7 +231,12 @@ RECIPE = Recipe(
         {"loss": Loss("squared"), "model_args": {"feature_norm": "none"}},
         {"model_args": {"moving": True}},
         {"model_args": {"whitening": {"group_size": 16}}},
-        {"model_args": {"whitening": True, "neck": "mlp"}, "head": "learned", "loss": Loss(variance_covariance=0.1), "epochs": 3},
+        {
+            "model_args": {"whitening": True, "neck": "mlp"},
+            "head": "learned",
+            "loss": Loss(variance_covariance=0.1),
+            "epochs": 8,  # a head from zeros passes no gradient at first
+        },
     ],
 )
 def test_trains(tmp_path, changes):

@@ -126,7 +126,9 @@ def test_a_warm_learned_head_starts_from_the_probe(tmp_path, digits):
     assert accuracy > 50  # chance is 10, and the backbone is random
 
 
-@pytest.mark.parametrize(("method", "head"), [("scl", ""), ("layer", ""), ("head", "learned"), ("head", "learned_cosine")])
+@pytest.mark.parametrize(
+    ("method", "head"), [("scl", ""), ("layer", ""), ("head", "learned"), ("head", "learned_cosine")]
+)
 def test_methods_become_model_folders(tmp_path, digits, method, head, capsys):
     settings = recipe(tmp_path, method=method, head=head or RECIPE.head, epochs=1, layer="layer3" * (method != "head"))
     tuned = fine_tune(settings, *digits)
