@@ -6,9 +6,11 @@ import copy
 import dataclasses
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import EtfZooError
+from ..frames.build import build_frame
 from ..frames.numerics import unit
 from .classifier import FrameClassifier
 from .moving import MovingFrameClassifier
@@ -31,6 +33,16 @@ class LearnedCosineClassifier(FrameClassifier):
     def weight(self) -> Tensor:  # type: ignore[override]  # a buffer there
         """Unit rows `(K, dim)`, through which gradients flow."""
         return unit(self.prototypes)
+
+    def build_again(self) -> None:
+        with torch.no_grad():
+            self.prototypes.copy_(build_frame(self.frame, self.num_classes, self.dim, **self.built_from))
+
+    def check_intact(self, x: Tensor) -> None:
+        """Rows that train are meant to change."""
+
+    def _load_from_state_dict(self, *args):
+        nn.Module._load_from_state_dict(self, *args)  # none of the checks that a fixed frame needs
 
 
 def learn_prototypes(model: nn.Module) -> nn.Module:
