@@ -30,7 +30,7 @@ def wheel(tmp_path_factory):
 def test_wheel_holds_library_and_weights_only(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
-    assert tops == {"etf_zoo", next(t for t in tops if t.endswith(".dist-info"))}
+    assert tops == {"etf_zoo", "etf_zoo_cli.py", next(t for t in tops if t.endswith(".dist-info"))}
     for name in native_tags():
         assert f"etf_zoo/model_cards/{name}/model.safetensors" in names
         assert f"etf_zoo/model_cards/{name}/config.json" in names

@@ -18,6 +18,7 @@ from ..errors import EtfZooError
 from ..layers.classifier import FrameClassifier
 from ..metrics import MistakeSeverity, NeuralCollapse, sum_over_processes
 from ..models.names import frame_heads
+from .mistakes import Predictions
 
 __all__ = ["Measurement", "evaluate", "measure", "format_table"]
 
@@ -38,12 +39,14 @@ class Measurement:
         class_means: Of the backbone's features, `(K, d)` float64 on the CPU; zero for a class without samples.
         counts: Samples of each class, `(K,)`.
         confusion: Samples by true (row) and predicted (column) class, `(K, K)`; None unless asked for.
+        predictions: Of each of this process's samples, in the order of its batches; None unless asked for.
     """
 
     figures: dict[str, float]
     class_means: Tensor
     counts: Tensor
     confusion: Tensor | None
+    predictions: Predictions | None = None
 
 
 def evaluate(model: nn.Module, batches: Batches, **kwargs) -> dict[str, float]:
@@ -72,6 +75,7 @@ def measure(
     *,
     distances: Tensor | None = None,
     confusion: bool = False,
+    predictions: bool = False,
     processes: Any = None,
     autocast: Callable[..., contextlib.AbstractContextManager] = contextlib.nullcontext,
     forward: Forward | None = None,
@@ -91,6 +95,7 @@ def measure(
         batches: (images, labels) of this process. With several processes every sample has to be in one share only.
         distances: LCA heights of the classes `(K, K)`, see `MistakeSeverity`.
         confusion: Whether to count the confusion matrix, K x K numbers.
+        predictions: Whether to keep what is predicted for each sample.
         processes: accelerate's `Accelerator` or a process group, to sum over; None for this process alone. A
             collective call then: every process has to make it.
         autocast: Gives a context for the forward pass, such as `accelerator.autocast`.
@@ -113,7 +118,7 @@ def measure(
     was_training = model.training
     model.eval()
     try:
-        tally = _Tally(model, distances, confusion, store_limit)
+        tally = _Tally(model, distances, confusion, predictions, store_limit)
         for labels, features, logits, seconds in _forwarded(model, batches, autocast, forward):
             tally.update(labels, features, logits, seconds)
         tally.reduce(processes)
@@ -123,8 +128,8 @@ def measure(
             for _, features, logits, _ in _forwarded(model, batches, autocast, forward):
                 tally.collapse.update_agreement(features, predictions=logits.argmax(1))
         else:
-            for features, predictions in tally.stored:
-                tally.collapse.update_agreement(features, predictions=predictions)
+            for features, predicted in tally.stored:
+                tally.collapse.update_agreement(features, predictions=predicted)
         return tally.finish(processes, global_mean)
     finally:
         model.train(was_training)
@@ -172,7 +177,9 @@ def _wait(device: torch.device) -> None:
 class _Tally:
     """Everything `measure` counts."""
 
-    def __init__(self, model: nn.Module, distances: Tensor | None, confusion: bool, store_limit: int):
+    def __init__(
+        self, model: nn.Module, distances: Tensor | None, confusion: bool, predictions: bool, store_limit: int
+    ):
         self.num_classes = getattr(model, "num_classes", None)
         self.dim = getattr(model, "head_hidden_size", None) or getattr(model, "num_features", None)
         self.weight, self.bias, self.head = _head(model)
@@ -182,6 +189,7 @@ class _Tally:
         self.distances, self.with_confusion, self.store_limit = distances, confusion, store_limit
         self.collapse: NeuralCollapse = None  # type: ignore[assignment]  # made when the sizes are known
         self.stored: list[tuple[Tensor, Tensor]] | None = []
+        self.kept: list[tuple[Tensor, Tensor, Tensor]] | None = [] if predictions else None
         self.bytes = 0
         self.speeds: list[tuple[int, float]] = []  # images, seconds
 
@@ -220,6 +228,8 @@ class _Tally:
         self.bins.index_add_(1, own_bin, torch.stack([torch.ones_like(confidence), right, confidence]).double())
         if self.confusion is not None:
             self.confusion += torch.bincount(labels * logits.shape[1] + predicted, minlength=len(self.confusion))
+        if self.kept is not None:
+            self.kept.append((labels.cpu(), predicted.cpu(), confidence.cpu()))
         if self.stored is not None:
             self.bytes += features.numel() * features.element_size()
             if self.bytes > self.store_limit:
@@ -291,7 +301,8 @@ class _Tally:
             figures |= self.severity.compute()
         figures = {name: value for name, value in figures.items() if math.isfinite(value)}
         confusion = None if self.confusion is None else self.confusion.view(self.num_classes, -1).cpu()  # type: ignore
-        return Measurement(figures, self.collapse.means.cpu(), self.collapse.counts.cpu(), confusion)
+        predictions = None if self.kept is None else Predictions.joined(self.kept)
+        return Measurement(figures, self.collapse.means.cpu(), self.collapse.counts.cpu(), confusion, predictions)
 
 
 def _head(model: nn.Module) -> tuple[Tensor | None, Tensor | None, FrameClassifier | None]:

@@ -64,7 +64,7 @@ def main() -> None:
     figures: dict[str, dict[str, Any]] = {name: tuned.figures() for name, tuned in others}
     folder = first.folder / "model"
     references = [{"model": name, "results": values} for name, values in figures.items()]
-    results = {"top1": first.top1} if first.no_folder else first.export(folder, references)
+    results = {"top1": first.top1} if first.no_folder else first.export(folder, references, first.folder)
     if not process_state().is_main_process:
         return
     print(f"\n{'top-1 on ' + test.source:<40}{'%':>8}")
@@ -78,4 +78,5 @@ def main() -> None:
     if first.no_folder:
         print(f"There is no model folder: {first.no_folder}.")
     else:
+        print(f"Wrong images: {first.folder / 'errors.csv'}, {first.folder / 'pictures'}")
         print(f"Model:   {folder}   (try: etf-zoo predict {folder} IMAGE)")

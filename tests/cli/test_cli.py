@@ -11,9 +11,10 @@ import timm
 from PIL import Image
 
 from etf_zoo import frame_heads
-from etf_zoo.cli.main import main
 from etf_zoo.frames import frame_report
 from etf_zoo.sharing.folder import save_folder
+from etf_zoo.weights.native import native_tags
+from etf_zoo_cli import main
 
 HEAD_FIGURES = [
     *("frame", "width", "largest cosine", "coherence"),
@@ -45,8 +46,18 @@ def test_list(capsys):
     assert main(["list", "resnet18*"]) == 0
     assert "resnet18_etf" in capsys.readouterr().out.split()
     assert main(["list", "--pretrained"]) == 0
-    sources = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
-    assert sources["mobilenetv3_small_100_etf.e27_tiny"] == "embedded"
+    *embedded, last = capsys.readouterr().out.splitlines()
+    assert sorted(line.split()[0] for line in embedded) == sorted(native_tags())
+    assert all(line.split()[1] == "embedded" for line in embedded)
+    assert last.startswith("and 1,")
+    assert "more on the Hugging Face Hub" in last
+    assert main(["list", "*", "--pretrained"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] == "embedded" for line in lines] == [True] * len(embedded) + [False] * (
+        len(lines) - len(embedded)
+    )
+    assert f"and {len(lines) - len(embedded):,} more" in last
+    sources = dict(line.split(maxsplit=1) for line in lines)
     assert sources["resnet18_etf.a1_in1k"] == "converted from hf-hub:timm/resnet18.a1_in1k"
     assert main(["list", "resnet18*", "--pretrained"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -59,7 +70,7 @@ def test_info_of_a_twin_a_tag_and_a_folder(capsys, folder):
     info = json.loads(capsys.readouterr().out)
     assert info["classes"] == 200
     assert_simplex(info["head classifier"], 200, 1024)
-    assert info["head classifier"]["frame"] == "auto"
+    assert info["head classifier"]["frame"] == "simplex ETF of 200 classes in 1024 dimensions"
     assert info["head classifier"]["logit scale"] == pytest.approx(199 / 200 * math.log(199 * 999), rel=1e-3)
     assert main(["info", str(folder)]) == 0
     out = capsys.readouterr().out
@@ -71,7 +82,7 @@ def test_info_of_a_twin_a_tag_and_a_folder(capsys, folder):
     assert main(["info", "resnet10t_etf.c3_in1k"]) == 0  # without a download
     out = capsys.readouterr().out
     assert "converted from hf-hub:timm/resnet10t.c3_in1k (apache-2.0)" in out
-    assert "helmert" in out
+    assert "simplex ETF of 1000 classes in 999 dimensions, in Helmert coordinates" in out
     assert main(["info", "resnet10t_etf.c3_in1k", "--json"]) == 0
     assert_simplex(json.loads(capsys.readouterr().out)["head fc"], 1000, 999)
 
@@ -92,7 +103,8 @@ def test_info_of_frames_that_are_no_simplex_and_of_one_never_formed(capsys, tmp_
     assert main(["info", "vit_tiny_patch16_224_etf.augreg_in21k", "--json"]) == 0  # 21,843 classes
     implicit = json.loads(capsys.readouterr().out)["head head"]
     assert_simplex(implicit, 21843, 21842)
-    assert implicit["frame"] == "helmert, computed and not stored"
+    frame = "simplex ETF of 21843 classes in 21842 dimensions, in Helmert coordinates, computed and not stored"
+    assert implicit["frame"] == frame
     assert list(implicit) == HEAD_FIGURES
 
 
@@ -110,8 +122,8 @@ def test_predict_shows_label_names(capsys, folder, image):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["predict", "{folder}", "{folder}/config.json"], "is not an image"),
-        (["predict", "{folder}", "{folder}/nowhere.png"], "cannot be read"),
+        (["predict", "{folder}", "{folder}/config.json"], "config.json cannot be read: it is no image"),
+        (["predict", "{folder}", "{folder}/nowhere.png"], "nowhere.png cannot be read: No such file"),
         (["info", "resnet18_etv"], "Did you mean resnet18_etf"),
         (["list", "nonsense"], "No model matches"),
         (["card", "{folder}"], "metrics.json is missing"),
@@ -119,7 +131,9 @@ def test_predict_shows_label_names(capsys, folder, image):
         (["convert", "resnet10t.c3_in1k", "{folder}/out"], "timm/resnet10t.c3_in1k is not in the cache"),
         (["convert", "weights.pth", "{folder}/out"], "pickles are not read"),
         (["convert", "{folder}", "{folder}/out", "--center", "train"], "mean features of --data"),
-        (["export", "{folder}", "{folder}/out"], "--plain (a checkpoint for stock timm), --onnx, or both"),
+        (["export", "{folder}", "{folder}/out"], "--format plain (a checkpoint for stock timm) or --format onnx"),
+        (["export", "{folder}", "{folder}/out", "--onnx", "--half"], "--half is for --format plain"),
+        (["evaluate", "{folder}"], "Name the data to measure on"),
     ],
 )
 def test_errors_are_one_line(arguments, message, folder, capsys):
@@ -142,12 +156,13 @@ def image_folder(tmp_path):
 
 
 def test_evaluate_on_a_folder_of_images(capsys, folder, image_folder, tmp_path):
-    arguments = ["evaluate", str(folder), "--data", image_folder, "--split", "test", "--batch-size", "4", "--json"]
+    arguments = ["evaluate", str(folder), image_folder, "--split", "test", "--batch-size", "4", "--json"]
     tree = tmp_path / "tree.json"
     tree.write_text(json.dumps({"a": "x", "b": "x", "c": "y", "d": "y", "e": "y", "x": "root", "y": "root"}))
     assert main([*arguments, "--hierarchy", str(tree)]) == 0
-    figures = json.loads(capsys.readouterr().out)
-    assert figures["images"] == 10
+    record = json.loads(capsys.readouterr().out)
+    figures = record["results"]
+    assert record["dataset"] == {"name": "images", "split": "test", "images": 10, "size": 32}
     assert 0 <= figures["top1"] <= 100 == figures["top5"]
     assert {"ece", "nc1_pinv", "nc4_agreement", "severity"} <= figures.keys()
 
@@ -171,7 +186,7 @@ def test_evaluate_refuses_images_without_labels(capsys, folder, tmp_path):
     (tmp_path / "data").mkdir()
     datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "data" / "test-0.parquet")
     assert main(["evaluate", str(folder), "--data", str(tmp_path / "data"), "--split", "test"]) == 1
-    assert "Label -1 is none of 0 to 4: some images have no label" in capsys.readouterr().err
+    assert "label" in capsys.readouterr().err
 
 
 def test_evaluate_refuses_classes_the_model_does_not_know(capsys, folder, image_folder):
@@ -181,7 +196,7 @@ def test_evaluate_refuses_classes_the_model_does_not_know(capsys, folder, image_
     assert main(["evaluate", str(folder), "--data", image_folder, "--split", "test"]) == 1
     assert "does not know 1 of the data's 6 classes, such as 'zebra'" in capsys.readouterr().err
     assert main(["evaluate", str(folder), "--data", image_folder, "--split", "train"]) == 1
-    assert "Cannot read split 'train'" in capsys.readouterr().err
+    assert "Cannot load split 'train'" in capsys.readouterr().err
 
 
 def test_convert_measures_before_and_after(capsys, image_folder, tmp_path):
@@ -205,6 +220,6 @@ def test_convert_measures_before_and_after(capsys, image_folder, tmp_path):
 
 
 def test_export(capsys, folder, tmp_path):
-    assert main(["export", str(folder), str(tmp_path / "out"), "--plain", "--half"]) == 0
+    assert main(["export", str(folder), str(tmp_path / "out"), "--format", "plain", "--half"]) == 0
     assert "same top-1 predictions, another softmax" in capsys.readouterr().out
     assert not frame_heads(timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True))

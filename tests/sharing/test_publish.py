@@ -9,7 +9,6 @@ import timm
 import torch
 from huggingface_hub import ModelCard, constants
 
-from etf_zoo.cli.main import main
 from etf_zoo.sharing import card as card_module
 from etf_zoo.sharing import publish as publish_module
 from etf_zoo.sharing.card import write_card
@@ -17,6 +16,7 @@ from etf_zoo.sharing.folder import save_folder
 from etf_zoo.sharing.publish import folder_problems, publish
 from etf_zoo.weights import native as pretrained_module
 from etf_zoo.weights.native import cards_folder, recorded_location, sha256
+from etf_zoo_cli import main
 from tests.loopback_hub import READ_TOKEN, WRITE_TOKEN
 from tests.sharing.test_card import METRICS
 
@@ -352,7 +352,7 @@ def test_command_line(hub, folder, capsys):
         assert main(["publish", *wrong]) == 1
         assert "with --repo-id ORG/NAME, or the zoo with --all --org ORG" in capsys.readouterr().err
     assert main(["publish", "nonsense", "--repo-id", REPO]) == 1
-    assert "missing" in capsys.readouterr().err
+    assert "There is no model or folder 'nonsense'" in capsys.readouterr().err
 
 
 def test_run_that_exported(folder, capsys, tmp_path):

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from etf_zoo.cli.main import main as cli
 from etf_zoo.trainer import finetune
 from etf_zoo.trainer.tune.tuning import Finetune
+from etf_zoo_cli import main as cli
 
 
 def test_what_no_folder_can_hold_is_refused_at_once(monkeypatch):

@@ -211,6 +211,7 @@ def stream_batches(
     seed: int = 0,
     epoch: int = 0,
     start: int = 0,
+    transform: Transform | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of a stream for one process.
 
@@ -228,6 +229,7 @@ def stream_batches(
         seed: Of the run.
         epoch: Number of the epoch.
         start: First step to give.
+        transform: From a PIL image to uint8; by default what `settings` and `size` say.
 
     Yields:
         Images `(B, 3, size, size)` uint8, labels `(B,)`. Unreadable images are left out.
@@ -238,7 +240,7 @@ def stream_batches(
     from datasets.distributed import split_dataset_by_node
 
     data, train = stream.settings, settings is not None
-    transform = train_transform(settings, size) if settings else eval_transform(data, size)
+    transform = transform or (train_transform(settings, size) if settings else eval_transform(data, size))
 
     def batches(turn: int, skip: int) -> DataLoader:
         rows = stream.rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import shutil
@@ -23,7 +24,7 @@ from etf_zoo.sharing.folder import save_folder
 
 from ..data.augment import Colors
 from ..data.batches import Split
-from ..evaluate import Evaluation, command_line, evaluate_model
+from ..evaluate import Evaluation, TestData, command_line, evaluate_model, public_name
 from ..recipe.config import Recipe, final_size, save_recipe
 from .checkpoint import reason
 from .launching import make_accelerator
@@ -74,9 +75,15 @@ class Origin:
     records: Path | None = None
 
 
-def export_run(
-    run: Run, folder: Path, *, references: list[dict[str, Any]] | None = None, name: str = ""
-) -> dict[str, Any]:
+def by_names(recipe: Recipe) -> Recipe:
+    """A recipe that names its data, model and output without the folders of this machine that they lie in."""
+    shown = copy.deepcopy(recipe)  # a changed one would look its model up
+    shown.output, shown.model = public_name(recipe.output), public_name(recipe.model)
+    shown.data.source = public_name(recipe.data.source)
+    return shown
+
+
+def export_run(run: Run, folder: Path, **kwargs: Any) -> dict[str, Any]:
     """`export_model` of a finished run's result. Every process of the run has to call it."""
     origin = Origin(
         run.record(),
@@ -88,11 +95,17 @@ def export_run(
         run.summary(),
         run.folder / METRICS,
     )
-    return export_model(run.plain_model(), folder, origin, references=references, name=name)
+    return export_model(run.plain_model(), folder, origin, **kwargs)
 
 
 def export_model(
-    model: nn.Module, folder: Path, origin: Origin, *, references: list[dict[str, Any]] | None = None, name: str = ""
+    model: nn.Module,
+    folder: Path,
+    origin: Origin,
+    *,
+    references: list[dict[str, Any]] | None = None,
+    name: str = "",
+    report: Path | None = None,
 ) -> dict[str, Any]:
     """Write a model folder and measure it from the file written. Every process has to call it.
 
@@ -102,6 +115,8 @@ def export_model(
         origin: How the model came about.
         references: Figures to stand beside: `[{"model": name, "results": {...}}]`.
         name: What the stored model will be called in the command that measures it again; the folder by default.
+        report: Folder for a list of the images that are wrong (`errors.csv`), accuracy by class and worst confusions
+            (`classes.json`), and `pictures`; None for none of them.
 
     Returns:
         The content of `metrics.json`.
@@ -114,18 +129,24 @@ def export_model(
         if accelerator.is_main_process:
             _write_model(model, folder, origin)
     accelerator.wait_for_everyone()
-    evaluation = Evaluation(model=str(folder), data=origin.recipe.data, batch_size=origin.batch_size)
-    measured = evaluate_model(evaluation)
+    data = TestData(**{**vars(origin.recipe.data), "val_split": origin.recipe.data.report_split})
+    evaluation = Evaluation(model=str(folder), data=data, batch_size=origin.batch_size)
+    if report:
+        evaluation.errors, evaluation.pictures = str(report / "errors.csv"), str(report / "pictures")
+    evaluated = evaluate_model(evaluation)
+    measured = evaluated.record
     del measured["images_per_second"]  # says more of the machine's other work than of the model
     metrics = {
         **measured,
         "command": command_line(dataclasses.replace(evaluation, model=name or str(folder))),
         "references": references or [],
-        "training": origin.training,
+        "training": {**origin.training, "recipe": dataclasses.asdict(by_names(origin.recipe))},
     }
     with _storage(folder, origin):
         if accelerator.is_main_process:
             (folder / METRICS_NAME).write_text(json.dumps(metrics, indent=1) + "\n")
+            if report:
+                (report / "classes.json").write_text(json.dumps(evaluated.by_class(), indent=1) + "\n")
             write_card(folder)
     accelerator.wait_for_everyone()
     return metrics
@@ -135,6 +156,8 @@ def _write_model(model: Any, folder: Path, origin: Origin) -> None:
     recipe, size, data_name = origin.recipe, final_size(origin.recipe), Path(origin.train_source).name
     # fine-tuned weights stay under the terms of those they started from
     inherited = model.pretrained_cfg.get("license") if recipe.pretrained else None
+    # resident images were stored by bicubic resizing, and are enlarged by bilinear
+    interpolation = "bicubic" if origin.whole_images and size <= (recipe.data.size or size) else "bilinear"
     cfg = {
         "input_size": (3, size, size),
         "test_input_size": None,
@@ -143,13 +166,13 @@ def _write_model(model: Any, folder: Path, origin: Origin) -> None:
         "std": origin.colors.std,
         "crop_pct": 1.0 if origin.whole_images else recipe.data.crop_pct,
         "test_crop_pct": None,
-        "interpolation": "bilinear",
+        "interpolation": interpolation,
         "tag": recipe.tag or None,
         "license": inherited or LICENSES.get(data_name, "other"),
         "description": f"native: trained with head={recipe.head} on {data_name}",
     }
     save_folder(model, folder, pretrained_cfg=cfg, label_names=origin.label_names)
-    save_recipe(recipe, folder / "recipe.yaml")
+    save_recipe(by_names(recipe), folder / "recipe.yaml")
     if origin.records is not None:
         shutil.copy(origin.records, folder / METRICS)
         plot_curve(folder / METRICS, folder / "curve.png")

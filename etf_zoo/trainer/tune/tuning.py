@@ -128,10 +128,18 @@ class Tuned:
         """Where its files go."""
         return Path(self.settings.output)
 
-    def export(self, folder: Path, references: list[dict[str, Any]] | None = None) -> dict[str, float]:
-        """Write the Hub-ready folder; figures on the test images, measured from the stored weights."""
+    def export(
+        self, folder: Path, references: list[dict[str, Any]] | None = None, report: Path | None = None
+    ) -> dict[str, float]:
+        """Write the Hub-ready folder; figures on the test images, measured from the stored weights.
+
+        Args:
+            folder: Where to.
+            references: See `export_model`, as is the next.
+            report: Folder for what is wrong.
+        """
         if self.run:
-            return export_run(self.run, folder, references=references)["results"]
+            return export_run(self.run, folder, references=references, report=report)["results"]
         training = summarize(self.settings, self.train, make_accelerator(), images=len(self.train))
         origin = Origin(
             self.settings,
@@ -142,7 +150,7 @@ class Tuned:
             max(self.settings.batch_size, 16),
             training,
         )
-        return export_model(self.model, folder, origin, references=references)["results"]
+        return export_model(self.model, folder, origin, references=references, report=report)["results"]
 
     def figures(self) -> dict[str, float]:
         """Figures on the test images, in float32."""

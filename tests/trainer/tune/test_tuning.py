@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 
 from etf_zoo import frame_heads
-from etf_zoo.cli.main import main as cli
 from etf_zoo.sharing.folder import save_folder
 from etf_zoo.trainer import finetune
 from etf_zoo.trainer.data.augment import colors_of
@@ -19,6 +18,7 @@ from etf_zoo.trainer.data.batches import Split, limited_rows, normalize
 from etf_zoo.trainer.recipe.config import Augment, Data, Loss, Optim
 from etf_zoo.trainer.tune.methods import tuned_share
 from etf_zoo.trainer.tune.tuning import Finetune, fine_tune, load_data
+from etf_zoo_cli import main as cli
 
 RECIPE = Finetune(
     model="test_resnet_etf",

@@ -1,0 +1,120 @@
+"""`etf-zoo list` and `etf-zoo info`: which models there are, and what a model is."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+import timm
+from timm.models import get_pretrained_cfg
+
+from ..errors import EtfZooError
+from ..frames.describe import describe_frame
+from ..frames.report import frame_report, simplex_report
+from ..layers.classifier import FrameClassifier
+from ..models.convert import EXACT
+from ..models.find import find_model, load_model
+from ..models.names import frame_heads
+from ..models.tags import is_converted
+from ..text import printable
+
+__all__ = ["list_models", "show_info"]
+
+
+def list_models(args: argparse.Namespace) -> None:
+    """Print names of twins; with `--pretrained` those with weights and where the weights lie, embedded ones first."""
+    pattern = args.pattern or "*"
+    if "_etf" not in pattern:
+        pattern = f"{pattern}_etf*" if args.pretrained else f"{pattern}_etf"
+    names = timm.list_pretrained(pattern) if args.pretrained else timm.list_models(pattern)
+    if not names:
+        raise EtfZooError(f"No model matches {pattern!r}.")
+    if not args.pretrained:
+        print("\n".join(names))
+        return
+    here = [name for name in names if getattr(get_pretrained_cfg(name), "file", None)]
+    elsewhere = [name for name in names if name not in set(here)]
+    shown = here + elsewhere if args.pattern else here
+    width = max(map(len, shown), default=0)
+    for name in shown:
+        print(f"{name:<{width}}  {_where(name)}")
+    if len(shown) < len(names):
+        print(f"and {len(elsewhere):,} more on the Hugging Face Hub: name a pattern, such as 'resnet50*', to see them")
+
+
+def _where(name: str) -> str:
+    """Where the weights of a tag come from, in words."""
+    cfg = get_pretrained_cfg(name)
+    if cfg is None or not cfg.has_weights:
+        return "none yet"
+    where = "embedded" if cfg.file else f"hf-hub:{cfg.hf_hub_id}" if cfg.hf_hub_id else str(cfg.url)
+    return f"converted from {where}" if is_converted(cfg) else where
+
+
+def show_info(args: argparse.Namespace) -> None:
+    """Print what a model is."""
+    info = _info(args.model)
+    if args.json:
+        print(json.dumps(info, indent=1))
+        return
+    for key, value in info.items():
+        if isinstance(value, dict):
+            print(key)
+            for inner, entry in value.items():
+                print(f"  {inner:<36}{printable(entry)}")
+        else:
+            print(f"{key:<38}{value:,}" if isinstance(value, int) else f"{key:<38}{printable(value)}")
+
+
+def _info(name: str) -> dict[str, Any]:
+    model, weights = _model_and_weights(name)
+    cfg = model.pretrained_cfg
+    info: dict[str, Any] = {
+        "architecture": cfg["architecture"],
+        "weights": f"{weights} ({cfg.get('license') or 'no license stated'})",
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "classes": model.num_classes,
+        "features": model.num_features,
+        "input": " x ".join(str(n) for n in cfg["input_size"]),
+    }
+    info |= {f"head {head_name}": _head(head) for head_name, head in frame_heads(model).items()}
+    if not frame_heads(model):
+        info["head"] = "learned (not a fixed frame)"
+    return info
+
+
+def _model_and_weights(name: str) -> tuple[Any, str]:
+    """The model, and where its weights come from, in words; what would take a download is built without weights."""
+    source = find_model(name)
+    if source.folder is not None or source.name.startswith("hf-hub:"):
+        model = load_model(name)
+        return model, str(model.pretrained_cfg.get("tag") or "in the folder")
+    tagged = get_pretrained_cfg(source.name)
+    if tagged is not None and is_converted(tagged):  # its head is known without a download
+        kwargs = EXACT.saved()
+        return timm.create_model(name, **kwargs), _where(name)
+    if source.is_twin:
+        converted = timm.list_pretrained(f"{name}.*") if "." not in name else []
+        words = f"{len(converted)} converted, such as {converted[0]}" if converted else "none yet"
+        return load_model(name, pretrained=False), words
+    return load_model(name, pretrained=False), _where(name)
+
+
+def _head(head: FrameClassifier) -> dict[str, Any]:
+    # an implicit head is a simplex of so many classes that its matrix is never formed
+    report = simplex_report(head.num_classes, head.dim) if head.implicit else frame_report(head.weight)
+    digits = 9 if head.implicit else 6
+    frame = describe_frame(head.frame, head.num_classes, head.dim)
+    return {
+        "frame": f"{frame}, computed and not stored" if head.implicit else frame,
+        "width": head.dim,
+        "largest cosine": round(report.largest_cosine, digits),
+        "coherence": round(report.coherence, digits),
+        "Rankin bound on the largest cosine": round(report.rankin_bound, digits),
+        "Welch bound on the coherence": round(report.welch_bound, digits),
+        "equiangularity error": float(f"{report.equiangularity_error:.2g}"),
+        "tightness error": float(f"{report.tightness_error:.2g}"),
+        "feature norm": head.feature_norm,
+        "logit scale": round(head.logit_scale.item(), 4),
+    }
