@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import EtfZooError
-from .numerics import seeded
+from .numerics import derived_seed, seeded
 from .orientation import resolve_orientation
 from .simplex import check_sizes, haar_columns, helmert_basis, simplex_etf
 
@@ -24,12 +24,13 @@ def orthogonal_simplices(num_classes: int, dim: int, *, seed: int = 0) -> Tensor
     """K - dim mutually orthogonal simplices of as equal sizes as can be: largest cosine 0, Rankin's optimum.
 
     The two ends are the simplex (K = dim + 1) and the orthoplex (K = 2 dim). The arrangement is rotated by a Haar
-    random rotation, never axis-aligned.
+    random rotation, never axis-aligned, and which classes share a simplex is drawn too: labels are often ordered by
+    meaning, and neighbors would else be as far apart as can be (antipodes at K = 2 dim), for no reason of theirs.
 
     Args:
         num_classes: K, with dim < K <= 2 dim.
         dim: Feature dimension.
-        seed: Seed of the rotation.
+        seed: Seed of the rotation and of the order of classes.
 
     Returns:
         Float32 `(num_classes, dim)`, unit rows.
@@ -51,7 +52,8 @@ def orthogonal_simplices(num_classes: int, dim: int, *, seed: int = 0) -> Tensor
         size = small + (i < larger)
         frame[row : row + size, column : column + size - 1] = math.sqrt(size / (size - 1)) * helmert_basis(size)
         row, column = row + size, column + size - 1
-    return (frame @ haar_columns(dim, dim, seed).T).float()
+    order = torch.randperm(num_classes, generator=seeded(derived_seed(seed, 1)), device="cpu")
+    return (frame[order] @ haar_columns(dim, dim, seed).T).float()
 
 
 def random_frame(num_classes: int, dim: int, *, seed: int = 0) -> Tensor:
@@ -93,8 +95,7 @@ def quick_code(num_classes: int, dim: int, *, seed: int = 0) -> Tensor:
         ValueError: On fewer than 2 classes or 1 dimension.
     """
     check_sizes(num_classes, dim)
-    seeded(seed)
-    bases = [haar_columns(dim, dim, seed + i).T for i in range(math.ceil(num_classes / dim))]
+    bases = [haar_columns(dim, dim, derived_seed(seed, i)).T for i in range(math.ceil(num_classes / dim))]
     frame = torch.cat(bases)[:num_classes].float()
     steps = min(_POLISH_STEPS, int(_POLISH_BUDGET / (2 * num_classes**2 * dim)))
     if dim == 1 or steps < 10:

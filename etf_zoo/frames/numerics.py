@@ -2,12 +2,13 @@
 
 import math  # no `from __future__ import annotations` here: TorchScript cannot read the functions' as strings
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import EtfZooError
 
-__all__ = ["at_least_float32", "check_finite_matrix", "directed_lengths", "seeded", "unit"]
+__all__ = ["at_least_float32", "check_finite_matrix", "derived_seed", "directed_lengths", "seeded", "unit"]
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -19,6 +20,25 @@ def seeded(seed: int) -> torch.Generator:
     if not isinstance(seed, int) or isinstance(seed, bool) or not -(2**63) <= seed < 2**63:
         raise EtfZooError(f"A seed is a whole number of 64 bits, got {seed!r}.")
     return torch.Generator(device="cpu").manual_seed(seed)
+
+
+def derived_seed(seed: int, *parts: int) -> int:
+    """Seed of a part, such as one of several starts: none that another seed has for its own parts, as `seed + i` would.
+
+    Args:
+        seed: The seed of the whole.
+        parts: Numbers of the part, not negative.
+
+    Raises:
+        EtfZooError: If the seed is no whole number of 64 bits.
+
+    Example:
+        >>> derived_seed(0, 1) == derived_seed(1, 0)
+        False
+    """
+    seeded(seed)
+    state = np.random.SeedSequence((seed % 2**64, *parts)).generate_state(1, np.uint64)
+    return int(state.view(np.int64)[0])
 
 
 def check_finite_matrix(matrix: Tensor, what: str) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..errors import EtfZooError
 from .codes import best_frame, quick_code, random_frame
-from .numerics import seeded
+from .numerics import derived_seed, seeded
 from .simplex import check_sizes
 
 __all__ = ["spherical_code"]
@@ -41,7 +41,7 @@ def spherical_code(
     Args:
         num_classes: K, at least 2.
         dim: Feature dimension, at least 1.
-        seed: Seed of the first start; restart r uses seed + r.
+        seed: Seed of the starts; no two seeds share one.
         restarts: How many starts to choose the best of; by default 8 for small codes, where local optima abound, and 1
             (from `quick_code`) otherwise.
         steps: L-BFGS steps a stage. 60, with 12 stages, is twice what the known optima of 12 points in 3 to 120 points
@@ -65,7 +65,7 @@ def spherical_code(
     if min(restarts, steps, stages) < 1:
         raise EtfZooError(f"restarts, steps and stages must be positive, got {restarts}, {steps}, {stages}.")
     start = random_frame if small else quick_code
-    starts = (start(num_classes, dim, seed=seed + i).double() for i in range(restarts))
+    starts = (start(num_classes, dim, seed=derived_seed(seed, i)).double() for i in range(restarts))
     return min((_optimize(frame, steps, stages) for frame in starts), key=_largest_cosine).float()
 
 

@@ -42,7 +42,9 @@ class _LastDimPReLU(nn.PReLU):
 
 
 def mlp_neck(in_features: int, out_features: int, *, hidden_features: int = 2048, device=None) -> nn.Module:
-    """Projector Linear - BN - ReLU - Linear (2302.03004; 2112.00496 for the width).
+    """Projector Linear - BN - ReLU - Linear, as 2112.00496 puts it before the classifier of supervised pretraining.
+
+    The neck of 2302.03004, also in front of a fixed frame, is another: three layers with layer norms and leaky ReLUs.
 
     Args:
         in_features: Width of the backbone's features.

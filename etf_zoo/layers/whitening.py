@@ -54,7 +54,8 @@ class Whitening(nn.Module):
         num_features: Channels C.
         group_size: Channels whitened together; the last group takes the rest. 64 is the paper's for ResNets: a batch
             of B images gives B x H x W samples for a 64 x 64 covariance.
-        iterations: Newton iterations, 5 in the paper.
+        iterations: Newton iterations. The paper's 5 leave 64 correlated channels far from white, with variances of 0.45
+            and less; 20 whiten all that `eps` does not hold back.
         eps: Added to the variances; batch norm's default, whose place this takes.
         momentum: Share of the new statistics in the running ones; batch norm's default too.
         affine: Whether to learn a scale and a shift for each channel.
@@ -75,7 +76,7 @@ class Whitening(nn.Module):
         num_features: int,
         *,
         group_size: int = 64,
-        iterations: int = 5,
+        iterations: int = 20,
         eps: float = 1e-5,
         momentum: float = 0.1,
         affine: bool = True,

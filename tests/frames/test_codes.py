@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from etf_zoo.frames import best_frame, orthogonal_simplices, quick_code, random_frame, simplex_etf
+from etf_zoo.frames.numerics import derived_seed
 
 
 def cosines(frame):
@@ -29,7 +30,28 @@ def slow_simplices_gram(sizes):
 )
 def test_orthogonal_simplices_against_the_definition(num_classes, dim, sizes):
     frame = orthogonal_simplices(num_classes, dim, seed=2).double()
+    # classes of one simplex together, the largest simplices first
+    mates = [frozenset(torch.nonzero(row.abs() > 1e-4).flatten().tolist()) for row in frame @ frame.T]
+    order = [row for mate in sorted(set(mates), key=lambda m: (-len(m), min(m))) for row in sorted(mate)]
+    assert sorted(order) == list(range(num_classes))
+    frame = frame[order]
     torch.testing.assert_close(frame @ frame.T, slow_simplices_gram(sizes), atol=1e-6, rtol=0)
+
+
+def test_neighboring_labels_share_no_simplex_by_rule():
+    shares = []
+    for seed in range(20):
+        frame = orthogonal_simplices(64, 32, seed=seed).double()  # an orthoplex: 32 pairs of antipodes
+        shares.append(((frame[::2] * frame[1::2]).sum(1) < -0.9).double().mean().item())
+    assert sum(shares) / 20 < 0.1  # 1/63 by chance
+
+
+def test_seeds_share_nothing():
+    rows = torch.cat([quick_code(600, 8, seed=seed) for seed in range(3)])
+    assert len({tuple(row) for row in rows.tolist()}) == 3 * 600
+    plain = torch.cat([quick_code(4000, 512, seed=seed)[:1500] for seed in (0, 1)])  # too large to be polished
+    assert (plain @ plain.T).fill_diagonal_(0).abs().max() < 0.99
+    assert len({derived_seed(seed, part) for seed in range(-5, 5) for part in range(10)}) == 100
 
 
 @pytest.mark.parametrize(("num_classes", "dim"), [(6, 4), (7, 4), (8, 4), (100, 64), (127, 64), (128, 64), (1000, 512)])

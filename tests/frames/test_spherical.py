@@ -1,5 +1,6 @@
 """The full spherical code: known optima, gradient, errors."""
 
+import itertools
 import math
 
 import pytest
@@ -73,3 +74,8 @@ def test_errors():
         spherical_code(9, 3, restarts=0)
     with pytest.raises(ValueError, match="at least 2 classes"):
         spherical_code(1, 3)
+
+
+def test_seeds_start_elsewhere():
+    codes = [spherical_code(20, 4, seed=seed) for seed in range(3)]
+    assert all(not torch.allclose(a, b, atol=1e-3) for a, b in itertools.combinations(codes, 2))
