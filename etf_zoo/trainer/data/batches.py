@@ -22,6 +22,7 @@ from .places import find_source
 from .resident import Split, cache, read_prepared
 from .sealed import refuse_test
 from .sources import Rows, Stream, choose_split, open_rows, open_stream
+from .stored import StoredInputs
 
 __all__ = [
     "AnySplit",
@@ -40,9 +41,10 @@ __all__ = [
     "mix",
     "normalize",
     "train_batches",
+    "view_batches",
 ]
 
-AnySplit = Split | Rows | Stream
+AnySplit = Split | Rows | Stream | StoredInputs
 DEFAULT_SIZE = 64
 RESIDENT_SIZE = 128  # what `resident: auto` takes for small
 
@@ -189,12 +191,10 @@ def train_batches(
             rows[step * batch_size : (step + 1) * batch_size][rank::world]
             for step in range(start, len(rows) // batch_size)
         ]
-        if isinstance(split, Split):
-            batches = (split.take(part, device) for part in parts)
-        else:
-            batches = loader.row_batches(
-                split, loader.train_transform(settings, size), parts, (seed, epoch), train=True
-            )
+        if isinstance(split, StoredInputs):
+            yield from split.train_batches(parts, seed=seed, epoch=epoch, start=start, device=device)
+            return
+        batches = _pictures(split, settings, parts, size, (seed, epoch), device)
     for step, (images, labels) in enumerate(batches, start):
         generator = batch_generator(seed, epoch, step)
         if isinstance(split, Split):
@@ -205,6 +205,47 @@ def train_batches(
         if settings.erase:
             images = erase(images, settings.erase, generator, rank=rank, world=world)
         yield images, labels
+
+
+def _pictures(
+    split: Split | Rows,
+    settings: Augment,
+    parts: list[np.ndarray],
+    size: int,
+    key: tuple[int, ...],
+    device: torch.device,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images of some rows at a time: of an array as they are, others through the training transform."""
+    if isinstance(split, Split):
+        return (split.take(part, device) for part in parts)
+    return loader.row_batches(split, loader.train_transform(settings, size), parts, key, train=True)
+
+
+def view_batches(
+    split: Split | Rows,
+    settings: Augment,
+    *,
+    size: int,
+    batch_size: int,
+    seed: int,
+    view: int,
+    colors: Colors = IMAGENET,
+    device: torch.device | str = "cpu",
+) -> Iterator[Tensor]:
+    """All images in order, `(B, 3, size, size)` at a time: in view 0 as evaluation has them, in others augmented."""
+    device = torch.device(device)
+    if view == 0:
+        yield from (
+            images for images, _ in eval_batches(split, size=size, batch_size=batch_size, colors=colors, device=device)
+        )
+        return
+    parts = np.split(np.arange(len(split)), range(batch_size, len(split), batch_size))
+    for step, (images, _) in enumerate(_pictures(split, settings, parts, size, (seed, view, 7), device)):
+        generator = batch_generator(seed, view, step, stream=7)
+        if isinstance(split, Split):
+            images = augment(images, settings, size, generator)
+        images = normalize(images.to(device, non_blocking=True), colors)
+        yield erase(images, settings.erase, generator) if settings.erase else images
 
 
 def limited(split: AnySplit, limit: int, seed: int) -> AnySplit:
@@ -234,6 +275,9 @@ def eval_batches(
     else:
         rows = np.arange(len(split))[rank::world]
         parts = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+        if isinstance(split, StoredInputs):
+            yield from split.batches(parts, device)
+            return
         if isinstance(split, Split):
             batches = (split.take(part, device) for part in parts)
         else:

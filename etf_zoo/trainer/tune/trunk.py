@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from etf_zoo.errors import EtfZooError
+from etf_zoo.models.names import timm_classifier_names
 
-__all__ = ["layer_input", "replayed", "store_inputs"]
+__all__ = ["classify", "layer_input", "replayed", "store_inputs"]
 
 
 class _Reached(Exception):
@@ -98,7 +99,7 @@ def store_inputs(model: nn.Module, layer: str, views: Iterable[Iterable[Tensor]]
 class _Replay:
     """The two hooks of `replayed`, in a form that a copy of the model (an average of its weights) takes along."""
 
-    def __init__(self, image_shape: tuple[int, int, int]):
+    def __init__(self, image_shape: torch.Size):
         self.image_shape = image_shape
         self.inputs: Tensor | None = None
 
@@ -108,11 +109,7 @@ class _Replay:
 
     def put(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         inputs, self.inputs = self.inputs, None
-        if inputs is None:
-            raise EtfZooError(
-                f"{type(module).__name__} is called twice in one pass, so it cannot be replayed: {_WAY_OUT}"
-            )
-        return (inputs, *args[1:])
+        return args if inputs is None else (inputs, *args[1:])
 
 
 @contextmanager
@@ -122,7 +119,7 @@ def replayed(model: nn.Module, layer: str, images: Tensor) -> Iterator[None]:
     Args:
         model: The model; changed in place, and back.
         layer: Name of the layer.
-        images: Some images `(B, 3, H, W)`, to check that the model gives the same either way.
+        images: Some images `(B, 3, H, W)`, B at least 2, to check that the model gives the same either way.
 
     Raises:
         EtfZooError: If it does not: something else than the layer sees the images too.
@@ -136,19 +133,25 @@ def replayed(model: nn.Module, layer: str, images: Tensor) -> Iterator[None]:
         >>> torch.allclose(logits, model(images), atol=1e-5)
         True
     """
-    replay = _Replay(tuple(images.shape[1:]))  # type: ignore[arg-type]  # a shape of four numbers, less the first
     training = model.training
     model.eval()
     with torch.no_grad():
         wanted, inputs = model(images), layer_input(model, layer, images)
+    replay = _Replay(images.shape[1:])
     hooks = [
-        model.register_forward_pre_hook(replay.take),
+        model.get_submodule(_first_module(model, images)).register_forward_pre_hook(replay.take),
         model.get_submodule(layer).register_forward_pre_hook(replay.put),
     ]
     try:
-        with torch.no_grad():
-            found = model(inputs)
-        if found.shape != wanted.shape or not torch.allclose(found, wanted, rtol=1e-3, atol=1e-3 * wanted.std().item()):
+        try:
+            with torch.no_grad():
+                found = model(inputs)
+            same = found.shape == wanted.shape and torch.allclose(
+                found, wanted, rtol=1e-3, atol=1e-3 * float(wanted.std())
+            )
+        except RuntimeError:  # shapes that do not go together
+            same = False
+        if not same:
             raise EtfZooError(
                 f"{type(model).__name__} uses its images in more than the layer {layer!r}, so what comes before it "
                 f"cannot be stored: {_WAY_OUT}"
@@ -158,3 +161,34 @@ def replayed(model: nn.Module, layer: str, images: Tensor) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _first_module(model: nn.Module, images: Tensor) -> str:
+    """Name of the first submodule that gets the images themselves."""
+
+    def look(name: str) -> Any:
+        def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            if inputs and inputs[0] is images:
+                raise _Reached(name)
+
+        return hook
+
+    hooks = [module.register_forward_pre_hook(look(name)) for name, module in model.named_modules() if name]
+    try:
+        with torch.no_grad():
+            model(images)
+    except _Reached as reached:
+        return reached.value
+    finally:
+        for hook in hooks:
+            hook.remove()
+    raise EtfZooError(f"No layer of {type(model).__name__} gets the images as they are: {_WAY_OUT}")
+
+
+def classify(model: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Features `(B, d)` and logits `(B, K)` of a replayed model in one pass; features are its classifier's input."""
+    seen: list[Tensor] = []
+    classifier = model.get_submodule(timm_classifier_names(model)[0])
+    with classifier.register_forward_pre_hook(lambda module, args: seen.append(args[0])):
+        logits = model(inputs)
+    return seen[0].flatten(1), logits

@@ -10,7 +10,7 @@ from torch import nn
 
 from etf_zoo import add_skip
 from etf_zoo.errors import EtfZooError
-from etf_zoo.trainer.tune.trunk import layer_input, replayed, store_inputs
+from etf_zoo.trainer.tune.trunk import classify, layer_input, replayed, store_inputs
 
 # architecture, layer, side in pixels
 MODELS = [
@@ -38,6 +38,9 @@ def test_the_same_logits_and_gradients(name, layer, size):
     gradients = torch.autograd.grad(wanted.square().sum(), tuned) if tuned else ()
     with replayed(model, layer, images):
         found = model(stored)
+        features, logits = classify(model, stored)
+        torch.testing.assert_close(logits, found)
+        assert features.shape == (len(images), model.num_features) or features.shape[1] == model.head_hidden_size
         again = torch.autograd.grad(found.square().sum(), tuned) if tuned else ()
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
     for one, other in zip(gradients, again, strict=True):
@@ -98,23 +101,26 @@ def test_numbers_beyond_float16(tmp_path):
 class Around(nn.Module):
     """Uses the images beside the layer, and hands a layer a tuple."""
 
-    def __init__(self):
+    def __init__(self, stem):
         super().__init__()
-        self.layer, self.pair = nn.Linear(4, 2), nn.Identity()
+        self.stem, self.layer, self.pair = stem, nn.Linear(4, 2), nn.Identity()
 
     def forward(self, x):
-        rows = x.flatten(1)[:, :4]
-        return self.layer(rows) + self.pair((rows,))[0].sum(1, keepdim=True)
+        hidden = self.stem(x) if self.stem else x * 1.0
+        return self.layer(hidden.flatten(1)[:, :4]) + self.pair((x,))[0].flatten(1).sum(1, keepdim=True)
 
 
-def test_models_that_cannot_be_replayed():
-    model, images = Around().eval(), torch.randn(3, 3, 2, 2)
-    with (
-        pytest.raises(EtfZooError, match="uses its images in more than the layer 'layer'"),
-        replayed(model, "layer", images),
-    ):
+@pytest.mark.parametrize(
+    ("stem", "message"),
+    [
+        (nn.Identity(), "Around uses its images in more than the layer 'layer'.*--cache_views 0"),
+        (None, "No layer of Around gets the images as they are.*--cache_views 0"),
+    ],
+)
+def test_models_that_cannot_be_replayed(stem, message):
+    model, images = Around(stem).eval(), torch.randn(3, 3, 2, 2)
+    with pytest.raises(EtfZooError, match=message), replayed(model, "layer", images):
         pass
     with pytest.raises(EtfZooError, match="'pair' of Around gets no tensor that could be stored"):
         layer_input(model, "pair", images)
-    assert not model._forward_pre_hooks
-    assert not model.layer._forward_pre_hooks
+    assert not any(module._forward_pre_hooks for module in model.modules())
