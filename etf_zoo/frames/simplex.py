@@ -177,7 +177,7 @@ def nearest_simplex_etf(weight: Tensor, *, previous: Tensor | None = None, delta
     )
     if previous is None and rank < k - 1:
         warnings.warn(
-            f"The centerd matrix has rank {rank}, below num_classes - 1 = {k - 1}: the nearest simplex ETF is not "
+            f"The centered matrix has rank {rank}, below num_classes - 1 = {k - 1}: the nearest simplex ETF is not "
             f"unique. Pass previous= to choose the one nearest to an earlier solution.",
             stacklevel=2,
         )

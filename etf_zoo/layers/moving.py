@@ -24,7 +24,7 @@ class MovingFrameClassifier(FrameClassifier):
     After the backward pass of each training step (the frame changes in place) hand it the step's embeddings with
     `observe`: it updates an exponential moving average of
     the class means, summed over all processes, and every `update_every` steps replaces the frame by the ETF nearest to
-    the centerd means. The step before starts and the proximal term holds that solution in place where the means leave
+    the centered means. The step before starts and the proximal term holds that solution in place where the means leave
     it open (classes not seen yet, means of low rank).
 
     The frame moves in `observe` alone, never in `forward`: evaluation depends on no batch. (In the published code the
@@ -138,8 +138,8 @@ class MovingFrameClassifier(FrameClassifier):
         if not bool(self.class_seen.any()):
             return
         seen, means = self.class_seen.cpu(), self.class_means.cpu().double()  # not every device has float64
-        centerd = torch.where(seen[:, None], means - means[seen].mean(dim=0), 0.0)
-        self.weight.copy_(nearest_simplex_etf(centerd, previous=self.weight, delta=self.delta))
+        centered = torch.where(seen[:, None], means - means[seen].mean(dim=0), 0.0)
+        self.weight.copy_(nearest_simplex_etf(centered, previous=self.weight, delta=self.delta))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, momentum={self.momentum}, update_every={self.update_every}, delta={self.delta}"

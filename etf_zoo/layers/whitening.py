@@ -125,7 +125,7 @@ class Whitening(nn.Module):
         return torch.cat([self._whiten_groups(i, part) for i, part in enumerate(parts)], dim=1)
 
     def _whiten_groups(self, i: int, x: Tensor) -> Tensor:
-        """Centerd `(N, count * size)` to the same, whitened in each group."""
+        """Centered `(N, count * size)` to the same, whitened in each group."""
         count, size = self._groups[i]
         running = self.get_buffer(f"running_whitening_{i}")
         grouped = x.view(len(x), count, size).transpose(0, 1)  # (count, N, size)

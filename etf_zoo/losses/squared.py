@@ -37,7 +37,7 @@ class SquaredLoss(nn.Module):
     Args:
         feature_decay: lambda, the papers' penalty on features. Small by default: it sets the length of the features
             and leaves their directions alone.
-        centerd: Take 1/K off the targets, what an unpenalized bias would do. It changes nothing for a simplex ETF's
+        centered: Take 1/K off the targets, what an unpenalized bias would do. It changes nothing for a simplex ETF's
             minimizer, whose products sum to zero, but does for other frames.
 
     Shape:
@@ -47,19 +47,19 @@ class SquaredLoss(nn.Module):
         ValueError: On a negative decay, or (in forward) shapes that do not fit.
     """
 
-    def __init__(self, feature_decay: float = 5e-4, *, centerd: bool = False):
+    def __init__(self, feature_decay: float = 5e-4, *, centered: bool = False):
         super().__init__()
         if not feature_decay >= 0:
             raise EtfZooError(f"feature_decay must not be negative, got {feature_decay}.")
-        self.feature_decay, self.centerd = feature_decay, centerd
+        self.feature_decay, self.centered = feature_decay, centered
 
     @without_autocast
     def forward(self, embeddings: Tensor, labels: Tensor, frame: Tensor) -> Tensor:
         x, w, labels = check_inputs(embeddings, labels, frame)
         targets = torch.zeros(len(x), len(w), dtype=x.dtype, device=x.device).scatter_(1, labels[:, None], 1.0)
-        if self.centerd:
+        if self.centered:
             targets = targets - 1 / len(w)
         return squared_loss(x @ w.T, targets) + 0.5 * self.feature_decay * x.square().sum(dim=1).mean()
 
     def extra_repr(self) -> str:
-        return f"feature_decay={self.feature_decay}, centerd={self.centerd}"
+        return f"feature_decay={self.feature_decay}, centered={self.centered}"

@@ -21,8 +21,8 @@ def variance_penalty(features: Tensor, target: float = 1.0, eps: float = 1e-4) -
 def covariance_penalty(features: Tensor) -> Tensor:
     """Sum of the squared off-diagonal entries of the covariance matrix over d; `(B, d)` to a scalar."""
     batch, dim = features.shape
-    centerd = features - features.mean(dim=0)
-    covariance = centerd.T @ centerd / (batch - 1)
+    centered = features - features.mean(dim=0)
+    covariance = centered.T @ centered / (batch - 1)
     return (covariance - covariance.diagonal().diag()).square().sum() / dim
 
 

@@ -240,14 +240,14 @@ class NeuralCollapse:
         compared with all means in float32, and those too close to call again in float64.
         """
         if self._centers is None:
-            present, centerd, center, _ = self._centerd("balanced")
+            present, centered, center, _ = self._centered("balanced")
             position = torch.full((self.num_classes,), -1, device=self.device)
             position[present] = torch.arange(len(present), device=self.device)
-            safe = nearest_distances(Gram(centerd, centerd)) / 4 * (1 - 1e-9)
-            self._centers = position, centerd, centerd.float(), center, safe
-        position, centerd, rounded, center, safe = self._centers
+            safe = nearest_distances(Gram(centered, centered)) / 4 * (1 - 1e-9)
+            self._centers = position, centered, centered.float(), center, safe
+        position, centered, rounded, center, safe = self._centers
         x, present, wanted = x - center, position[predicted] >= 0, position[predicted].clamp_min(0)
-        agrees = (x - centerd[wanted]).square().sum(1) < safe[wanted]
+        agrees = (x - centered[wanted]).square().sum(1) < safe[wanted]
         rest = (~agrees).nonzero()[:, 0]
         if len(rest):
             gap = _gap(x[rest].float(), rounded, wanted[rest])
@@ -256,13 +256,13 @@ class NeuralCollapse:
             rounding = torch.finfo(torch.float32).eps * (self.dim + 8)  # of a sum of dim products, at worst
             rest = rest[gap.abs() <= 4 * rounding * longest * (x[rest].norm(dim=1) + longest)]
         if len(rest):
-            agrees[rest] = _gap(x[rest], centerd, wanted[rest]) > 0
+            agrees[rest] = _gap(x[rest], centered, wanted[rest]) > 0
         return agrees & present
 
     # -------------------------------------------------------------------------------------------------- computing
 
-    def _centerd(self, global_mean: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Present classes (K,), their centerd means (K, d), the global mean (d,), the weights of the classes (K,)."""
+    def _centered(self, global_mean: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Present classes (K,), their centered means (K, d), the global mean (d,), the weights of the classes (K,)."""
         if global_mean not in GLOBAL_MEANS:
             raise EtfZooError(f"Unknown global_mean {global_mean!r}. Choose one of {', '.join(GLOBAL_MEANS)}.")
         present = self.counts.nonzero()[:, 0]
@@ -272,9 +272,9 @@ class NeuralCollapse:
         weights = weights / weights.sum()
         means = self.means if len(present) == self.num_classes else self.means[present]
         center = weights @ means
-        centerd = means - center
-        correction = weights @ centerd  # the rounding of the first subtraction, which would lift the rank to K
-        return present, centerd.sub_(correction), center + correction, weights
+        centered = means - center
+        correction = weights @ centered  # the rounding of the first subtraction, which would lift the rank to K
+        return present, centered.sub_(correction), center + correction, weights
 
     def _check_head(self, weight: Tensor, bias: Tensor | None) -> None:
         if weight.shape != (self.num_classes, self.dim):
@@ -303,18 +303,18 @@ class NeuralCollapse:
         | `nc1_pinv_diagonal` | the same with the diagonal of Sigma_W, in `diagonal` mode; changes with rotation | 0 |
         | `nc1_quotient` | tr(Sigma_W) / tr(Sigma_B) | 0 |
         | `nc1_cdnv` | class-distance normalized variance (2112.15121), mean over pairs of classes | 0 |
-        | `nc2_equinorm` | standard deviation / mean of the norms of the centerd class means | 0 |
+        | `nc2_equinorm` | standard deviation / mean of the norms of the centered class means | 0 |
         | `nc2_equiangularity` | standard deviation of their cosines | 0 |
         | `nc2_maximal_angle` | mean of abs(cosine + 1/(K-1)) | 0 |
         | `nc2_etf_distance` | Frobenius distance of their scaled Gram matrix from the ETF's (2105.02375) | 0 |
-        | `nc3_self_duality` | squared distance of head and centerd class means, each scaled to norm 1 | 0 |
-        | `nc3_etf_distance` | as NC2's, of head times centerd class means | 0 |
+        | `nc3_self_duality` | squared distance of head and centered class means, each scaled to norm 1 | 0 |
+        | `nc3_etf_distance` | as NC2's, of head times centered class means | 0 |
         | `nc3_cosine` | mean cosine of class mean and the head's row (its prototype) | 1 |
         | `nc3_bias` | norm of W m_G + b, if a bias is given | 0 |
         | `nc4_agreement` | share of samples whose nearest class mean is the predicted class | 1 |
         | `vci` | variability collapse index, 1 - tr(pinv(Sigma_T) Sigma_B) / rank(Sigma_B) (2306.03440) | 0 |
         | `effective_rank` | of Sigma_T = Sigma_W + Sigma_B: exp of the entropy of its singular values | K - 1 |
-        | `effective_rank_means` | of the centerd class means | K - 1 |
+        | `effective_rank_means` | of the centered class means | K - 1 |
 
         Args:
             weight: The head or frame `(K, d)`, for NC3, on the same side of any neck as the features.
@@ -332,26 +332,26 @@ class NeuralCollapse:
             ValueError: On an unknown `global_mean`, a head of another shape, or samples of fewer than two classes.
         """
         self._centers = None  # what NC4 keeps is as large as the means
-        present, centerd, center, weights = self._centerd(global_mean)
+        present, centered, center, weights = self._centered(global_mean)
         counts = self.counts[present]
         figures = {
             "samples": counts.sum().item(),
             "classes": float(len(present)),
             "single_sample_classes": (counts == 1).sum().item(),
         }
-        gram, scatter, samples = Gram(centerd, centerd), self._full_scatter(), counts.sum()
+        gram, scatter, samples = Gram(centered, centered), self._full_scatter(), counts.sum()
         pinv, spectrum = 0.0, []
-        for values, directions in between_directions(centerd, weights, gram):
+        for values, directions in between_directions(centered, weights, gram):
             turned = scatter[:, None] * directions if self.diagonal else scatter @ directions
             pinv += ((directions * turned).sum(0) / values).sum().item()  # variance along each, over the eigenvalue
             spectrum.append(values)
         rank = sum(map(len, spectrum))
         pinv = pinv / samples.item() / len(present) if rank else math.inf
         figures["nc1_pinv_diagonal" if self.diagonal else "nc1_pinv"] = pinv
-        between = (weights * centerd.norm(dim=1).square()).sum()
+        between = (weights * centered.norm(dim=1).square()).sum()
         figures["nc1_quotient"] = (self._spread.sum() / samples / between).item()
         figures["nc1_cdnv"] = cdnv(gram, self._spread[present] / counts, counts > 1)
-        norms = centerd.norm(dim=1)
+        norms = centered.norm(dim=1)
         figures["nc2_equinorm"] = (norms.std(correction=0) / norms.mean()).item()
         figures["nc2_equiangularity"], figures["nc2_maximal_angle"] = cosine_figures(gram)
         figures["nc2_etf_distance"] = etf_distance(gram)
@@ -359,16 +359,16 @@ class NeuralCollapse:
         if weight is not None:
             self._check_head(weight, bias)
             head = weight.detach().to(self.device, torch.float64)[present]
-            figures["nc3_self_duality"] = self_duality(head, centerd)
-            figures["nc3_etf_distance"] = etf_distance(Gram(head, centerd))
-            figures["nc3_cosine"] = mean_cosine(head, centerd)
+            figures["nc3_self_duality"] = self_duality(head, centered)
+            figures["nc3_etf_distance"] = etf_distance(Gram(head, centered))
+            figures["nc3_cosine"] = mean_cosine(head, centered)
             if bias is not None:
                 figures["nc3_bias"] = bias_error(head, bias.detach().to(self.device, torch.float64)[present], center)
         agree, asked = (self._agreement + self._reduced_agreement).tolist()
         if asked:
             figures["nc4_agreement"] = agree / asked
         if spectra and not self.diagonal:
-            figures["vci"], figures["effective_rank"] = total_figures(scatter / samples, centerd, weights, rank)
+            figures["vci"], figures["effective_rank"] = total_figures(scatter / samples, centered, weights, rank)
         figures["effective_rank_means"] = effective_rank(torch.cat(spectrum)) if rank else 0.0
         return figures
 

@@ -1,6 +1,6 @@
 """The figures of neural collapse as pure functions of class means, covariances and a head. All in float64.
 
-Throughout, M is the matrix (K, d) of centerd class means, p the weights (K,) of the classes (1/K, or their share of the
+Throughout, M is the matrix (K, d) of centered class means, p the weights (K,) of the classes (1/K, or their share of the
 samples), and Sigma_B = sum_k p_k m_k m_k^T.
 """
 
@@ -52,37 +52,37 @@ class Gram:
             yield rows, self.a[part] @ self.b.mT if self.whole is None else self.whole[part]
 
 
-def between_directions(centerd: Tensor, weights: Tensor, gram: Gram) -> Iterator[tuple[Tensor, Tensor]]:
+def between_directions(centered: Tensor, weights: Tensor, gram: Gram) -> Iterator[tuple[Tensor, Tensor]]:
     """Eigenpairs of Sigma_B above the cut-off, from the smaller of its two Gram matrices, by blocks.
 
     An eigenvalue counts as zero if it is at most max(K, d) eps times the largest: the usual cut-off of a
     pseudo-inverse. It drops the direction lost to centering and those that only rounding keeps alive.
 
     Args:
-        centerd: M, `(K, d)`.
+        centered: M, `(K, d)`.
         weights: p, `(K,)`.
         gram: M M^T.
 
     Yields:
         Eigenvalues `(b,)` and orthonormal eigenvectors `(d, b)`.
     """
-    k, dim = centerd.shape
+    k, dim = centered.shape
     roots = weights.sqrt()[:, None]
     if k <= dim:
-        whole = gram.whole if gram.whole is not None else centerd @ centerd.mT
+        whole = gram.whole if gram.whole is not None else centered @ centered.mT
         values, vectors = torch.linalg.eigh(roots * whole * roots.mT)
     else:
-        values, vectors = torch.linalg.eigh(centerd.mT @ (weights[:, None] * centerd))
+        values, vectors = torch.linalg.eigh(centered.mT @ (weights[:, None] * centered))
     first = int((values <= values[-1] * (max(k, dim) * EPS)).sum())  # ascending order
     for start in range(first, len(values), _BLOCK):
         part = slice(start, start + _BLOCK)
         if k <= dim:
-            yield values[part], (centerd.mT @ (roots * vectors[:, part])) / values[part].sqrt()
+            yield values[part], (centered.mT @ (roots * vectors[:, part])) / values[part].sqrt()
         else:
             yield values[part], vectors[:, part]
 
 
-def total_figures(within: Tensor, centerd: Tensor, weights: Tensor, rank: int) -> tuple[float, float]:
+def total_figures(within: Tensor, centered: Tensor, weights: Tensor, rank: int) -> tuple[float, float]:
     """Variability collapse index and effective rank, from the spectrum of Sigma_T = Sigma_W + Sigma_B.
 
     The index is 1 - tr(pinv(Sigma_T) Sigma_B) / rank(Sigma_B) (2306.03440): 0 when collapsed, 1 when class means say
@@ -91,14 +91,14 @@ def total_figures(within: Tensor, centerd: Tensor, weights: Tensor, rank: int) -
 
     Args:
         within: Sigma_W, `(d, d)`; overwritten.
-        centerd: M, `(K, d)`.
+        centered: M, `(K, d)`.
         weights: p, `(K,)`.
         rank: Of Sigma_B.
 
     Returns:
         Index and effective rank.
     """
-    root = weights.sqrt()[:, None] * centerd
+    root = weights.sqrt()[:, None] * centered
     spectrum, vectors = torch.linalg.eigh(within.addmm_(root.mT, root))
     keep = spectrum > spectrum[-1] * (len(spectrum) * EPS)
     shares = (root @ vectors[:, keep]).square().sum(0) / spectrum[keep]
@@ -161,7 +161,7 @@ def nearest_distances(gram: Gram) -> Tensor:
 
 
 def cosine_figures(gram: Gram) -> tuple[float, float]:
-    """Equiangularity of the centerd class means (2008.08186, figures 3 and 4).
+    """Equiangularity of the centered class means (2008.08186, figures 3 and 4).
 
     Args:
         gram: M M^T.
@@ -210,25 +210,25 @@ def etf_distance(gram: Gram) -> float:
     return math.sqrt(total)
 
 
-def self_duality(weight: Tensor, centerd: Tensor) -> float:
-    """Squared Frobenius distance of the head from the centerd class means, both scaled to norm 1 (2008.08186).
+def self_duality(weight: Tensor, centered: Tensor) -> float:
+    """Squared Frobenius distance of the head from the centered class means, both scaled to norm 1 (2008.08186).
 
     Args:
         weight: W, `(K, d)`.
-        centerd: M, `(K, d)`.
+        centered: M, `(K, d)`.
 
     Returns:
         0 if one is a multiple of the other, at most 4.
     """
-    a, b = weight.norm(), centerd.norm()
-    rows = zip(weight.split(_BLOCK), centerd.split(_BLOCK), strict=True)
+    a, b = weight.norm(), centered.norm()
+    rows = zip(weight.split(_BLOCK), centered.split(_BLOCK), strict=True)
     return sum((w / a - m / b).norm().item() ** 2 for w, m in rows)
 
 
-def mean_cosine(weight: Tensor, centerd: Tensor) -> float:
-    """Mean over classes of the cosine between the centerd class mean and the head's row (the prototype)."""
+def mean_cosine(weight: Tensor, centered: Tensor) -> float:
+    """Mean over classes of the cosine between the centered class mean and the head's row (the prototype)."""
     tiny = torch.finfo(torch.float64).tiny
-    rows = zip(weight.split(_BLOCK), centerd.split(_BLOCK), strict=True)
+    rows = zip(weight.split(_BLOCK), centered.split(_BLOCK), strict=True)
     return sum(torch.cosine_similarity(w, m, dim=1, eps=tiny).sum().item() for w, m in rows) / len(weight)
 
 

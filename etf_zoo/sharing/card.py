@@ -94,7 +94,7 @@ def _head_text(config: dict[str, Any], name: str) -> str:
     if args.get("neck") == "linear":
         return text + ", behind a linear neck; the two together are a learned classifier by another name"
     if args.get("neck") == "center":
-        return text + ", on features centerd by a stored mean"
+        return text + ", on features centered by a stored mean"
     return text + (f", behind a `{args['neck']}` neck" if args.get("neck") else "")
 
 

@@ -133,7 +133,7 @@ def convert_checkpoint(
     results = {"before": _figures(model, data)} if data else {}
     convert_classifier(model, mode, feature_means=_feature_means(model, center(model)) if center else None)
     what = "a linear neck and a fixed frame of the same softmax" if mode == "exact" else "the nearest simplex frame"
-    what += " on centerd features" if center else ""
+    what += " on centered features" if center else ""
     save_folder(
         model,
         folder,

@@ -160,7 +160,7 @@ def plot_cosines(
     groups: Sequence[str] | None = None,
     title: str = "Cosines of class means",
 ) -> None:
-    """Cosines between the centerd class means, classes ordered by the tree.
+    """Cosines between the centered class means, classes ordered by the tree.
 
     Args:
         class_means: `(K, d)`.
@@ -171,8 +171,8 @@ def plot_cosines(
         title: Of the picture.
     """
     means = class_means.double().cpu()
-    centerd = torch.nn.functional.normalize(means - means.mean(0), dim=1)
-    cosines = (centerd @ centerd.T).numpy()
+    centered = torch.nn.functional.normalize(means - means.mean(0), dim=1)
+    cosines = (centered @ centered.T).numpy()
     k = len(cosines)
     others = cosines[~np.eye(k, dtype=bool)]
     limit = max(0.1, float(np.quantile(np.abs(others), 0.995)))  # the diagonal is 1 anyway and would hide the rest

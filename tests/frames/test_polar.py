@@ -58,9 +58,9 @@ def test_threads_are_left_as_they_were():
 
 def test_gives_the_nearest_simplex_etf():
     a = simplex_etf(12, 30).double() + 0.05 * torch.randn(12, 30, generator=torch.Generator().manual_seed(0)).double()
-    centerd = a - a.mean(dim=0)
+    centered = a - a.mean(dim=0)
     basis = torch.linalg.svd(torch.eye(12, dtype=torch.float64) - 1 / 12).U[:, :11]  # any basis of the hyperplane does
-    expected = (12 / 11) ** 0.5 * basis @ polar_factor(basis.T @ centerd)[0]
+    expected = (12 / 11) ** 0.5 * basis @ polar_factor(basis.T @ centered)[0]
     assert torch.allclose(nearest_simplex_etf(a).double(), expected, atol=1e-6, rtol=0)
 
 

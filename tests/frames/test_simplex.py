@@ -37,7 +37,7 @@ def test_every_cosine_is_ideal(num_classes, dim, orientation):
     assert frame.shape == (num_classes, dim)
     assert frame.dtype == torch.float32
     assert deviation(frame) < 1e-6
-    assert frame.double().sum(0).abs().max() < 1e-4  # a simplex is centerd
+    assert frame.double().sum(0).abs().max() < 1e-4  # a simplex is centered
 
 
 @pytest.mark.parametrize("k", [2, 3, 10, 57])
@@ -196,7 +196,7 @@ def test_nearest_follows_rotations():
 def test_rank_deficient_matrix_is_reported(dtype):
     generator = torch.Generator().manual_seed(0)
     left, right = torch.randn(10, 3, generator=generator), torch.randn(3, 20, generator=generator)
-    flat = left.to(dtype) @ right.to(dtype) + 5  # rank 3 < 9 once centerd, up to rounding in its own precision
+    flat = left.to(dtype) @ right.to(dtype) + 5  # rank 3 < 9 once centered, up to rounding in its own precision
     with pytest.warns(UserWarning, match=r"rank 3, below num_classes - 1 = 9.*previous="):
         frame = nearest_simplex_etf(flat)
     assert deviation(frame) < 1e-6

@@ -54,13 +54,13 @@ def test_against_plain_reference(num_classes, dim, frame, norm):
 def test_batch_norm_against_plain_reference_and_running_statistics():
     head = FrameClassifier(8, 5, feature_norm="batch", logit_scale=2.0)
     x = features(64, 8) * torch.arange(1, 9) + 10
-    centerd = (x - x.mean(0)) / (x.var(0, unbiased=False) + 1e-5).sqrt()
-    torch.testing.assert_close(head(x).double(), slow_logits(centerd, head.weight, 2.0), atol=1e-5, rtol=1e-5)
+    centered = (x - x.mean(0)) / (x.var(0, unbiased=False) + 1e-5).sqrt()
+    torch.testing.assert_close(head(x).double(), slow_logits(centered, head.weight, 2.0), atol=1e-5, rtol=1e-5)
     for _ in range(200):
         head(x)
     head.eval()
-    centerd = (x[:3] - x.mean(0)) / (x.var(0, unbiased=True) + 1e-5).sqrt()
-    torch.testing.assert_close(head(x[:3]).double(), slow_logits(centerd, head.weight, 2.0), atol=1e-4, rtol=1e-4)
+    centered = (x[:3] - x.mean(0)) / (x.var(0, unbiased=True) + 1e-5).sqrt()
+    torch.testing.assert_close(head(x[:3]).double(), slow_logits(centered, head.weight, 2.0), atol=1e-4, rtol=1e-4)
     assert not list(head.parameters())  # no affine part: nothing there may undo the frame
 
 

@@ -45,8 +45,8 @@ def test_matches_a_plain_loop():
         assert moved == (step % 2 == 0)
         if moved:
             center = sum(means.values()) / len(means)
-            centerd = torch.stack([means[k] - center if k in means else torch.zeros(8) for k in range(5)])
-            frame = nearest_simplex_etf(centerd, previous=frame, delta=1e-2)
+            centered = torch.stack([means[k] - center if k in means else torch.zeros(8) for k in range(5)])
+            frame = nearest_simplex_etf(centered, previous=frame, delta=1e-2)
         assert torch.allclose(head.weight, frame, atol=1e-4)
     assert torch.allclose(head.class_means, torch.stack([means[k] for k in range(5)]), atol=1e-6)
 

@@ -15,7 +15,7 @@ LOSSES = {
     "hierarchy cosine": HierarchyCosineLoss(0.4, logit_scale=8.0),
     "separating cone": SeparatingConeLoss(20.0),
     "squared": SquaredLoss(),
-    "squared, centerd": SquaredLoss(centerd=True),
+    "squared, centered": SquaredLoss(centered=True),
 }
 FRAME = simplex_etf(5, 7, orientation="random", seed=1)
 LABELS = torch.tensor([0, 3, 3, 1, 4, 2])

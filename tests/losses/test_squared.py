@@ -16,23 +16,23 @@ def features():
     return torch.randn(5, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
-@pytest.mark.parametrize("centerd", [False, True])
+@pytest.mark.parametrize("centered", [False, True])
 @pytest.mark.parametrize("decay", [0.0, 0.3])
-def test_matches_a_plain_loop(decay, centerd):
+def test_matches_a_plain_loop(decay, centered):
     total = 0.0
     for row, label in zip(features(), LABELS.tolist(), strict=True):
         for c in range(4):
-            target = float(c == label) - (0.25 if centerd else 0.0)
+            target = float(c == label) - (0.25 if centered else 0.0)
             total += 0.5 * (float(row @ FRAME[c]) - target) ** 2
         total += 0.5 * decay * float(row @ row)
-    value = SquaredLoss(decay, centerd=centerd)(features(), LABELS, FRAME).item()
+    value = SquaredLoss(decay, centered=centered)(features(), LABELS, FRAME).item()
     assert math.isclose(value, total / 5, rel_tol=1e-12)
 
 
-@pytest.mark.parametrize("centerd", [False, True])
-def test_minimizer_is_the_scaled_prototype(centerd):
+@pytest.mark.parametrize("centered", [False, True])
+def test_minimizer_is_the_scaled_prototype(centered):
     x = features().requires_grad_()
-    loss = SquaredLoss(0.1, centerd=centerd)
+    loss = SquaredLoss(0.1, centered=centered)
     optimizer = torch.optim.LBFGS([x], max_iter=100, tolerance_change=0, line_search_fn="strong_wolfe")
 
     def closure():
@@ -49,9 +49,9 @@ def test_centering_matters_for_other_frames():
     frame = random_frame(4, 6).double()
     x = features()
     gradients = []
-    for centerd in (False, True):
+    for centered in (False, True):
         y = x.clone().requires_grad_()
-        SquaredLoss(centerd=centerd)(y, LABELS, frame).backward()
+        SquaredLoss(centered=centered)(y, LABELS, frame).backward()
         gradients.append(y.grad)
     assert not torch.allclose(*gradients, atol=1e-3)
 

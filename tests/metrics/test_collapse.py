@@ -232,7 +232,7 @@ def test_the_index_is_what_its_definition_says():
 
 
 def test_weighted_covariances_add_up_to_the_covariance_of_the_features():
-    """Then effective rank is that of the centerd features themselves."""
+    """Then effective rank is that of the centered features themselves."""
     x, y, _, _ = make(0.4)
     singular = torch.linalg.svdvals(x - x.mean(0))
     share = singular / singular.sum()

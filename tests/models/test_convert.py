@@ -209,14 +209,14 @@ def test_nearest_is_the_scaled_nearest_frame_of_the_weight():
     torch.testing.assert_close(twin(x), scale * features @ frame.T)
 
 
-def test_nearest_with_centerd_features(tmp_path):
+def test_nearest_with_centered_features(tmp_path):
     base, x, mean = small(7), torch.randn(2, 3, 64, 64), torch.rand(1024)
-    uncenterd = convert_classifier(copy.deepcopy(base), "nearest")
+    uncentered = convert_classifier(copy.deepcopy(base), "nearest")
     features = base.forward_head(base.forward_features(x), pre_logits=True)
     twin = convert_classifier(base, "nearest", feature_means={"classifier": mean})
     head = twin.classifier
     torch.testing.assert_close(twin(x), head.logit_scale * (features - mean) @ head.weight.T)
-    assert not torch.allclose(twin(x), uncenterd(x))
+    assert not torch.allclose(twin(x), uncentered(x))
     again = timm.create_model(f"local-dir:{save_folder(twin, tmp_path)}", pretrained=True).eval()
     assert torch.equal(again.classifier.neck.running_mean, mean)  # float32 in a float16 file
     assert torch.equal(again.classifier.weight, head.weight)

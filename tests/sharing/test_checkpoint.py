@@ -88,7 +88,7 @@ def test_measured_before_and_after(learned, learned_folder, tmp_path):
     torch.testing.assert_close(head.neck.running_mean, inputs.mean(0))
     card = ModelCard.load(tmp_path / "nearest" / "README.md")
     assert f"{nearest['after']['top1']:.2f} | {nearest['before']['top1']:.2f}" in card.text
-    assert "nearest simplex frame on centerd features" in card.text
+    assert "nearest simplex frame on centered features" in card.text
     assert card.data.eval_results[0].metric_value == round(nearest["after"]["top1"], 2)
 
 

@@ -18,7 +18,7 @@ __all__ = ["IMAGENET", "Colors", "augment", "colors_of", "erase", "mix", "normal
 
 
 class Colors(NamedTuple):
-    """Mean and standard deviation of the three colors, in 0..1, that a model has its pixels centerd and scaled by."""
+    """Mean and standard deviation of the three colors, in 0..1, that a model has its pixels centered and scaled by."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -88,7 +88,7 @@ def _beside(drawn: Tensor, images: Tensor) -> Tensor:
 
 
 def normalize(images: Tensor, colors: Colors = IMAGENET) -> Tensor:
-    """Pixels from 0..255, `(B, 3, H, W)`, centerd and scaled."""
+    """Pixels from 0..255, `(B, 3, H, W)`, centered and scaled."""
     mean, std = _constants(colors, images.device)
     return (images - mean) / std
 

@@ -58,7 +58,7 @@ class Origin:
         recipe: That would make it again from the start.
         train_source: Folder or Hub name of the training images.
         label_names: Names of the classes, in order.
-        colors: What its pixels are centerd and scaled by.
+        colors: What its pixels are centered and scaled by.
         whole_images: Whether it sees resident images, which are seen whole, rather than `data.crop_pct` of others.
         batch_size: Images per step and process to measure it with.
         training: What `metrics.json` says of it, see `summarize`.

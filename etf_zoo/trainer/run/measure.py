@@ -37,7 +37,7 @@ def measure_split(
         split: The images.
         size: Pixels of a side.
         batch_size: Images per step and process.
-        colors: What pixels are centerd and scaled by.
+        colors: What pixels are centered and scaled by.
         accelerator: The processes.
         distances: LCA heights of the classes `(K, K)`, where mistakes are to be weighed by them.
 
