@@ -1,7 +1,7 @@
 """The figures of neural collapse as pure functions of class means, covariances and a head. All in float64.
 
-Throughout, M is the matrix (K, d) of centered class means, p the weights (K,) of the classes (1/K, or their share of the
-samples), and Sigma_B = sum_k p_k m_k m_k^T.
+Throughout, M is the matrix (K, d) of centered class means, p the weights (K,) of the classes (1/K, or their share of
+the samples), and Sigma_B = sum_k p_k m_k m_k^T.
 """
 
 from __future__ import annotations

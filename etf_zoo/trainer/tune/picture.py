@@ -22,7 +22,7 @@ COLUMNS = 12
 
 @torch.no_grad()
 def _predictions(run: Run, test: Images) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Class probabilities `(N, K)`, labels `(N,)`, and cosines between centered class means of the features `(K, K)`."""
+    """Class probabilities `(N, K)`, labels `(N,)`, and cosines `(K, K)` between centered class means of features."""
     device = run.accelerator.device
     model: Any = run.plain_model().to(device).eval()  # of a sharded run it is a copy on the CPU
     probabilities, features, labels = [], [], []
