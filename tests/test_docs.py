@@ -15,6 +15,7 @@ from etf_zoo.trainer.prepare import Preparation
 from etf_zoo.trainer.recipe.config import Recipe
 from etf_zoo.trainer.recipe.parsing import read_arguments
 from etf_zoo.trainer.tune.tuning import Finetune
+from etf_zoo_cli import SCRIPTS, build_parser
 from training.experiments.comparison import Comparison
 from training.experiments.transfer_table import Table
 
@@ -89,12 +90,11 @@ def test_a_command_parses(words, monkeypatch):
 
 def check_etf_zoo(words: list[str]) -> None:
     """Options of the command line, without doing anything."""
-    cli = pytest.importorskip("etf_zoo_cli")
     command, *rest = words
-    if command in cli.SCRIPTS:
+    if command in SCRIPTS:
         read_arguments(RECIPES[command], [option for option in rest if option != "--all-options"])
     else:
-        cli.build_parser().parse_args(words)
+        build_parser().parse_args(words)
 
 
 @pytest.mark.parametrize("code", blocks("python"))
