@@ -9,8 +9,8 @@ import torch
 
 from etf_zoo.trainer.recipe.config import Recipe, parse
 from etf_zoo.trainer.run.export import export_run
-from etf_zoo.trainer.run.launching import run_script
 from etf_zoo.trainer.run.run import Run
+from etf_zoo.trainer.run.script import run_script
 
 
 def main():

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from etf_zoo.errors import EtfZooError
 from etf_zoo.trainer.recipe.config import parse
-from etf_zoo.trainer.run.launching import refuse_processes, run_script
+from etf_zoo.trainer.run.launching import refuse_processes
+from etf_zoo.trainer.run.script import run_script
 from training.experiments.choices import CHOICES, Candidate, Choice, TrainingImages, held_out_figures
 from training.experiments.grid import Results, run_grid, weights_digest
 from training.experiments.transfer_table import OF_METHOD, Table, available, settings_of

@@ -27,9 +27,10 @@ from etf_zoo.trainer.recipe.config import Data, Recipe, final_size, parse
 from etf_zoo.trainer.recipe.parsing import merged, parse_entries
 from etf_zoo.trainer.run import checkpoint
 from etf_zoo.trainer.run.checkpoint import CHECKPOINTS
-from etf_zoo.trainer.run.launching import refuse_processes, run_script
+from etf_zoo.trainer.run.launching import refuse_processes
 from etf_zoo.trainer.run.model import make_model
 from etf_zoo.trainer.run.run import Run
+from etf_zoo.trainer.run.script import run_script
 from etf_zoo.trainer.tune.probes import backbone_features, fit_probe
 from training.experiments.grid import CELLS, Record, Results, run_grid, settings_digest, weights_digest
 from training.experiments.transfer_report import markdown

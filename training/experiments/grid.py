@@ -22,9 +22,10 @@ from typing import Any, Protocol, TypeVar, cast
 
 import timm
 
-from etf_zoo.trainer.run.launching import is_deliberate, side_by_side
+from etf_zoo.trainer.run.launching import side_by_side
 from etf_zoo.trainer.run.locks import acquire
 from etf_zoo.trainer.run.model import find_model
+from etf_zoo.trainer.run.script import is_deliberate
 
 __all__ = [
     "CELLS",

@@ -38,9 +38,10 @@ from etf_zoo.trainer.data.subsets import (
 )
 from etf_zoo.trainer.recipe.config import Data, final_size, parse
 from etf_zoo.trainer.recipe.parsing import parse_entries
-from etf_zoo.trainer.run.launching import make_accelerator, refuse_processes, run_script
+from etf_zoo.trainer.run.launching import make_accelerator, refuse_processes
 from etf_zoo.trainer.run.locks import acquire
 from etf_zoo.trainer.run.model import find_model, make_model
+from etf_zoo.trainer.run.script import run_script
 from etf_zoo.trainer.tune.probes import PROBES, backbone_size, fit_probe
 from etf_zoo.trainer.tune.tuning import Finetune, Tuned, features_of, fine_tune, strip_head
 from training.experiments.choices import Choice, Trials, read_choices

@@ -34,9 +34,10 @@ from etf_zoo.trainer.recipe.parsing import merged, parse_entries
 from etf_zoo.trainer.run import checkpoint
 from etf_zoo.trainer.run.checkpoint import CHECKPOINTS
 from etf_zoo.trainer.run.export import check_storable, export_run
-from etf_zoo.trainer.run.launching import process_state, refuse_processes, run_script
+from etf_zoo.trainer.run.launching import process_state, refuse_processes
 from etf_zoo.trainer.run.locks import acquire
 from etf_zoo.trainer.run.run import Run
+from etf_zoo.trainer.run.script import run_script
 from etf_zoo.weights.native import WEIGHTS_NAME
 from training.experiments.grid import lock_file, run_jobs
 from training.experiments.readme import ROOT, write_tables

@@ -96,13 +96,14 @@ def normalize(images: Tensor, colors: Colors = IMAGENET) -> Tensor:
 def augment(
     images: Tensor, settings: Augment, size: int, generator: torch.Generator, *, rank: int = 0, world: int = 1
 ) -> Tensor:
-    """Random resized crop, flip and RandAugment's affine part in one bilinear sampling, then changes of color.
+    """Random resized crop and flip, RandAugment, changes of color.
 
-    Unlike timm's, affine operations come before those of color, turn and shear about the center, and show what lies
-    beyond the crop, or a reflection beyond the image, instead of gray.
+    The crop is resampled as evaluation resamples: bilinear and, where it is made smaller, antialiased. Unlike timm's,
+    affine operations come before those of color, turn and shear about the crop's center, and show what lies beyond the
+    crop, or a reflection beyond the image, instead of gray.
 
     Args:
-        images: `(B, 3, H, W)` uint8.
+        images: `(B, 3, H, W)` uint8; fastest with channels last.
         settings: The augmentation; erasing and mixing are `erase` and `mix`.
         size: Pixels of a side of the result.
         generator: Source of randomness, see `Draws`, as are the next two.
@@ -113,17 +114,49 @@ def augment(
         `(B, 3, size, size)` float32, values 0..255.
     """
     draws = Draws(generator, len(images), rank, world)
-    theta = crop_matrix(settings, draws)
+    crop = crop_matrix(settings, draws)
     drawn = draw_ops(settings, draws) if settings.randaug_ops else None
+    pixels = images.float()
     if drawn:
-        theta = theta @ affine_matrix(*drawn)
-    grid = F.affine_grid(_beside(theta[:, :2], images), [len(images), 3, size, size], align_corners=False)
-    out = F.grid_sample(images.float(), grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+        pixels = warp(pixels, crop, *drawn)
+    out = resample(pixels, crop, size)
     if drawn:
         out = color_ops(out, *drawn)
     elif settings.color_jitter:
         out = jitter(out, settings.color_jitter, draws)
     return out
+
+
+def resample(images: Tensor, crop: Tensor, size: int) -> Tensor:
+    """Crops resized as `F.interpolate(mode="bilinear", antialias=True)` and Pillow's `resize(box=...)` do it.
+
+    Each is two products of matrices, over rows and over columns: an output pixel is the mean of the pixels about its
+    place by a triangle that is one pixel wide to each side, or as wide as output pixels are apart.
+
+    Args:
+        images: `(B, C, H, W)` float.
+        crop: Maps `(B, 3, 3)` from places in the result to places in the image, without turning or shearing.
+        size: Pixels of a side of the result.
+
+    Returns:
+        `(B, C, size, size)`.
+    """
+    (channels, height, width), crop = images.shape[1:], _beside(crop, images)
+    rows = _triangles(crop[:, 1, 1], crop[:, 1, 2], height, size)
+    columns = _triangles(crop[:, 0, 0], crop[:, 0, 2], width, size)
+    out = torch.bmm(rows, images.permute(0, 2, 3, 1).flatten(2))  # (B, size, W * C)
+    out = out.unflatten(2, (width, channels)).permute(0, 3, 1, 2).flatten(1, 2)
+    return torch.bmm(out, columns.mT).unflatten(1, (channels, size))
+
+
+def _triangles(scale: Tensor, shift: Tensor, side: int, size: int) -> Tensor:
+    """Weights `(B, size, side)` of an axis's pixels in each output pixel; places are `scale * x + shift` in -1..1."""
+    places = (torch.arange(size, device=scale.device) * 2 + 1) / size - 1
+    centers = (scale[:, None] * places + shift[:, None] + 1) * (side / 2)
+    reach = (scale.abs() * (side / size)).clamp_min(1)[:, None, None]
+    pixels = torch.arange(side, device=scale.device) + 0.5
+    weights = (1 - (pixels - centers[:, :, None]).abs() / reach).clamp_min(0)
+    return weights / weights.sum(dim=2, keepdim=True)
 
 
 def crop_matrix(settings: Augment, draws: Draws) -> Tensor:
@@ -169,6 +202,19 @@ def affine_matrix(ops: Tensor, level: Tensor) -> Tensor:
         one[:, 1, 2] = torch.where(op == OPS.index("TranslateYRel"), by * 0.9, 0)
         whole = whole @ one
     return whole
+
+
+def warp(images: Tensor, crop: Tensor, ops: Tensor, level: Tensor) -> Tensor:
+    """The affine ones of drawn operations about the crop's center, on the images that drew any; changes `images`."""
+    rows = ((ops >= 0) & (ops < len(AFFINE_OPS))).any(dim=1).nonzero().squeeze(1)
+    if len(rows):
+        crop = crop[rows]
+        theta = crop @ affine_matrix(ops[rows], level[rows]) @ torch.linalg.inv(crop)
+        rows = _beside(rows, images)
+        some = images[rows]
+        grid = F.affine_grid(_beside(theta[:, :2], images), list(some.shape), align_corners=False)
+        images[rows] = F.grid_sample(some, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+    return images
 
 
 def color_ops(images: Tensor, ops: Tensor, level: Tensor) -> Tensor:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import signal
+import threading
+import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,7 +18,7 @@ from etf_zoo.images import UnreadableImageError
 
 from .places import cache_root
 
-__all__ = ["Corrupt", "decoders", "encoded", "ending"]
+__all__ = ["Corrupt", "decoders", "encoded", "end_with_parent", "ending"]
 
 SHOWN = 20  # unreadable images that a message names
 
@@ -76,6 +80,24 @@ def decoders(most: int) -> int:
     """How many worker processes are of use, up to so many: one for each core that this process may run on."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(min(most, cores), 0)
+
+
+def end_with_parent(worker: int = 0) -> None:
+    """Have this worker process end within a second of its parent, be that killed; Ctrl-C is the parent's to answer.
+
+    Args:
+        worker: Its number, as `worker_init_fn` of torch's `DataLoader` is given.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    known = multiprocessing.parent_process()
+    parent = known.pid if known else os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="end_with_parent", daemon=True).start()
 
 
 @dataclass

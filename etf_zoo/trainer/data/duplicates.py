@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from etf_zoo.images import UnreadableImageError, read_image, to_rgb
 
-from .decode import decoders
+from .decode import decoders, end_with_parent
 from .places import cache_root
 from .sources import Chosen, Rows
 
@@ -115,6 +115,7 @@ def prints(split: Chosen) -> Prints:
         batch_size=None,
         num_workers=decoders(min(8, len(split) // 256)),
         collate_fn=_as_it_is,
+        worker_init_fn=end_with_parent,
         generator=torch.Generator(),
     )
     found = list(tqdm(loader, desc=f"Looking at {split.name}", unit="image", delay=5, mininterval=5))

@@ -19,7 +19,7 @@ from etf_zoo.errors import EtfZooError
 from etf_zoo.images import UnreadableImageError, read_image
 
 from ..recipe.config import Augment, Data
-from .decode import Corrupt, decoders, encoded
+from .decode import Corrupt, decoders, encoded, end_with_parent
 from .sources import Rows, Stream
 
 __all__ = ["INTERPOLATION", "eval_transform", "row_batches", "stream_batches", "train_transform"]
@@ -130,6 +130,7 @@ def row_batches(
         num_workers=decoders(min(rows.settings.workers, len(parts))),
         collate_fn=_collate,
         pin_memory=torch.cuda.is_available(),
+        worker_init_fn=end_with_parent,
         generator=torch.Generator(),  # else it draws from the global one, and a resumed run draws once more
     )
     return _readable(batches, rows.corrupt, train)
@@ -255,6 +256,7 @@ def stream_batches(
             batch_size=None,
             num_workers=min(data.workers, rows.num_shards),
             pin_memory=torch.cuda.is_available(),
+            worker_init_fn=end_with_parent,
             generator=torch.Generator(),
         )
 

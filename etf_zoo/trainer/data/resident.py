@@ -26,7 +26,7 @@ from etf_zoo.errors import EtfZooError, StorageError
 from etf_zoo.images import UnreadableImageError, read_image
 
 from ..recipe.config import Data
-from .decode import Corrupt, decoders
+from .decode import Corrupt, decoders, end_with_parent
 from .layouts import Found
 from .loader import INTERPOLATION
 from .places import cache_root
@@ -300,7 +300,12 @@ def _decoded(rows: Rows, size: int) -> Iterator[tuple[int, np.ndarray | Unreadab
     pieces = _Pieces(rows, size)
     workers = decoders(min(8, len(pieces) - 1))  # processes: Pillow holds the lock for much of the work
     loader = DataLoader(
-        pieces, batch_size=None, num_workers=workers, collate_fn=_as_they_are, generator=torch.Generator()
+        pieces,
+        batch_size=None,
+        num_workers=workers,
+        collate_fn=_as_they_are,
+        worker_init_fn=end_with_parent,
+        generator=torch.Generator(),
     )
     for piece in loader:
         yield from piece

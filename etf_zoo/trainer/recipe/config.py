@@ -185,7 +185,7 @@ class Optim(Fields):
         weight_decay: Not applied to norms, biases and what the model exempts.
         momentum: For optimizers that have it.
         betas: For Adam's family; empty for the optimizer's own.
-        warmup_epochs: Linear warm-up from zero.
+        warmup_epochs: Linear warm-up, of N steps from `lr / (N + 1)`.
         clip_grad: Largest norm of the gradient; 0 for none.
     """
 

@@ -1,16 +1,17 @@
-"""SIGTERM and the first Ctrl-C, which ask a run to save and stop; and worker processes that end with their parent."""
+"""SIGTERM and the first Ctrl-C, which ask a run to save and stop."""
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import signal
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["Interrupt", "end_with_parent", "note_interrupts"]
+__all__ = ["Interrupt", "note_interrupts"]
+
+
+REPEATS = 2.0  # seconds
 
 
 class Interrupt:
@@ -30,9 +31,10 @@ class Interrupt:
 
 @contextmanager
 def note_interrupts() -> Iterator[Interrupt]:
-    """While the block lasts, the first SIGTERM or Ctrl-C is noted; a second one acts as ever.
+    """While the block lasts, the first SIGTERM or Ctrl-C is noted; one that comes later acts as ever.
 
-    In another thread than the main one, where signals cannot be caught, nothing is noted.
+    Repeats within two seconds are the same wish: a launcher hands on what its processes have got already. In another
+    thread than the main one, where signals cannot be caught, nothing is noted.
 
     Example:
         >>> with note_interrupts() as interrupt:
@@ -46,14 +48,19 @@ def note_interrupts() -> Iterator[Interrupt]:
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     caught = [number for number, handler in before.items() if handler is not signal.SIG_IGN]  # nohup ignores some
+    first = 0.0
 
     def restore() -> None:
         for number in caught:
             signal.signal(number, before[number] or signal.SIG_DFL)
 
     def note(number: int, frame: object) -> None:
-        interrupt.number = number
-        restore()
+        nonlocal first
+        if not interrupt.number:
+            interrupt.number, first = number, time.monotonic()
+        elif time.monotonic() - first > REPEATS:
+            restore()
+            signal.raise_signal(number)
 
     for number in caught:
         signal.signal(number, note)
@@ -61,21 +68,3 @@ def note_interrupts() -> Iterator[Interrupt]:
         yield interrupt
     finally:
         restore()
-
-
-def end_with_parent(worker: int = 0) -> None:
-    """Have this worker process end within a second of its parent, be that killed; Ctrl-C is the parent's to answer.
-
-    Args:
-        worker: Its number, as `worker_init_fn` of torch's `DataLoader` is given.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    known = multiprocessing.parent_process()
-    parent = known.pid if known else os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, name="end_with_parent", daemon=True).start()

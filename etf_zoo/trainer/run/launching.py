@@ -1,8 +1,7 @@
-"""What depends on how a run was launched: accelerate's settings, FSDP, and how a script ends."""
+"""What depends on how a run was launched: accelerate's settings, FSDP, processes in step."""
 
 from __future__ import annotations
 
-import errno
 import multiprocessing
 import os
 import shutil
@@ -33,11 +32,8 @@ __all__ = [
     "is_sharded",
     "gather_in",
     "in_step",
-    "is_deliberate",
-    "run_script",
 ]
 
-SYSTEM = (errno.EACCES, errno.EDQUOT, errno.ENOSPC, errno.ENOTDIR, errno.EROFS)  # a user's, wherever they are raised
 Batch = tuple[Tensor, Tensor]
 PATIENCE = timedelta(hours=6)  # of processes with one another: the first may have a large data set to decode
 
@@ -144,23 +140,3 @@ def checkout_commit() -> str:
         return ""
     found = subprocess.run(git, capture_output=True, text=True, check=False)
     return found.stdout.strip()
-
-
-def is_deliberate(error: BaseException) -> bool:
-    """Whether an error says what is wrong by itself: this project raised it on purpose, or the system refused."""
-    return isinstance(error, EtfZooError) or getattr(error, "errno", None) in SYSTEM
-
-
-def run_script(main: Callable[[], None]) -> None:
-    """Run a script. An error that this project raises on purpose ends it with one line, any other with a traceback."""
-    try:
-        main()
-    except torch.OutOfMemoryError:
-        raise SystemExit(
-            "error: The GPU's memory is full. --accumulate 2 (or 4, 8) takes each batch in so many pieces; "
-            "training/launch/fsdp.yaml shares the weights among GPUs. Go on with --resume."
-        ) from None
-    except Exception as error:
-        if not is_deliberate(error):
-            raise
-        raise SystemExit(f"error: {error}") from None

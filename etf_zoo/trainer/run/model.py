@@ -11,7 +11,7 @@ from accelerate.utils import set_seed
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
-from etf_zoo import attach_frame, frame_heads
+from etf_zoo import FrameClassifier, attach_frame, frame_heads
 from etf_zoo.errors import EtfZooError
 from etf_zoo.frames import spherical_code
 from etf_zoo.layers.cosine import learn_prototypes
@@ -145,12 +145,12 @@ def _zero(layer: nn.Module) -> nn.Module:
 def make_optimizer(settings: Optim, model: nn.Module) -> torch.optim.Optimizer:
     """The optimizer, by timm's factory; weight decay and layer decay by timm's groups.
 
-    Muon leaves a learned classifier to its AdamW, as its author advises for output layers; else a model with a frame,
-    which has none, would be compared with one trained in another way.
+    Muon leaves a learned output layer to its AdamW, as its author advises; else a model with a frame, which has none,
+    would be compared with one trained in another way. The matrices of a neck are hidden ones, and Muon's.
     """
     extra: dict[str, Any] = {"betas": tuple(settings.betas)} if settings.betas else {}
     if "muon" in settings.name:
-        extra["fallback_list"] = [f"{name}.*" for name in timm_classifier_names(model)]
+        extra["fallback_list"] = _output_layers(model)
     return create_optimizer_v2(
         model,
         opt=settings.name,
@@ -160,6 +160,19 @@ def make_optimizer(settings: Optim, model: nn.Module) -> torch.optim.Optimizer:
         layer_decay=settings.layer_decay if settings.layer_decay < 1 else None,
         **extra,
     )
+
+
+def _output_layers(model: nn.Module) -> list[str]:
+    """Patterns of the parameters whose layers give the logits: the last layer of each classifier that is no frame."""
+    found = []
+    for name in timm_classifier_names(model):
+        classifier = model.get_submodule(name)
+        if isinstance(classifier, FrameClassifier):  # whose prototypes, where learned, are parameters of its own
+            found += [f"{name}.weight"] if isinstance(classifier.weight, nn.Parameter) else []
+            continue
+        inner = [n for n, m in classifier.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+        found += [f"{name}.{inner[-1]}".rstrip(".") + ".*"] if inner else []
+    return found
 
 
 def _put_neck(model: nn.Module, neck: str, width: int | None) -> None:

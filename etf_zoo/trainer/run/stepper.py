@@ -86,11 +86,13 @@ class Stepper:
             self.plain.forward_features = torch.compile(self.plain.forward_features)
         if is_sharded(accelerator):
             gather_in(model)
+        warmup = round(recipe.optim.warmup_epochs * steps_per_epoch)
         self.schedule = CosineLRScheduler(
             optimizer,
             t_initial=recipe.epochs * steps_per_epoch,
             lr_min=recipe.optim.min_lr,
-            warmup_t=round(recipe.optim.warmup_epochs * steps_per_epoch),
+            warmup_t=warmup,
+            warmup_lr_init=recipe.optim.lr / (warmup + 1),  # a first step at rate 0 would be none
             warmup_prefix=False,
             t_in_epochs=False,
         )

@@ -17,10 +17,13 @@ from etf_zoo.trainer.data.augment import (
     affine_matrix,
     augment,
     boxes,
+    crop_matrix,
     draw_ops,
     erase,
     jitter,
     mix,
+    resample,
+    warp,
 )
 from etf_zoo.trainer.recipe.config import Augment
 
@@ -120,6 +123,50 @@ def test_affine_operations_follow_each_other():
     expected = [math.cos(angle) * x - math.sin(angle) * y, math.sin(angle) * x + math.cos(angle) * y, 1.0]
     torch.testing.assert_close(theta[0] @ torch.tensor([0.3, y, 1.0]), torch.tensor(expected))
     assert torch.equal(theta[1], torch.eye(3))
+
+
+@pytest.mark.parametrize("size", [12, 24, 40])
+def test_crops_are_resized_as_pillow_does(images, size):
+    """Also as torch's antialiased interpolation, which evaluation uses, where the crop is the whole image."""
+    whole = torch.eye(3).repeat(len(images), 1, 1)
+    expected = torch.nn.functional.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
+    torch.testing.assert_close(resample(images, whole, size), expected, atol=1e-3, rtol=0)
+    crops = crop_matrix(Augment(crop_scale=[0.2, 1.0], flip=False), Draws(generator(), len(images)))
+    out = resample(images, crops, size)
+    for image, crop, result in zip(images, crops, out, strict=True):
+        left, right = ((crop[0, 2] + s * crop[0, 0] + 1) * 12 for s in (-1, 1))
+        top, bottom = ((crop[1, 2] + s * crop[1, 1] + 1) * 12 for s in (-1, 1))
+        box = [float(x.clamp(0, 24)) for x in (left, top, right, bottom)]
+        expected = tensor(pil(image).resize((size, size), Image.Resampling.BILINEAR, box=tuple(box)))
+        torch.testing.assert_close(result, expected, atol=1.5, rtol=0)  # Pillow rounds after rows and after columns
+    mirrored = crops.clone()
+    mirrored[:, 0, 0] *= -1
+    torch.testing.assert_close(resample(images, mirrored, size), out.flip(3), atol=1e-3, rtol=0)
+
+
+def test_a_crop_made_smaller_has_no_stripes():
+    """Stripes of one pixel are gray at half the size, whatever the crop; without antialiasing they would beat."""
+    stripes = torch.zeros(64, 3, 32, 32, dtype=torch.uint8)
+    stripes[..., ::2] = 255
+    out = augment(stripes, Augment(crop_scale=[0.9, 1.0], crop_ratio=[1.0, 1.0]), 8, generator())
+    assert (out - 127.5).abs().max() < 12
+
+
+def test_warped_crops_are_those_of_one_sampling():
+    """Where nothing is made smaller or larger and the image is smooth, two samplings are as good as one."""
+    smooth = torch.nn.functional.interpolate(
+        torch.rand(30, 3, 3, 3, generator=generator()) * 255, size=(48, 48), mode="bicubic"
+    )
+    crop = crop_matrix(Augment(crop_scale=[0.4, 0.5], flip=True), Draws(generator(), 30))
+    ops, level = torch.arange(30)[:, None] % len(AFFINE_OPS), torch.full((30, 1), 0.4)
+    ops[::6] = -1
+    out = resample(warp(smooth.clone(), crop, ops, level), crop, 32)
+    theta = (crop @ affine_matrix(ops, level))[:, :2]
+    grid = torch.nn.functional.affine_grid(theta, [30, 3, 32, 32], align_corners=False)
+    once = torch.nn.functional.grid_sample(smooth, grid, padding_mode="reflection", align_corners=False)
+    inside = (grid.abs() < 0.9).all(3)[:, None].expand_as(out)
+    assert inside.float().mean() > 0.5
+    torch.testing.assert_close(out[inside], once[inside], atol=3.0, rtol=0)
 
 
 def test_drawn_operations():

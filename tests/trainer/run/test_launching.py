@@ -1,39 +1,8 @@
-"""What depends on the launch: how a script ends, and batches in step."""
+"""What depends on the launch: precision, and batches in step."""
 
-import random
-import re
-
-import pytest
 import torch
 
-from etf_zoo.trainer.recipe.config import Recipe
-from etf_zoo.trainer.run.launching import Repeatable, in_step, make_accelerator, run_script
-
-
-def test_own_errors_end_a_script_with_one_line():
-    with pytest.raises(SystemExit, match=re.escape("error: epochs takes a whole number at least 1, got 0.")):
-        run_script(lambda: Recipe(epochs=0))
-
-
-def test_a_defect_keeps_its_traceback():
-    with pytest.raises(ValueError, match="Sample larger"):
-        run_script(lambda: random.sample([1], 2))
-    with pytest.raises(KeyError):
-        run_script(lambda: {}["x"])
-
-
-def test_what_the_system_refuses_is_no_defect(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(SystemExit, match=r"error: .*Not a directory"):
-        run_script(lambda: (tmp_path / "file" / "run").mkdir())
-
-
-def test_a_full_gpu_gets_advice():
-    def full():
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    with pytest.raises(SystemExit, match="--accumulate 2"):
-        run_script(full)
+from etf_zoo.trainer.run.launching import Repeatable, in_step, make_accelerator
 
 
 def test_one_precision_after_another():

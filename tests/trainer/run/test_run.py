@@ -285,22 +285,32 @@ def test_learning_rate_by_layer():
     assert all("lr_scale" not in group for group in make_optimizer(Optim(), model).param_groups)
 
 
-def test_muon_leaves_a_learned_classifier_to_adamw():
-    def by_adamw(head):
-        model = make_model(dataclasses.replace(RECIPE, head=head), 10)
+def test_muon_leaves_the_output_layer_to_adamw_and_takes_a_neck():
+    """What the matrices of a model are trained by; vectors are AdamW's anyway."""
+
+    def by_adamw(head, **changes):
+        model = make_model(dataclasses.replace(RECIPE, head=head, **changes), 10)
         groups = make_optimizer(Optim(name="muon"), model).param_groups
         chosen = {id(p) for group in groups if group.get("use_fallback") for p in group["params"]}
-        return {name for name, p in model.named_parameters() if id(p) in chosen}
+        return {name for name, p in model.named_parameters() if id(p) in chosen and p.ndim > 1}
 
-    assert by_adamw("learned") == {"classifier.weight", "classifier.bias"}
+    assert by_adamw("learned") == {"classifier.weight"}
     assert by_adamw("frame") == set()
+    neck = {"model": "resnet10t_etf", "model_args": {"neck": "mlp"}}
+    assert by_adamw("frame", **neck) == set()
+    assert by_adamw("learned", **neck) == {"fc.1.weight"}
+    # its output layer is a 1x1 convolution, two layers, a layer behind a norm, the last of two layers
+    assert by_adamw("learned", model="vgg11") == {"head.fc.weight"}
+    assert by_adamw("learned", model="deit_tiny_distilled_patch16_224") == {"head.weight", "head_dist.weight"}
+    assert by_adamw("learned", model="levit_128s") == {"head.linear.weight", "head_dist.linear.weight"}
+    assert by_adamw("learned", model="caformer_s18") == {"head.fc.fc2.weight"}
 
 
 def test_schedule_ends_at_the_smallest_rate(tmp_path):
     recipe = {"optim": Optim(lr=0.1, min_lr=0.01, warmup_epochs=0.5), "epochs": 1, "batch_size": 16}
     ended = run(tmp_path, "run", **recipe)
     rates = [(ended.stepper.schedule.step_update(step), ended.stepper.lr())[1] for step in range(17)]
-    assert rates[:8] == pytest.approx([0.1 * step / 8 for step in range(8)])
+    assert rates[:8] == pytest.approx([0.1 * (step + 1) / 9 for step in range(8)])  # none is 0
     assert rates[8:] == sorted(rates[8:], reverse=True)
     assert rates[16] == pytest.approx(0.01)
 
