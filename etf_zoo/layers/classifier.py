@@ -240,13 +240,18 @@ class FrameClassifier(GuardedFrame):
             return unit(x)
         return at_least_float32(x)
 
+    def scale(self) -> Tensor:
+        """The logit scale. A learnable one counts as 0.01 where training took it below, and can grow again."""
+        own = self.logit_scale
+        return own + (own.clamp(min=0.01) - own).detach()
+
     def project(self, x: Tensor) -> Tensor:
         """Logits of what `embed` gives: `(..., dim)` to `(..., num_classes)`."""
         if self.implicit:
             if self.frame == "kerdock":
-                return _kerdock_logits(x, self.rotation, self.signs, self.logit_scale, self.num_classes)
-            return helmert_product(x, self.logit_scale)
-        return _scaled_product(x, self.weight, self.logit_scale)
+                return _kerdock_logits(x, self.rotation, self.signs, self.scale(), self.num_classes)
+            return helmert_product(x, self.scale())
+        return _scaled_product(x, self.weight, self.scale())
 
     @torch.jit.unused
     @torch.no_grad()
@@ -271,7 +276,7 @@ class FrameClassifier(GuardedFrame):
         if torch.compiler.is_exporting():  # a graph has no loop; one image's logits are no burden
             return self.project(embeddings).topk(k)
         with torch.autocast(x.device.type, enabled=False):
-            rows = into_core(embeddings * self.logit_scale, self.rotation).flatten(0, -2)
+            rows = into_core(embeddings * self.scale(), self.rotation).flatten(0, -2)
             logits, classes = highest_classes(rows, self.weight, self.signs, self.num_classes, k)
         return logits.view(*x.shape[:-1], k), classes.view(*x.shape[:-1], k)
 

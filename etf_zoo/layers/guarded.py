@@ -22,6 +22,8 @@ class GuardedFrame(nn.Module):
     Attributes:
         built_from: Arguments of `build_frame` beside the name, which is `frame`.
         scale_asked: `logit_scale` as the constructor had it.
+        probability: Of its class for a feature on its prototype, at the scale that is solved for. Less than 0.999 under
+            label smoothing, see `smoothed_probability`; then call `reset_scale`.
     """
 
     weight: Tensor
@@ -38,7 +40,7 @@ class GuardedFrame(nn.Module):
     @torch.jit.unused
     def remember(self, built_from: dict[str, Any], scale_asked: float | str) -> None:
         """Keep what frame and scale are built from; called by the constructor once there is a `weight`."""
-        self.built_from, self.scale_asked = built_from, scale_asked
+        self.built_from, self.scale_asked, self.probability = built_from, scale_asked, 0.999
         self._checked = (0, 0)  # the frame that `check_intact` saw last: its id and version
         self._unfilled = self.weight.is_meta
 
@@ -89,8 +91,8 @@ class GuardedFrame(nn.Module):
             if self.feature_norm == "none" or self.weight.is_meta:
                 return 1.0
             if self.implicit:
-                return kerdock_logit_scale(self.num_classes, self.dim)
-            return solve_logit_scale(self.weight)
+                return kerdock_logit_scale(self.num_classes, self.dim, probability=self.probability)
+            return solve_logit_scale(self.weight, probability=self.probability)
         if not (math.isfinite(asked) and asked > 0):
             raise EtfZooError(f"logit_scale must be positive and finite, got {asked}.")
         return float(asked)

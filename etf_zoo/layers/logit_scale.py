@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..frames.kerdock import kerdock_core
 
-__all__ = ["MAX_LOGIT_SCALE", "kerdock_logit_scale", "solve_logit_scale"]
+__all__ = ["MAX_LOGIT_SCALE", "kerdock_logit_scale", "smoothed_probability", "solve_logit_scale"]
 
 MAX_LOGIT_SCALE = 100.0
 # Rows of the Gram matrix that solve_logit_scale looks at, so that 100,000 classes need no 100,000^2 matrix.
@@ -62,6 +62,23 @@ def solve_logit_scale(frame: Tensor, *, probability: float = 0.999) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if worst(middle).max().item() > wanted else (low, middle)
     return high
+
+
+def smoothed_probability(num_classes: int, label_smoothing: float) -> float:
+    """What label smoothing asks a feature on its prototype to reach, 0.999 at most: for `solve_logit_scale`.
+
+    Smoothed labels give the class 1 - e + e/K. At a scale that goes beyond, the loss is least for features that have
+    left their prototype: smoothing and collapse contradict one another.
+
+    Args:
+        num_classes: K.
+        label_smoothing: e, in [0, 1).
+
+    Example:
+        >>> smoothed_probability(10, 0.1)
+        0.91
+    """
+    return min(0.999, 1 - label_smoothing + label_smoothing / num_classes)
 
 
 def kerdock_logit_scale(num_classes: int, dim: int, *, probability: float = 0.999) -> float:

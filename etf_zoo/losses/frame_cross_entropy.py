@@ -151,7 +151,7 @@ class FrameCrossEntropy(nn.Module):
             raise EtfZooError(f"Expected embeddings (B, {head.dim}), got {tuple(embeddings.shape)}.")
         labels = check_labels(labels, len(embeddings), head.num_classes)
         x = into_core(at_least_float32(embeddings), head.rotation)
-        scaled = x * head.logit_scale
+        scaled = x * head.scale()
         if head.implicit:
             own, mean = kerdock_vectors(labels, head.signs, x), kerdock_sum(head.num_classes, head.signs, x)
         else:
@@ -160,7 +160,7 @@ class FrameCrossEntropy(nn.Module):
         others, highest, _ = _other_classes(
             scaled, labels, head.weight, head.signs, head.num_classes, scaled.requires_grad and torch.is_grad_enabled()
         )
-        wanted = self._with_margin((x * own).sum(dim=1)) * head.logit_scale if self._has_margin else target
+        wanted = self._with_margin((x * own).sum(dim=1)) * head.scale() if self._has_margin else target
         loss = F.softplus(others - wanted)
         if self.label_smoothing:  # mean logit in the place of the label's, for a share
             mean_logit = (scaled @ mean - target + wanted) / head.num_classes

@@ -6,11 +6,12 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from etf_zoo import FrameClassifier
 from etf_zoo.frames import best_frame, quick_code, random_frame, simplex_etf
 from etf_zoo.frames.build import build_frame, check_frame
-from etf_zoo.layers.logit_scale import MAX_LOGIT_SCALE, solve_logit_scale
+from etf_zoo.layers.logit_scale import MAX_LOGIT_SCALE, smoothed_probability, solve_logit_scale
 
 FAR = 1 - torch.eye(10)  # ten classes, equally far from each other
 
@@ -145,6 +146,32 @@ def test_no_norm_means_scale_one_and_solves_nothing(monkeypatch):
     assert FrameClassifier(8, 5, device="meta").logit_scale.is_meta
 
 
+def test_learnable_scale_never_counts_as_negative():
+    head = FrameClassifier(8, 5, logit_scale="learnable")
+    x, labels = head.weight.clone(), torch.arange(5)
+    with torch.no_grad():
+        head.logit_scale.fill_(-3.0)
+    logits = head(x)
+    torch.testing.assert_close(logits, 0.01 * x @ head.weight.T)
+    assert head.top_k(x, 1)[1].flatten().tolist() == labels.tolist()
+    F.cross_entropy(logits, labels).backward()
+    assert head.logit_scale.grad < 0  # a step makes it larger again
+    assert set(head.state_dict()) == {"weight", "logit_scale"}
+
+
+def test_scale_under_label_smoothing():
+    head = FrameClassifier(16, 10, frame="simplex")
+    head.probability = smoothed_probability(10, 0.1)
+    head.reset_scale()
+    own = head(head.weight).softmax(1).diagonal()
+    torch.testing.assert_close(own, torch.full((10,), 0.91))
+    # there the smoothed loss is least for features on their prototypes
+    x = head.weight.clone().requires_grad_()
+    F.cross_entropy(head(x), torch.arange(10), label_smoothing=0.1).backward()
+    assert x.grad.abs().max() < 1e-6
+    assert smoothed_probability(10, 0.0) == 0.999
+
+
 def test_learnable_scale_gets_a_gradient_and_the_frame_never():
     head = FrameClassifier(8, 5, logit_scale="learnable")
     assert head.logit_scale.item() == pytest.approx(FrameClassifier(8, 5).logit_scale.item())
@@ -250,7 +277,7 @@ def test_meta_device_computes_nothing(monkeypatch):
         ({"frame": "hierarchy", "hierarchy": FAR, "num_classes": 10}, "needs at least 9 dimensions, got 8.*'residual'"),
         (
             {"frame": "hierarchy", "hierarchy": FAR[:5, :5], "gamma": -1.0},
-            "gamma must be positive, at least 1e-06 and finite, got -1",
+            "gamma must be positive and finite, got -1",
         ),
     ],
 )

@@ -15,6 +15,7 @@ from etf_zoo import FrameClassifier, attach_frame, frame_heads
 from etf_zoo.errors import EtfZooError
 from etf_zoo.frames import spherical_code
 from etf_zoo.layers.cosine import learn_prototypes
+from etf_zoo.layers.logit_scale import smoothed_probability
 from etf_zoo.layers.necks import build_neck
 from etf_zoo.models import find as models
 from etf_zoo.models.create import whiten
@@ -24,7 +25,7 @@ from etf_zoo.models.names import SKIP_CONNECTION, base_name, leaf_of, split_head
 
 from ..recipe.config import Optim, Recipe
 
-__all__ = ["LEARNED_HEADS", "Source", "find_model", "make_model", "make_optimizer"]
+__all__ = ["LEARNED_HEADS", "Source", "find_model", "fit_scales", "make_model", "make_optimizer"]
 
 LEARNED_HEADS = ("learned", "warm_learned")  # a linear layer of the backbone's own
 
@@ -55,13 +56,26 @@ def make_model(recipe: Recipe, num_classes: int, hierarchy: Tensor | None = None
         ValueError: If there is no such model, or it does not take its `model_args`.
     """
     try:
-        return _make_model(recipe, num_classes, hierarchy)
+        model = _make_model(recipe, num_classes, hierarchy)
+        brought: Any = model.pretrained_cfg  # weights for these very classes bring the scale with the frame
+        if not (recipe.pretrained and brought.get("num_classes") == num_classes and find_model(recipe.model).is_twin):
+            fit_scales(model, recipe)
+        return model
     except EtfZooError:
         raise
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         if not recipe.model_args or isinstance(error, torch.OutOfMemoryError):
             raise
         raise EtfZooError(f"{recipe.model} cannot be made with model_args {recipe.model_args}: {error}.") from error
+
+
+def fit_scales(model: nn.Module, recipe: Recipe) -> None:
+    """Solve the scales of heads that leave it open for what the recipe's label smoothing asks for, in place."""
+    if recipe.loss.name != "cross_entropy":  # the others know no smoothing
+        return
+    for head in frame_heads(model).values():
+        head.probability = smoothed_probability(head.num_classes, recipe.label_smoothing)
+        head.reset_scale()
 
 
 def _make_model(recipe: Recipe, num_classes: int, hierarchy: Tensor | None) -> nn.Module:

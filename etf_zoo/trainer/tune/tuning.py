@@ -23,7 +23,7 @@ from ..recipe.config import HEADS, Recipe, final_size
 from ..run.export import Origin, export_model, export_run
 from ..run.launching import make_accelerator
 from ..run.measure import measure_split
-from ..run.model import find_model, make_model
+from ..run.model import find_model, fit_scales, make_model
 from ..run.run import Run
 from ..run.summary import summarize
 from ..run.watch import BestEpoch
@@ -224,6 +224,7 @@ def _train(settings: Finetune, train: Images, held: Images | None, test: Images)
     if settings.head == "warm":
         features = features_of(settings, model, train)
         warm_head(model, features, torch.from_numpy(train.labels), names, settings.model_args)
+        fit_scales(model, settings)
     elif settings.head == "warm_learned":
         features, labels = features_of(settings, model, train), torch.from_numpy(train.labels)
         warm_learned_head(model, features, labels, names, seed=settings.seed, strength=settings.strength)

@@ -1,5 +1,7 @@
 """Where a recipe's model is."""
 
+import math
+
 import pytest
 import timm
 import torch
@@ -7,7 +9,7 @@ import torch
 from etf_zoo import frame_heads
 from etf_zoo.models.names import timm_classifier_names
 from etf_zoo.sharing.folder import save_folder
-from etf_zoo.trainer.recipe.config import Data, Recipe
+from etf_zoo.trainer.recipe.config import Data, Loss, Recipe
 from etf_zoo.trainer.run.model import find_model, make_model
 from etf_zoo.weights.native import native_tags
 
@@ -70,3 +72,25 @@ def test_learned_cosine_differs_from_the_frame_only_in_what_trains(model):
     trained = {name for name, _ in learned.named_parameters()}
     assert trained == {name for name, _ in fixed.named_parameters()} | {"fc.prototypes"}
     assert make_model(recipe(head="learned_cosine", model_args={"moving": True}), 10) is not None
+
+
+def test_the_scale_follows_label_smoothing():
+    def scale(**changes):
+        return frame_heads(make_model(recipe(**changes), 10))["fc"].logit_scale.item()
+
+    assert scale(label_smoothing=0.1) == pytest.approx(0.9 * math.log(9 * 0.91 / 0.09), rel=1e-4)
+    assert scale(label_smoothing=0.0) == pytest.approx(0.9 * math.log(9 * 999), rel=1e-4)
+    assert scale(label_smoothing=0.1, model="test_resnet") == scale(label_smoothing=0.1)
+    assert scale(label_smoothing=0.1, head="learned_cosine") == scale(label_smoothing=0.1)
+    assert scale(label_smoothing=0.1, model_args={"logit_scale": 30.0}) == 30
+    assert scale(label_smoothing=0.1, model_args={"feature_norm": "none"}) == 1
+    assert scale(label_smoothing=0.1, loss=Loss("dot_regression")) == scale(label_smoothing=0.0)
+
+
+def test_the_scale_of_weights_for_the_same_classes_is_kept(tmp_path):
+    model = timm.create_model("test_resnet_etf", num_classes=3)
+    save_folder(model, tmp_path / "saved", pretrained_cfg={"num_classes": 3, "input_size": (3, 32, 32)}, half=False)
+    start = {"model": str(tmp_path / "saved"), "pretrained": True, "label_smoothing": 0.1}
+    kept, fresh = (frame_heads(make_model(recipe(**start), k))["fc"].logit_scale.item() for k in (3, 4))
+    assert kept == frame_heads(model)["fc"].logit_scale.item()
+    assert fresh == pytest.approx(0.75 * math.log(3 * 0.925 / 0.075), rel=1e-4)
