@@ -10,17 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from etf_zoo.errors import EtfZooError
-from etf_zoo.trainer.data.subsets import Images, holdout_indices, load_images
+from etf_zoo.trainer.data.near_duplicates import grouped_folds, near_duplicates
+from etf_zoo.trainer.data.sealed import choosing
+from etf_zoo.trainer.data.subsets import Images, load_images
 from etf_zoo.trainer.recipe.config import Data
+from etf_zoo.trainer.run.model import make_model
 from etf_zoo.trainer.tune.probes import PROBES
-from etf_zoo.trainer.tune.tuning import Finetune, fine_tune
+from etf_zoo.trainer.tune.tuning import Finetune, bare, features_of, fine_tune
 from training.experiments.grid import Record, Results, digest, settings_digest
 
 __all__ = ["CHOICES", "Candidate", "Choice", "TrainingImages", "choose", "held_out_figures", "read_choices"]
 
 CHOICES = "choices.jsonl"
 CLOSED = "none: choices are made on held-out training images"  # in the place of the test split's name
-HELD_OUT = 0.25  # of each class's training images
+FOLDS = 4  # one of them is held out
 Trials = dict[tuple[str, str, str], dict[Any, float]]  # (weights, data, method) -> value -> accuracy
 
 
@@ -28,7 +31,8 @@ class TrainingImages:
     """The training images of a data set: all that a choice gets to see.
 
     Args:
-        data: Where they are. The copy that choices get does not name the test split, so opening it raises.
+        data: Where they are. The copy that choices get does not name the test split, so opening it raises; and while
+            something is chosen no other split opens, see `etf_zoo.trainer.data.sealed`.
 
     Example:
         >>> from etf_zoo.trainer.recipe.config import Data
@@ -144,7 +148,7 @@ def held_out_figures(work: str, candidate: Candidate) -> Record:
 
 
 def choose(settings: Finetune, images: TrainingImages, work: Path) -> Record:
-    """Train on three quarters of the training images, and measure on the others.
+    """Train on three quarters of the training images, and measure on the others; near-duplicates stay together.
 
     Args:
         settings: What to try.
@@ -159,14 +163,17 @@ def choose(settings: Finetune, images: TrainingImages, work: Path) -> Record:
     """
     if settings.method in PROBES:
         raise EtfZooError(f"{settings.method} chooses by cross-validation itself.")
-    train = images.load()
-    kept, held = holdout_indices(train.labels, HELD_OUT, settings.seed)
     settings = dataclasses.replace(settings, data=images.data, output=str(work), holdout=0, eval_every=settings.epochs)
     shutil.rmtree(work, ignore_errors=True)  # of a run that was killed
-    tuned = fine_tune(settings, train.subset(kept), train.subset(held))
-    if tuned is None:
-        raise EtfZooError("time_budget has no place in a choice: each value is run to its end.")
-    top1 = tuned.figures()["top1"]
+    with choosing():
+        train = images.load()
+        frozen = bare(settings)
+        groups = near_duplicates(features_of(frozen, make_model(frozen, len(train.label_names)), train))
+        kept, held = next(grouped_folds(train.labels, groups, FOLDS, settings.seed))
+        tuned = fine_tune(settings, train.subset(kept), train.subset(held))
+        if tuned is None:
+            raise EtfZooError("time_budget has no place in a choice: each value is run to its end.")
+        top1 = tuned.figures()["top1"]
     shutil.rmtree(work, ignore_errors=True)
     return {"top1": top1, "fitted": len(kept), "held_out": len(held)}
 

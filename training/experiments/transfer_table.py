@@ -262,7 +262,7 @@ def _probed(cell: Cell, train: Images, rows: np.ndarray, test: Images, work: Pat
     labels = torch.from_numpy(fitted.labels)
     probe = fit_probe(settings.method, features, labels, fitted.label_names, seed=cell.seed, strength=settings.strength)
     predicted = probe.predict(_cached(cell, test, work).numpy())
-    found = {"correct": predicted == test.labels, "tuned": probe.tuned, "chosen": probe.chosen}
+    found = {"correct": predicted == test.labels, "tuned": probe.tuned, "chosen": probe.chosen, **probe.details}
     found["total"] = _backbone_size(settings) + probe.tuned
     return {**found, "images": len(fitted), **_nature(features, fitted)}
 
@@ -297,10 +297,15 @@ def _backbone_size(settings: Finetune) -> int:
 
 
 def _nature(features: torch.Tensor, split: Images) -> dict[str, float]:
-    """What features are, beside what they score."""
+    """What features are, beside what they score: see `NOTE` of the report."""
     collapse = NeuralCollapse(len(split.label_names), features.shape[1])
     collapse.update(features, torch.from_numpy(split.labels))
-    return {name: value for name, value in collapse.compute().items() if name in WHAT_IT_IS}
+    found = {name: value for name, value in collapse.compute().items() if name in WHAT_IT_IS}
+    x = features.double()
+    centered = x - x.mean(0)
+    spectrum = torch.linalg.svdvals(centered).square()
+    found["common_mean"] = (x.mean(0).square().sum() / x.square().sum(1).mean()).item()
+    return {**found, "participation_ratio": (spectrum.sum().square() / spectrum.square().sum()).item()}
 
 
 def _cached(cell: Cell, split: Images, work: Path) -> torch.Tensor:
