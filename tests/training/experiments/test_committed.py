@@ -1,0 +1,40 @@
+"""The committed reports are what their committed cells give."""
+
+import json
+
+import pytest
+
+from etf_zoo.trainer.recipe.config import parse
+from training.experiments import comparison
+from training.experiments.comparison import Comparison
+from training.experiments.grid import CELLS, Results
+from training.experiments.readme import RESULTS, ROOT
+from training.experiments.transfer_report import report, summary
+from training.experiments.transfer_table import Table, cells, names_of, newest
+
+RECIPES = ROOT / "training" / "recipes"
+
+
+@pytest.mark.parametrize("name", ["transfer", "flowers17_scratch"])
+def test_transfer_tables(name, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    table = parse(Table, ["--config", str(RECIPES / f"{name}.yaml"), "--report_only"])
+    wanted = cells(table)
+    records = newest(wanted, Results(RESULTS / name / CELLS, RESULTS).read())
+    text = report(records, names_of(table), left=len(wanted) - len(records))
+    assert (RESULTS / name / "table.md").read_text(encoding="utf-8") == text
+    assert (RESULTS / name / "summary.md").read_text(encoding="utf-8") == f"{summary(records, names_of(table))}\n"
+
+
+@pytest.mark.parametrize("name", ["cifar100_heads", "cifar100_longtail"])
+def test_comparisons(name, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    settings = parse(Comparison, ["--config", str(RECIPES / f"{name}.yaml")])
+    records = Results(RESULTS / name / CELLS, RESULTS).read().values()
+    assert (RESULTS / name / "table.md").read_text(encoding="utf-8") == comparison.table(settings, records)
+
+
+@pytest.mark.parametrize("file", sorted(RESULTS.glob("**/cells.jsonl")), ids=lambda file: file.parent.name)
+def test_no_line_is_damaged(file):
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    assert len(Results(file, RESULTS).read()) == len(lines) == len({line["key"] for line in lines})
