@@ -16,7 +16,7 @@ from etf_zoo.trainer.data.subsets import Images, load_images
 from etf_zoo.trainer.recipe.config import Data
 from etf_zoo.trainer.run.model import make_model
 from etf_zoo.trainer.tune.probes import PROBES
-from etf_zoo.trainer.tune.tuning import Finetune, bare, features_of, fine_tune
+from etf_zoo.trainer.tune.tuning import Finetune, features_of, fine_tune, strip_head
 from training.experiments.grid import Record, Results, digest, settings_digest
 
 __all__ = ["CHOICES", "Candidate", "Choice", "TrainingImages", "choose", "held_out_figures", "read_choices"]
@@ -167,7 +167,7 @@ def choose(settings: Finetune, images: TrainingImages, work: Path) -> Record:
     shutil.rmtree(work, ignore_errors=True)  # of a run that was killed
     with choosing():
         train = images.load()
-        frozen = bare(settings)
+        frozen = strip_head(settings)
         groups = near_duplicates(features_of(frozen, make_model(frozen, len(train.label_names)), train))
         kept, held = next(grouped_folds(train.labels, groups, FOLDS, settings.seed))
         tuned = fine_tune(settings, train.subset(kept), train.subset(held))

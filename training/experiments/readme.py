@@ -91,7 +91,7 @@ def standing(page: Path) -> str:
         "ncm": "frozen features, nearest mean",
         "full": "tuned in full",
     }
-    file = RESULTS / "transfer_e60" / "cells.jsonl"
+    file = RESULTS / "transfer_e60" / "earlier_cells.jsonl"
     cells = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     verdicts = ["ahead"]
     for method, words in asked.items():
