@@ -41,7 +41,10 @@ def test_standing_is_that_of_the_runs():
     """The verdicts by the figures of the runs, worked out by hand."""
     lines = TABLES["standing"](ROOT / "README.md").splitlines()[2:]
     assert [line.split("**")[1] for line in lines] == ["ahead", "level", "behind", "behind", "ahead"]
-    cells = [json.loads(line) for line in (ROOT / "training/results/transfer_e60/earlier_cells.jsonl").read_text().splitlines()]
+    cells = [
+        json.loads(line)
+        for line in (ROOT / "training/results/transfer_e60/earlier_cells.jsonl").read_text().splitlines()
+    ]
     full = {c["weights"]: c["top1"] for c in cells if (c["data"], c["method"]) == ("grocery", "full")}
     gaps = [full[f"frame, run {i}"] - full[f"learned, run {i}"] for i in range(3)]
     mean = sum(gaps) / 3
