@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from ..errors import EtfZooError, LoadError
 from ..layers.whitening import WHITENING_ARGS, whiten_last_norm
 from ..timm_compat import hf_split, update_model_args
-from ..weights.download import check_cached, hub_errors
+from ..weights.config import without_sources
+from ..weights.download import check_cached, hub_errors, pin
 from ..weights.packages import PACKAGED, find_packaged, read_packaged
 from .attach import attach_frame, become_twin, replace_leaves
 from .convert import convert_classifier
@@ -138,6 +139,8 @@ def _read_request(
 ) -> _Request:
     cfg, tag_args = _resolve_cfg(name, pretrained, pretrained_cfg, tags)
     cfg = replace(cfg, **{"architecture": name, **(overlay or {})})
+    if pretrained and cfg.source == "hf-hub" and cfg.hf_hub_id:
+        cfg = replace(cfg, hf_hub_id=pin(cfg.hf_hub_id, cache_dir=kwargs.get("cache_dir")))
     merged = _by_present_names(kwargs.pop("pretrained_model_args", None) or {})  # of a folder or Hub model ...
     kwargs = _by_present_names(kwargs)  # ... which timm has put in here too
     replaced = not {"file", "state_dict"}.isdisjoint(overlay or {})
@@ -171,7 +174,7 @@ def _resolve_cfg(
 ) -> tuple[PretrainedCfg, Mapping[str, Any]]:
     """Pretrained cfg and saved model arguments: a given cfg, a tag's, the default tag's, or the base's defaults."""
     if isinstance(given, Mapping):
-        given = PretrainedCfg(**given)
+        given = PretrainedCfg(**without_sources(given))
     if isinstance(given, PretrainedCfg) and (given.has_weights or given.state_dict or not pretrained):
         return given, tags.get(f"{name}.{given.tag}", {}) if given.tag else {}
     tag = given if isinstance(given, str) else ""
@@ -293,6 +296,8 @@ def _load_backbone(model: Any, request: _Request, weights: _Weights) -> None:
         whiten(model, request.whitening)
     if not weights.learned:
         model.pretrained_cfg["num_classes"] = request.cfg.num_classes
+        if request.cfg.source == "hf-hub":
+            model.pretrained_cfg["hf_hub_id"] = request.cfg.hf_hub_id  # with its commit, as a record
         if weights.backbone is not None:
             _check_backbone(model, request, weights.backbone.keys() | weights.whitening.keys())
     if weights.whitening:

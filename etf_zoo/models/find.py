@@ -15,7 +15,8 @@ from timm.models import get_pretrained_cfg, load_model_config_from_hf
 
 from ..errors import EtfZooError
 from ..timm_compat import load_model_config_from_path
-from ..weights.download import hub_errors
+from ..weights.config import read_config
+from ..weights.download import hub_errors, pin
 from ..weights.native import CONFIG_NAME, cards_folder
 from .tags import default_tag
 
@@ -73,6 +74,7 @@ def find_model(model: str, pretrained: bool = True) -> Source:
     if not model:
         raise EtfZooError("Name a model: a timm name, a folder, a run, or hf-hub:ORG/NAME.")
     if folder := model_folder(model):
+        read_config(folder / CONFIG_NAME)  # whose errors name file and field
         cfg, architecture, _ = load_model_config_from_path(folder)
         return Source(f"{_LOCAL}{folder}", architecture, cfg["input_size"][-1], _identity(cfg, folder), folder)
     if model.startswith(_HUB):
@@ -124,8 +126,12 @@ def load_model(model: str, pretrained: bool = True, **kwargs: Any) -> Any:
         LoadError: If the weights cannot be had.
     """
     source = find_model(model, pretrained)
-    with nullcontext() if source.folder else hub_errors(source.name.removeprefix(_HUB)):
-        return timm.create_model(source.name, pretrained=pretrained, **kwargs).eval()
+    hub_id = source.name.removeprefix(_HUB)
+    with nullcontext() if source.folder else hub_errors(hub_id):
+        model = timm.create_model(source.name, pretrained=pretrained, **kwargs).eval()
+    if hub_id != source.name and not source.is_twin:  # twins say it themselves
+        pin(hub_id, cache_dir=kwargs.get("cache_dir"))
+    return model
 
 
 def _is_timm(model: str) -> bool:

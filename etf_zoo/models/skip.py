@@ -128,6 +128,8 @@ def skip_connection(pretrained=False, pretrained_cfg=None, pretrained_cfg_overla
     if saved:  # the base sees its own arguments only
         kwargs["pretrained_model_args"] = {k: v for k, v in saved.items() if k not in ("base", "layer")}
     base, layer = kwargs.pop("base"), kwargs.pop("layer")
+    if not (isinstance(base, str) and isinstance(layer, str)) or ":" in base:  # which would be another repository
+        raise EtfZooError(f"The base of a skip connection is an architecture such as 'resnet50_etf', not {base!r}.")
     if isinstance(pretrained_cfg, dict):
         pretrained_cfg = {**pretrained_cfg, "architecture": base}
     model = timm.create_model(

@@ -18,6 +18,7 @@ from ..layers.whitening import Whitening
 from ..models.attach import FrameModel
 from ..models.names import frame_heads
 from ..timm_compat import save_config_for_hf
+from ..weights.config import DIGEST, config_digest
 from ..weights.native import CONFIG_NAME, WEIGHTS_NAME, sha256
 
 __all__ = ["save_folder", "storage_state_dict"]
@@ -100,6 +101,7 @@ def save_folder(
         save_config_for_hf(model, str(new_config), model_config=model_config)
         written = json.loads(new_config.read_text(encoding="utf-8"))
         written.get("model_args", {}).pop("num_classes", None)  # said above; transformers refuses it twice
+        written[DIGEST] = config_digest(written)
         new_config.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
         new_weights.chmod(0o644)  # safetensors writes files that only their owner can read
         os.replace(new_weights, weights)

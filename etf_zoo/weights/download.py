@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import logging
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -24,11 +25,13 @@ from huggingface_hub.errors import (
 )
 
 from ..errors import LoadError
+from ..timm_compat import hf_split
 
-__all__ = ["LOG_IN", "check_cached", "download", "hub_errors", "retry", "sha256"]
+__all__ = ["LOG_IN", "check_cached", "download", "hub_errors", "pin", "retry", "sha256"]
 
 _HTTP_PACKAGES = ("httpx2", "httpx", "requests", "urllib3")  # the client's major versions differ in whose errors come
 _LONGEST_WAIT = 60.0
+_logger = logging.getLogger(__name__)
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 
 T = TypeVar("T")
@@ -132,6 +135,22 @@ def check_cached(
         return
     _remove(path)
     raise LoadError(f"{filename} of {repo_id} arrived damaged, and was removed from the cache. Load it again.")
+
+
+def pin(hub_id: str, *, cache_dir: str | Path | None = None) -> str:
+    """A repository's id with the commit that its name stands for now, which is logged; an id with a revision as it is.
+
+    Args:
+        hub_id: `"ORG/NAME"`, or with a revision `"ORG/NAME@REVISION"`, whose `config.json` is in the cache.
+        cache_dir: Cache folder, see `download`.
+    """
+    repo_id, revision = hf_split(hub_id)
+    cached = try_to_load_from_cache(repo_id, "config.json", cache_dir=cache_dir)
+    if revision or not isinstance(cached, str):
+        return hub_id
+    pinned = f"{repo_id}@{Path(cached).parent.name}"
+    _logger.warning("hf-hub:%s stands for hf-hub:%s now; name that to have the same again.", repo_id, pinned)
+    return pinned
 
 
 def _remove(path: Path) -> None:

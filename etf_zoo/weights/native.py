@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..errors import LoadError
 from ..timm_compat import hf_split
+from .config import CONFIG_NAME, read_config
 from .download import download, sha256
 
 __all__ = [
@@ -29,7 +30,6 @@ __all__ = [
 ]
 
 WEIGHTS_NAME = "model.safetensors"
-CONFIG_NAME = "config.json"
 RECORD_NAME = "hub.json"  # where a model folder was published
 SOURCES = ("auto", "embedded", "package", "hub")
 
@@ -80,6 +80,9 @@ def native_tags(folder: Path | None = None) -> dict[str, tuple[PretrainedCfg, di
     Returns:
         Only models whose weights file is there, or can be downloaded; the former first, as the first tag of an
         architecture is its default.
+
+    Raises:
+        LoadError: If a config cannot be read; it names file and field.
     """
     tags = {}
     files = (folder or cards_folder()).glob(f"*_etf.*/{CONFIG_NAME}")
@@ -91,20 +94,19 @@ def native_tags(folder: Path | None = None) -> dict[str, tuple[PretrainedCfg, di
             source = {"hf_hub_id": "@".join(filter(None, place))}
         else:
             continue
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-        name = config_file.parent.name
-        cfg = PretrainedCfg(
-            **{
-                **config["pretrained_cfg"],
-                "architecture": config["architecture"],
-                "tag": name.partition(".")[2],
-                "num_classes": config["num_classes"],
-                "label_names": config.get("label_names"),
-                "label_descriptions": config.get("label_descriptions"),
-                **source,
-            }
-        )
-        tags[name] = (cfg, config.get("model_args", {}))
+        config, name = read_config(config_file), config_file.parent.name
+        missing = [key for key in ("architecture", "num_classes", "pretrained_cfg") if key not in config]
+        if missing:
+            raise LoadError(f"{config_file} has no {' and no '.join(missing)}. Install or export the model again.")
+        own = {
+            "architecture": config["architecture"],
+            "tag": name.partition(".")[2],
+            "num_classes": config["num_classes"],
+            "label_names": config.get("label_names"),
+            "label_descriptions": config.get("label_descriptions"),
+            **source,
+        }
+        tags[name] = (PretrainedCfg(**{**config["pretrained_cfg"], **own}), config.get("model_args", {}))
     return tags
 
 
@@ -197,6 +199,12 @@ def read_file(path: Path) -> dict[str, Tensor]:
         RuntimeError: If the file is missing, altered or not a safetensors file.
     """
     if not path.is_file():
+        others = sorted(file.name for file in path.parent.glob("*") if file.suffix in (".bin", ".pth", ".pt", ".ckpt"))
+        if others:
+            raise LoadError(
+                f"{path.parent} has {others[0]} and no {path.name}: pickles can run code and are not read. Save the "
+                f"model with save_for_hf(..., safe_serialization=True), or with etf_zoo.sharing.folder.save_folder."
+            )
         raise LoadError(f"There is no weights file {path}.")
     if path.suffix != ".safetensors":
         raise LoadError(f"{path} is not a .safetensors file; nothing else is read, for safety.")
@@ -212,7 +220,7 @@ def read_file(path: Path) -> dict[str, Tensor]:
 
 
 def _recorded_sha256(config_file: Path) -> str | None:
-    return json.loads(config_file.read_text(encoding="utf-8")).get("weights_sha256")
+    return read_config(config_file).get("weights_sha256")
 
 
 def _load(path: Path) -> dict[str, Tensor]:

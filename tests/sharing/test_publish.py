@@ -169,8 +169,8 @@ def test_the_whole_zoo(hub, tmp_path, monkeypatch, capsys):
 
 def change_config(folder, **changes):
     config = json.loads((folder / "config.json").read_text())
-    for key, value in changes.items():
-        config.pop(key) if value is None else config.update({key: value})
+    for key, value in {**changes, "config_sha256": None}.items():
+        config.pop(key, None) if value is None else config.update({key: value})
     (folder / "config.json").write_text(json.dumps(config))
     return config
 

@@ -158,7 +158,7 @@ def test_another_file_under_the_published_name(hub, folder, monkeypatch):
 
 def test_unknown_source(monkeypatch):
     monkeypatch.setenv("ETF_ZOO_SOURCE", "web")
-    with pytest.raises(RuntimeError, match="'web'; set it to one of auto, embedded, hub"):
+    with pytest.raises(RuntimeError, match="'web'; set it to one of auto, embedded, package, hub"):
         load(NATIVE)
 
 
@@ -296,7 +296,7 @@ def test_weights_that_do_not_belong_to_the_config(hub, folder):
 
 def test_repository_without_a_recorded_hash_is_checked_against_the_hubs(hub, folder, tmp_path):
     config = json.loads((folder / "config.json").read_text())
-    del config["weights_sha256"]
+    del config["weights_sha256"], config["config_sha256"]
     (folder / "config.json").write_text(json.dumps(config))
     hub.add_folder(REPO, folder)
     hub.fault("/store/", corrupt=True)

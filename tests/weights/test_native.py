@@ -27,6 +27,7 @@ def rewrite(folder, change):
     safetensors.torch.save_file(tensors, path)
     config = json.loads((folder / "config.json").read_text())
     config["weights_sha256"] = sha256(path)
+    del config["config_sha256"]
     (folder / "config.json").write_text(json.dumps(config))
 
 
@@ -128,7 +129,7 @@ def test_truncated_or_altered_file(folder, damage):
 def test_file_that_is_no_safetensors_file(folder):
     (folder / "model.safetensors").write_bytes(b"nonsense" * 10)
     config = json.loads((folder / "config.json").read_text())
-    del config["weights_sha256"]
+    del config["weights_sha256"], config["config_sha256"]
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(RuntimeError, match="not a readable safetensors file"):
         local(folder)
@@ -138,6 +139,9 @@ def test_missing_file_and_foreign_format(folder, tmp_path):
     (folder / "model.safetensors").unlink()
     with pytest.raises(RuntimeError, match="no weights file"):
         local(folder)
+    timm.models.save_for_hf(timm.create_model("test_resnet_etf"), str(tmp_path / "pickle"), safe_serialization=False)
+    with pytest.raises(RuntimeError, match=r"has pytorch_model\.bin and no .*safe_serialization=True"):
+        local(tmp_path / "pickle")
     (tmp_path / "weights.bin").write_bytes(b"")
     with pytest.raises(RuntimeError, match=r"not a \.safetensors file"):
         read_weights({"file": str(tmp_path / "weights.bin")})
