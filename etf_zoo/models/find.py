@@ -128,10 +128,10 @@ def load_model(model: str, pretrained: bool = True, **kwargs: Any) -> Any:
     source = find_model(model, pretrained)
     hub_id = source.name.removeprefix(_HUB)
     with nullcontext() if source.folder else hub_errors(hub_id):
-        model = timm.create_model(source.name, pretrained=pretrained, **kwargs).eval()
+        built = timm.create_model(source.name, pretrained=pretrained, **kwargs).eval()
     if hub_id != source.name and not source.is_twin:  # twins say it themselves
         pin(hub_id, cache_dir=kwargs.get("cache_dir"))
-    return model
+    return built
 
 
 def _is_timm(model: str) -> bool:
