@@ -27,7 +27,7 @@ __all__ = ["NOTE", "Names", "head_rows", "over_runs", "rank_correlations", "rows
 Record = dict[str, Any]
 Hits = dict[int, NDArray[np.bool_]]  # seed -> for each test image whether it was right
 NC1 = "nc1_pinv"
-NATURE = {NC1: "NC1", "common_mean": "mean share", "participation_ratio": "participation"}
+NATURE = {NC1: "NC1", "mean_energy_share": "mean share", "participation_ratio": "participation"}
 TELLS = " \\*"
 NOTE = f"""Top-1 (%) on the test images with its 95 % interval, and the difference to the control with its interval.
 A difference marked{TELLS} tells from zero: its interval lies on one side. Of twenty that are nothing, one is marked.
@@ -190,7 +190,7 @@ def report(records: Sequence[Record], names: Names, *, left: int = 0) -> str:
     shown = ["tuned_percent", "nc1_source", "nc1_target", *nature]
     lines += markdown([*head, *nature.values()], [[*_cells(r), *(_short(r[k]) for k in shown)] for r in table])
     if heads := head_rows(records, names):
-        lines += ["", "Heads on the same weights, the first method minus the second:", ""]
+        lines += ["", "Methods on the same weights, each minus its control:", ""]
         columns = ["data", "method", "weights", "n", "top-1 (%)", "minus control", "control"]
         lines += markdown(columns, [[*_cells(r), r["control"]] for r in heads])
     if kinds := over_runs(records, names):

@@ -25,7 +25,7 @@ import safetensors.torch
 import torch
 
 from etf_zoo.errors import EtfZooError
-from etf_zoo.metrics import NeuralCollapse
+from etf_zoo.metrics import NeuralCollapse, mean_energy_share, participation_ratio
 from etf_zoo.trainer.data.augment import colors_of
 from etf_zoo.trainer.data.batches import eval_batches
 from etf_zoo.trainer.data.subsets import (
@@ -42,6 +42,7 @@ from etf_zoo.trainer.run.launching import make_accelerator, refuse_processes
 from etf_zoo.trainer.run.locks import acquire
 from etf_zoo.trainer.run.model import find_model, make_model
 from etf_zoo.trainer.run.script import run_script
+from etf_zoo.trainer.tune.depth import stage_features
 from etf_zoo.trainer.tune.probes import PROBES, backbone_size, fit_probe
 from etf_zoo.trainer.tune.tuning import Finetune, Tuned, features_of, fine_tune, strip_head
 from training.experiments.choices import Choice, Trials, read_choices
@@ -53,7 +54,7 @@ from training.experiments.transfer_report import Names, write_report
 PROTOCOL = 2  # how cells are measured; a change that changes figures is another one
 WHAT_IT_IS = ("nc1_pinv", "nc1_quotient", "nc1_cdnv")  # of features, beside what they score
 OF_WEIGHTS = ("control", "kind")  # fields of weights that are not of a recipe
-OF_METHOD = ("weights", "data", "seeds", "control", "choose")  # likewise of a method
+OF_METHOD = ("weights", "data", "seeds", "control", "choose", "stage")  # likewise of a method
 
 
 @dataclass
@@ -70,7 +71,8 @@ class Table:
         data: Name -> fields of `data`, and `per_class`: so many training images of each class, the same for all seeds.
         methods: Name -> fields of a fine-tuning recipe, `method` being the name itself by default; and `weights`,
             `data`, `seeds`: which of them, all by default; `control`: the method that this one is compared with, on
-            the same weights; `choose`: see `training/experiments/choose.py`.
+            the same weights; `choose`: see `training/experiments/choose.py`; `stage`: of a probe, the stage of the
+            backbone whose pooled output it is fitted to, such as `layer3`, instead of the last features.
         seeds: Seeds. A seed chooses its `share` of the training images and is that of the fine-tuning.
         share: Share of each class's training images that a seed trains on, so that seeds differ in methods without
             chance of their own; 1 for all.
@@ -129,6 +131,7 @@ class Cell:
         identity: Digests of the weights and of the images; empty where only a report is wanted.
         per_class: Training images of each class; 0 for all.
         share: Of them that the seed trains on, see `Table`.
+        stage: Of a probe, see `Table`; empty for the last features.
     """
 
     weights: str
@@ -139,11 +142,13 @@ class Cell:
     identity: str
     per_class: int = 0
     share: float = 1.0
+    stage: str = ""
 
     @property
     def recipe_key(self) -> str:
         """Names, and a digest of the settings."""
-        settings = digest_of(self.settings, PROTOCOL, self.per_class, self.share)
+        stage = [self.stage] if self.stage else []
+        settings = digest_of(self.settings, PROTOCOL, self.per_class, self.share, *stage)
         return f"{self.weights}|{self.data}|{self.method}|{self.seed}|{settings}"
 
     @property
@@ -179,7 +184,8 @@ def cells(table: Table, chosen: Trials | None = None) -> list[Cell]:
                 identity = _identity(table, settings)
                 for seed in entry.get("seeds", table.seeds):
                     of_seed = dataclasses.replace(settings, seed=seed)
-                    measured.append(Cell(weights, data, method, seed, of_seed, identity, per_class, table.share))
+                    names = (weights, data, method, seed, of_seed, identity, per_class, table.share)
+                    measured.append(Cell(*names, entry.get("stage", "")))
     return found + sorted(measured, key=lambda cell: cell.seed)
 
 
@@ -301,11 +307,8 @@ def _nature(features: torch.Tensor, split: Images) -> dict[str, float]:
     collapse = NeuralCollapse(len(split.label_names), features.shape[1])
     collapse.update(features, torch.from_numpy(split.labels))
     found = {name: value for name, value in collapse.compute().items() if name in WHAT_IT_IS}
-    x = features.double()
-    centered = x - x.mean(0)
-    spectrum = torch.linalg.svdvals(centered).square()
-    found["common_mean"] = (x.mean(0).square().sum() / x.square().sum(1).mean()).item()
-    return {**found, "participation_ratio": (spectrum.sum().square() / spectrum.square().sum()).item()}
+    shares = {"mean_energy_share": mean_energy_share(features), "participation_ratio": participation_ratio(features)}
+    return {**found, **shares}
 
 
 def _cached(cell: Cell, split: Images, work: Path) -> torch.Tensor:
@@ -313,15 +316,26 @@ def _cached(cell: Cell, split: Images, work: Path) -> torch.Tensor:
     settings = strip_head(cell.settings)
     source = find_model(settings.model, settings.pretrained)
     parts = [split.digest, final_size(settings), settings.model_args, source.architecture, source.identity]
-    parts += [weights_digest(settings.model) if settings.pretrained else settings.seed]
+    parts += [
+        weights_digest(settings.model) if settings.pretrained else settings.seed,
+        *(["stages"] * bool(cell.stage)),
+    ]
     file = work / "features" / f"{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}.safetensors"
     with acquire(lock_file(work / "locks", file.name), wait=True):
         if not file.is_file():
             file.parent.mkdir(parents=True, exist_ok=True)
-            features = features_of(settings, make_model(settings, len(split.label_names)), split)
-            safetensors.torch.save_file({"features": features.contiguous()}, file.with_suffix(".new"))
+            model = make_model(settings, len(split.label_names))
+            if cell.stage:
+                features = stage_features(model, split, size=final_size(settings), device=make_accelerator().device)
+            else:
+                features = {"features": features_of(settings, model, split)}
+            features = {name: value.contiguous() for name, value in features.items()}
+            safetensors.torch.save_file(features, file.with_suffix(".new"))
             os.replace(file.with_suffix(".new"), file)
-    return safetensors.torch.load_file(file)["features"]
+    found = safetensors.torch.load_file(file)
+    if (cell.stage or "features") not in found:
+        raise EtfZooError(f"{settings.model} has no stage {cell.stage!r}, only {', '.join(found)}.")
+    return found[cell.stage or "features"]
 
 
 def newest(wanted: list[Cell], done: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:

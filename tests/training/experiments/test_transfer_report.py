@@ -135,7 +135,7 @@ def test_heads_on_the_same_weights(records):
 
 def test_columns_of_what_features_are(records, tmp_path):
     for r in records[3:]:
-        r["common_mean"] = 0.25
+        r["mean_energy_share"] = 0.25
     write_report(records, tmp_path, NAMES)
     text = (tmp_path / "table.md").read_text()
     assert "| NC1 target | mean share |" in text

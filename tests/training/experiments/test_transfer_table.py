@@ -246,6 +246,17 @@ def test_cells_of_several_precisions(tmp_path):
         assert found["nc1_pinv"] > 0
 
 
+def test_a_probe_of_a_stage(tmp_path):
+    for stage, width in (("layer1", 32), ("", 96)):
+        methods = {"ncm": {"weights": ["other"], "stage": stage}}
+        (cell,) = cells(Table(**{**TABLE, "source": {}, "seeds": [3], "methods": methods}))
+        found = run_cell(str(tmp_path), cell)
+        assert found["tuned"] == 10 * width
+        assert 0 < found["mean_energy_share"] < 1 < found["participation_ratio"] < width
+    with pytest.raises(ValueError, match=r"no stage 'layer9', only .*features, layer1"):
+        run_cell(str(tmp_path), dataclasses.replace(cell, stage="layer9"))
+
+
 def test_a_model_with_two_classifiers(tmp_path):
     args = {"img_size": 32}
     weights = {"other": {"model": "deit_tiny_distilled_patch16_224", "pretrained": False, "model_args": args}}
