@@ -37,6 +37,7 @@ class Source:
         identity: What its features depend on besides the architecture: tag, recorded sha256 of the weights, colors. So
             that what was measured on other weights of the same name is not taken for theirs.
         folder: Model folder that its files lie in; None if they are not on this machine as a folder.
+        license: Of its weights, such as `apache-2.0`; empty where it is not stated.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Source:
     input_size: int
     identity: str = ""
     folder: Path | None = None
+    license: str = ""
 
     @property
     def is_twin(self) -> bool:
@@ -76,11 +78,13 @@ def find_model(model: str, pretrained: bool = True) -> Source:
     if folder := model_folder(model):
         read_config(folder / CONFIG_NAME)  # whose errors name file and field
         cfg, architecture, _ = load_model_config_from_path(folder)
-        return Source(f"{_LOCAL}{folder}", architecture, cfg["input_size"][-1], _identity(cfg, folder), folder)
+        return Source(
+            f"{_LOCAL}{folder}", architecture, cfg["input_size"][-1], _identity(cfg, folder), folder, _license(cfg)
+        )
     if model.startswith(_HUB):
         with hub_errors(model.removeprefix(_HUB)):
             cfg, architecture, _ = load_model_config_from_hf(model.removeprefix(_HUB))
-        return Source(model, architecture, cfg["input_size"][-1], _identity(cfg))
+        return Source(model, architecture, cfg["input_size"][-1], _identity(cfg), license=_license(cfg))
     architecture, _, tag = model.partition(".")
     if not timm.is_model(architecture):
         raise EtfZooError(_unknown(model))
@@ -94,7 +98,8 @@ def find_model(model: str, pretrained: bool = True) -> Source:
         raise EtfZooError(f"{architecture} has no tag {tag!r}; there is {known}.") from None
     embedded = cards_folder() / name
     folder = embedded if (embedded / CONFIG_NAME).is_file() else None
-    return Source(model, architecture, cfg.input_size[-1], _identity(cfg.to_dict(), folder), folder)
+    entries = cfg.to_dict()
+    return Source(model, architecture, cfg.input_size[-1], _identity(entries, folder), folder, _license(entries))
 
 
 def model_folder(model: str) -> Path | None:
@@ -144,6 +149,10 @@ def _unknown(model: str) -> str:
     near = difflib.get_close_matches(model, timm.list_models(), n=3)
     hint = f" Did you mean {', '.join(near)}?" if near else ""
     return f"There is no model or folder {model!r}.{hint} `etf-zoo list` shows the names."
+
+
+def _license(cfg: Mapping[str, Any]) -> str:
+    return str(cfg.get("license") or "")
 
 
 def _identity(cfg: Mapping[str, Any], folder: Path | None = None) -> str:

@@ -1,7 +1,7 @@
 """Fine-tune a model: `accelerate launch training/finetune.py --data FOLDER`, or with `--config RECIPE`.
 
-The folder holds `train/CLASS/*.jpg` and `val/CLASS/*.jpg`, or parquet files; a Hub name works too. The result is a
-Hub-ready folder, `<output>/model`.
+The folder holds photos by class, with or without folders of splits; tables of paths and labels, zip files, parquet
+files and Hub names work too. What is found is said first. The result is a Hub-ready folder, `<output>/model`.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from .recipe.config import parse
 from .run import checkpoint
 from .run.checkpoint import CHECKPOINTS
 from .run.export import check_storable
-from .run.launching import process_state
+from .run.launching import make_accelerator, process_state
+from .run.model import find_model
+from .tune.parts import load_data
 from .tune.picture import plot
 from .tune.probes import PROBES
-from .tune.tuning import Finetune, Tuned, fine_tune, load_data
+from .tune.tuning import Finetune, Tuned, fine_tune
 
 
 def plan(settings: Finetune) -> dict[str, Finetune]:
@@ -48,15 +50,30 @@ def _name(settings: Finetune) -> str:
     return f"{what}, {weights}{method}"
 
 
+def license_note(settings: Finetune) -> list[str]:
+    """A line on the terms of the weights that a fine-tuning starts from, where they allow no commercial use."""
+    terms = find_model(settings.model, settings.pretrained).license if settings.pretrained else ""
+    if "nc" not in terms.lower().split("-"):
+        return []
+    return [
+        f"License: the weights of {settings.model} are under {terms.upper()}, without commercial use; so is the result."
+    ]
+
+
 def main() -> None:
     settings = parse(Finetune)
     if settings.method not in PROBES:
         check_storable(settings)
-    train, test = load_data(settings)
+    say = make_accelerator(settings.precision).print  # of the main process alone
+    parts = load_data(settings)
+    settings = dataclasses.replace(settings, data=parts.data)
+    terms = license_note(settings)
+    say("\n".join([*parts.lines, *terms]), flush=True)
+    test = parts.test
     done: dict[str, Tuned] = {}
     for name, recipe in plan(settings).items():
-        print(f"{name}:", flush=True)
-        tuned = fine_tune(recipe, train, test)
+        say(f"{name}:", flush=True)
+        tuned = fine_tune(recipe, parts.train, test, watched=parts.watched, groups=parts.groups)
         if tuned is None:
             return
         done[name] = tuned
@@ -72,9 +89,12 @@ def main() -> None:
         print(f"{name:<40}{values['top1']:8.2f}")
     if first.probe is None:
         picture = first.folder / "picture.png"
+        is_held_out = settings.holdout > 0 or parts.watched is not None
         runs = {name: tuned.run for name, tuned in done.items() if tuned.run}
-        plot(runs, test, picture, curve="Held out" if settings.holdout else "Test")
+        plot(runs, test, picture, curve="Held out" if is_held_out else "Test")
         print(f"\nPicture: {picture}")
+    if terms:
+        print(*terms, sep="\n")
     if first.no_folder:
         print(f"There is no model folder: {first.no_folder}.")
     else:

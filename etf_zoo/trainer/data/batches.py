@@ -18,6 +18,7 @@ from etf_zoo.frames import Hierarchy
 from ..data import loader
 from ..recipe.config import Augment, Data, Recipe
 from .augment import IMAGENET, Colors, augment, erase, mix, normalize
+from .layouts import DatasetsReader, find_reader
 from .places import find_source
 from .resident import Split, cache, read_prepared
 from .sealed import refuse_test
@@ -40,6 +41,7 @@ __all__ = [
     "load_split",
     "mix",
     "normalize",
+    "split_names",
     "train_batches",
     "view_batches",
 ]
@@ -75,6 +77,15 @@ def load_split(data: Data, split: str) -> AnySplit:
     resident = data.size <= RESIDENT_SIZE if data.resident == "auto" else data.resident
     rows = open_rows(data, split, resident=resident)
     return cache(rows, data.size) if resident else rows
+
+
+def split_names(data: Data) -> list[str]:
+    """Splits of a data set, by their own names."""
+    if data.source == "digits":
+        return ["train", "test"]
+    if prepared := prepared_splits(data.source):
+        return list(prepared)
+    return list(DatasetsReader(data).splits if data.streaming else find_reader(data, resident=True).splits)
 
 
 def prepared_splits(source: str) -> dict[str, Path]:

@@ -23,7 +23,7 @@ from .decode import decoders, end_with_parent
 from .places import cache_root
 from .sources import Chosen, Rows
 
-__all__ = ["Prints", "connected", "difference_hash", "group_rows", "prints", "same_looks"]
+__all__ = ["Prints", "connected", "difference_hash", "group_rows", "joined", "prints", "same_looks", "shared_images"]
 
 MOST = 30_000  # images that are compared with one another; of more, a look at all pairs takes too long
 BITS = 6  # hashes of images that look the same differ in at most so many of 64
@@ -195,6 +195,33 @@ def connected(pairs: np.ndarray, count: int) -> np.ndarray:
 
     edges = coo_array((np.ones(len(pairs), bool), (pairs[:, 0], pairs[:, 1])), shape=(count, count))
     return connected_components(edges, directed=False)[1]
+
+
+def joined(*groupings: np.ndarray) -> np.ndarray:
+    """Groups `(N,)` that keep together what any of several groupings `(N,)` does.
+
+    Example:
+        >>> joined(np.array([0, 0, 1, 2]), np.array([0, 1, 1, 2])).tolist()
+        [0, 0, 0, 1]
+    """
+    pairs = []
+    for groups in groupings:
+        _, first, group = np.unique(groups, return_index=True, return_inverse=True)
+        pairs.append(np.stack([first[group], np.arange(len(groups))], 1))
+    return connected(np.concatenate(pairs), len(groupings[0]))
+
+
+def shared_images(a: Chosen, b: Chosen) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs of images `(M, 2)`, one of each split: the same byte for byte, and others that look the same.
+
+    Nothing is compared among more than 30,000.
+    """
+    if max(len(a), len(b)) > MOST:
+        return np.zeros((0, 2), int), np.zeros((0, 2), int)
+    left, right = prints(a), prints(b)
+    pairs = same_looks(left, right)
+    is_copy = left.exact[pairs[:, 0]] == right.exact[pairs[:, 1]]
+    return pairs[is_copy], pairs[~is_copy]
 
 
 def group_rows(split: Chosen) -> np.ndarray:

@@ -142,7 +142,7 @@ def cache(rows: Rows, size: int) -> Split:
         OSError: If the disk is full.
     """
     content = rows.content()
-    key = hashlib.sha256(f"{content} {size}".encode()).hexdigest()[:16]
+    key = hashlib.sha256(f"{content} {size} {INTERPOLATION}".encode()).hexdigest()[:16]
     folder = cache_root() / f"{Path(rows.source).name}-{rows.name}-{key}"
     if not (folder / META).is_file():
         write_prepared(rows, size, folder, content)

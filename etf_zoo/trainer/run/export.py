@@ -24,6 +24,7 @@ from etf_zoo.sharing.folder import save_folder
 
 from ..data.augment import Colors
 from ..data.batches import Split
+from ..data.loader import INTERPOLATION
 from ..evaluate import Evaluation, TestData, command_line, evaluate_model, public_name
 from ..recipe.config import Recipe, final_size, save_recipe
 from .checkpoint import reason
@@ -156,8 +157,7 @@ def _write_model(model: Any, folder: Path, origin: Origin) -> None:
     recipe, size, data_name = origin.recipe, final_size(origin.recipe), Path(origin.train_source).name
     # fine-tuned weights stay under the terms of those they started from
     inherited = model.pretrained_cfg.get("license") if recipe.pretrained else None
-    # resident images were stored by bicubic resizing, and are enlarged by bilinear
-    interpolation = "bicubic" if origin.whole_images and size <= (recipe.data.size or size) else "bilinear"
+    is_enlarged = origin.whole_images and size > (recipe.data.size or size)  # from the array of resident images
     cfg = {
         "input_size": (3, size, size),
         "test_input_size": None,
@@ -166,7 +166,7 @@ def _write_model(model: Any, folder: Path, origin: Origin) -> None:
         "std": origin.colors.std,
         "crop_pct": 1.0 if origin.whole_images else recipe.data.crop_pct,
         "test_crop_pct": None,
-        "interpolation": interpolation,
+        "interpolation": "bilinear" if is_enlarged else INTERPOLATION,
         "tag": recipe.tag or None,
         "license": inherited or LICENSES.get(data_name, "other"),
         "description": f"native: trained with head={recipe.head} on {data_name}",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -17,9 +17,11 @@ from etf_zoo.models.head_config import split_head_args
 
 from ..data.augment import colors_of
 from ..data.batches import Split, frame_tree
+from ..data.duplicates import joined
 from ..data.near_duplicates import near_duplicates
-from ..data.subsets import Images, check_classes, load_images, split_training
+from ..data.subsets import Images, split_training
 from ..recipe.config import HEADS, Recipe, final_size
+from ..recipe.fields import Range
 from ..run.export import Origin, export_model, export_run
 from ..run.launching import make_accelerator
 from ..run.measure import measure_split
@@ -28,7 +30,9 @@ from ..run.run import Run
 from ..run.summary import summarize
 from ..run.watch import BestEpoch
 from .methods import METHODS, prepare, tuned_share, warm_head, warm_learned_head
+from .parts import load_data
 from .probes import PROBES, Probe, backbone_features, backbone_size, copy_linear, fit_probe, linear_classifier
+from .rates import search_rate
 
 __all__ = ["Finetune", "Tuned", "strip_head", "features_of", "fine_tune", "load_data"]
 
@@ -47,11 +51,15 @@ class Finetune(Recipe):
             `linear_probe`, `knn`, `knn_20`, `ncm`, `ncm_euclid`, see `fit_probe`; what `head` and `model_args` say of a
             head is then left out.
         layer: Block that `layer` and `scl` tune; by default the last with at most a tenth of the parameters.
-        holdout: Share of each class's training images that is held out, to draw the curve and to stop by; with
-            pretrained weights, near-duplicates by their features stay on one side. With 0 the
-            curve is over the test images, and nothing is chosen by it. Probes hold nothing out.
-        patience: Stop after so many epochs without a better accuracy on the held-out images, and keep the best; 0 for
-            never.
+        holdout: Share of each class's training images that is held out, to draw the curve and to choose by. Images that
+            look the same, to the eye or, with pretrained weights, by their features, stay together. Data with splits
+            for training, validation and test have the validation images for it, and nothing is held out. With 0 and no
+            such split the curve is over the test images, and nothing is chosen by it. Probes hold nothing out.
+        keep: `best`: the epoch with the best accuracy on the held-out images is the result; `last`: the last one is, as
+            it is wherever nothing is held out.
+        patience: Stop after so many evaluations without a better accuracy on the held-out images; 0 for never.
+        lr: `auto` to search for the learning rate first: short trainings at rates around `optim.lr`, judged on the
+            held-out images, with their curve in `rates.png`; a number is the same as `optim.lr`.
         shots: Train on so many images of each class; 0 for all.
         strength: scikit-learn's C of the linear probe; 0 to choose it by cross-validation.
         sizes: As in pretraining; by default the size that the model was trained at.
@@ -67,10 +75,12 @@ class Finetune(Recipe):
     pretrained: bool = True
     method: str = "full"
     layer: str = ""
-    holdout: float = 0.1
-    patience: int = 0
-    shots: int = 0
-    strength: float = 0.0
+    holdout: Annotated[float, Range(0, 1, below=True, note="0 for none")] = 0.1
+    keep: Literal["best", "last"] = "best"
+    patience: Annotated[int, Range(0, note="0 for never")] = 0
+    lr: Annotated[float, Range(0, above=True)] | Literal["auto", ""] = ""
+    shots: Annotated[int, Range(0, note="0 for all")] = 0
+    strength: Annotated[float, Range(0, note="0 to choose it")] = 0.0
     sizes: list[list[int]] = dataclasses.field(default_factory=list)
     epochs: int = 20
     batch_size: int = 64
@@ -85,12 +95,13 @@ class Finetune(Recipe):
         super().__post_init__()
         if self.method not in METHODS + PROBES:
             raise EtfZooError(f"method is one of {', '.join(METHODS + PROBES)}, got {self.method!r}.")
-        if self.patience and not self.holdout:
-            raise EtfZooError("Early stopping (patience) needs held-out images: set holdout, such as 0.1.")
+        if isinstance(self.lr, int | float):
+            self.optim, self.lr = dataclasses.replace(self.optim, lr=self.lr), ""
         if self.data.streaming:
             raise EtfZooError("Fine-tuning chooses among images, which a stream does not let it: data.streaming false.")
-        if self.compare and self.method in PROBES:
-            raise EtfZooError(f"compare is for training, not for {self.method}.")
+        for name in ("compare", "lr") if self.method in PROBES else ():
+            if getattr(self, name):
+                raise EtfZooError(f"{name} is for training, not for {self.method}.")
 
 
 @dataclass
@@ -166,43 +177,54 @@ class Tuned:
         )
 
 
-def load_data(settings: Recipe) -> tuple[Images, Images]:
-    """Training and test images, checked against each other."""
-    accelerator = make_accelerator(settings.precision)
-    with accelerator.local_main_process_first():  # one process decodes, its neighbors find the array
-        train = load_images(settings.data, settings.data.train_split)
-        test = load_images(settings.data, settings.data.val_split)
-    check_classes(train, test)
-    return train, test
-
-
-def fine_tune(settings: Finetune, train: Images, test: Images) -> Tuned | None:
+def fine_tune(
+    settings: Finetune,
+    train: Images,
+    test: Images,
+    *,
+    watched: Images | None = None,
+    groups: np.ndarray | None = None,
+) -> Tuned | None:
     """Do what a recipe says.
 
     Args:
         settings: The recipe.
         train: All training images.
         test: Test images; they are not looked at here, unless nothing is held out.
+        watched: Images to choose the epoch by; by default a share of the training images, see `Finetune`.
+        groups: `(N,)` numbers of training images that stay on one side of that share; by default each is its own.
 
     Returns:
         The result, or None if the time budget ran out first.
+
+    Raises:
+        EtfZooError: If there is something to choose and nothing to choose by.
     """
     is_probe = settings.method in PROBES
-    holdout = 0.0 if is_probe else settings.holdout
-    groups = None
+    holdout = 0.0 if is_probe or watched is not None else settings.holdout
     if holdout and settings.pretrained:  # features of random weights tell no series from others
         model = make_model(strip_head(settings), len(train.label_names))
-        groups = near_duplicates(features_of(settings, model, train))
+        series = near_duplicates(features_of(settings, model, train))
+        groups = series if groups is None else joined(groups, series)
     fitted_on, held = split_training(
         train,
         holdout=holdout,
-        groups=groups,
         shots=settings.shots,
         long_tail=settings.data.long_tail,
         limit=settings.data.limit,
         seed=settings.seed,
+        groups=groups,
     )
+    held = held if watched is None else watched
+    for name in ("patience", "lr"):
+        if getattr(settings, name) and held is None:
+            raise EtfZooError(f"{name} needs held-out images to choose by: set holdout, such as 0.1.")
     settings = dataclasses.replace(settings, batch_size=min(settings.batch_size, len(fitted_on)))
+    if settings.lr == "auto":
+        say = make_accelerator(settings.precision).print
+        rate = search_rate(settings, lambda recipe: _train(recipe, fitted_on, held, test), say)
+        optim = dataclasses.replace(settings.optim, lr=rate, min_lr=min(settings.optim.min_lr, rate))
+        settings = dataclasses.replace(settings, lr="", optim=optim)
     return _probe(settings, fitted_on, test) if is_probe else _train(settings, fitted_on, held, test)
 
 
@@ -230,7 +252,8 @@ def _train(settings: Finetune, train: Images, held: Images | None, test: Images)
         warm_learned_head(model, features, labels, names, seed=settings.seed, strength=settings.strength)
     prepare(model, settings.method, settings.layer)
     tuned, total = tuned_share(model)
-    best = BestEpoch(settings.patience) if settings.patience else None
+    chooses = held is not None and (settings.keep == "best" or settings.patience > 0)
+    best = BestEpoch(settings.patience) if chooses else None
     run = Run(settings, train, held or test, model, best=best)
     start = None
     if settings.head in ("warm", "warm_learned") and run.step == 0:
@@ -255,13 +278,13 @@ def _probe(settings: Finetune, train: Images, test: Images) -> Tuned:
     head, no_folder = "learned", ""
     if probe.linear is not None and layer is not None:
         copy_linear(probe, layer)
-    elif probe.linear is None and probe.prototypes is None:
-        no_folder = f"{settings.method} keeps the training features themselves"
-    elif layer is None:
-        no_folder = f"{several}, where class means have no place"
-    else:
+    elif probe.prototypes is not None and layer is not None:
         head = "frame"
         attach_frame(model, len(names), frame=probe.prototypes, logit_scale=probe.logit_scale)
+    elif probe.linear is None and probe.prototypes is None:
+        no_folder = f"{settings.method} keeps the training features themselves"
+    else:
+        no_folder = f"{several}, where class means have no place"
     notes = f"{settings.method} on frozen features: {probe.chosen}. {settings.notes}".strip()
     settings = dataclasses.replace(settings, head=head, notes=notes)
     share = f"{probe.tuned:,} of {total:,} parameters ({100 * probe.tuned / total:.1f} %)"

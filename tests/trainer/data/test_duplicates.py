@@ -7,7 +7,7 @@ import pytest
 from PIL import Image, ImageEnhance
 
 from etf_zoo.trainer.data.batches import Split
-from etf_zoo.trainer.data.duplicates import connected, difference_hash, group_rows, prints, same_looks
+from etf_zoo.trainer.data.duplicates import connected, difference_hash, group_rows, joined, prints, same_looks
 from etf_zoo.trainer.data.holdout import holdout_indices
 from etf_zoo.trainer.data.sources import open_rows
 from etf_zoo.trainer.recipe.config import Data
@@ -87,6 +87,12 @@ def test_chains_are_groups():
     pairs = np.array([[0, 4], [4, 2], [5, 6]])
     assert connected(pairs, 7).tolist() == [0, 1, 0, 2, 0, 3, 3]
     assert connected(np.zeros((0, 2), int), 3).tolist() == [0, 1, 2]
+
+
+def test_groupings_are_joined():
+    a, b = np.array([0, 1, 1, 2, 3]), np.array([5, 5, 4, 3, 3])
+    assert joined(a, b).tolist() == [0, 0, 0, 1, 1]
+    assert joined(a).tolist() == [0, 1, 1, 2, 3]
 
 
 def test_all_unreadable_files_are_named_at_once(tmp_path):

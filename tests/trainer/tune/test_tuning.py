@@ -17,7 +17,8 @@ from etf_zoo.trainer.data.augment import colors_of
 from etf_zoo.trainer.data.batches import Split, limited_rows, normalize
 from etf_zoo.trainer.recipe.config import Augment, Data, Loss, Optim
 from etf_zoo.trainer.tune.methods import tuned_share
-from etf_zoo.trainer.tune.tuning import Finetune, fine_tune, load_data
+from etf_zoo.trainer.tune.parts import load_data
+from etf_zoo.trainer.tune.tuning import Finetune, fine_tune
 from etf_zoo_cli import main as cli
 
 RECIPE = Finetune(
@@ -35,8 +36,8 @@ RECIPE = Finetune(
 
 @pytest.fixture(scope="module")
 def digits():
-    train, test = load_data(RECIPE)
-    return train.subset(np.arange(400)), test
+    parts = load_data(RECIPE)
+    return parts.train.subset(np.arange(400)), parts.test
 
 
 def recipe(tmp_path, **changes):
@@ -58,6 +59,38 @@ def test_training_watches_held_out_images_and_not_the_test(tmp_path, digits, mon
     assert tuned.figures()["images"] == 450
     assert looked[-1] == id(digits[1])
     assert tuned.run.recipe.batch_size == 64
+
+
+def test_the_best_epoch_is_the_result(tmp_path, digits, monkeypatch, capsys):
+    scores, weights = iter([30.0, 50.0, 40.0] * 2), []
+
+    def evaluate(run, split=None):
+        weights.append({k: v.clone() for k, v in run.plain_model().state_dict().items()})
+        return {"top1": next(scores), "loss": 1.0}
+
+    monkeypatch.setattr("etf_zoo.trainer.run.run.Run.evaluate", evaluate)
+    for keep, chosen in (("best", 1), ("last", 2)):
+        weights.clear()
+        tuned = fine_tune(recipe(tmp_path / keep, epochs=3, keep=keep), *digits)
+        assert all(torch.equal(tuned.model.state_dict()[k], v) for k, v in weights[chosen].items())
+        assert ("Best of 3 evaluations: epoch 2, 50.00 %" in capsys.readouterr().out) == (keep == "best")
+
+
+@pytest.mark.parametrize("name", ["patience", "lr"])
+def test_a_choice_needs_something_to_choose_by(tmp_path, digits, name):
+    settings = recipe(tmp_path, holdout=0.0, **{name: {"patience": 2, "lr": "auto"}[name]})
+    with pytest.raises(ValueError, match=f"{name} needs held-out images"):
+        fine_tune(settings, *digits)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_split_to_choose_by_leaves_the_training_images_whole(tmp_path, digits):
+    train, test = digits
+    watched = test.subset(np.arange(40))
+    tuned = fine_tune(recipe(tmp_path, epochs=1, patience=1), train, test.subset(np.arange(40, 450)), watched=watched)
+    assert len(tuned.train) == 400
+    assert tuned.run.val_split is watched
+    assert tuned.figures()["images"] == 410
 
 
 def test_early_stopping_goes_back_to_the_best(tmp_path, digits, monkeypatch):
@@ -100,14 +133,14 @@ def test_early_stopping_begun_in_a_later_session(tmp_path, digits, monkeypatch, 
     def kept():
         return [file.name for file in sorted(tmp_path.glob("run/checkpoints/*/best.safetensors"))]
 
-    fine_tune(recipe(tmp_path, epochs=1), *digits)
+    fine_tune(recipe(tmp_path, epochs=1, keep="last"), *digits)
     assert resumed(epochs=1, patience=1) == []  # had ended before: nothing was kept, and nothing is taken
     assert resumed(epochs=3, patience=3) == [(2, 30.0, 1.0), (3, 50.0, 1.0)]  # of epoch 1 there are no weights
     assert len(kept()) == 2
     assert resumed(epochs=4, patience=3) == [(2, 30.0, 1.0), (3, 50.0, 1.0), (4, 40.0, 1.0)]
     assert "Best of 3 evaluations: epoch 3, 50.00 % on held-out images" in capsys.readouterr().out
-    resumed(epochs=6)
-    assert not kept()  # a session without patience keeps none up to date
+    resumed(epochs=6, keep="last")
+    assert not kept()  # a session that takes the last keeps none up to date
 
 
 def test_warm_head_starts_above_chance(tmp_path, digits, capsys):
@@ -253,7 +286,6 @@ def run_script(monkeypatch, *arguments):
     finetune.main()
 
 
-@pytest.mark.filterwarnings("ignore:.*'val' takes its place")
 def test_a_folder_and_one_command(folder, tmp_path, monkeypatch, capsys):
     run_script(monkeypatch, "--data", folder, "--output", tmp_path / "run", "--epochs", "4", "--batch_size", "8")
     out = capsys.readouterr().out
@@ -272,7 +304,6 @@ def test_a_folder_and_one_command(folder, tmp_path, monkeypatch, capsys):
     assert "ncm, pretrained" in capsys.readouterr().out
 
 
-@pytest.mark.filterwarnings("ignore:.*'val' takes its place")
 def test_a_frame_by_the_tree_of_the_data(folder, tmp_path, monkeypatch):
     for split in ("train", "val"):
         shutil.copytree(folder / split / "red", folder / split / "crimson")
@@ -292,7 +323,6 @@ def refused(folder, tmp_path, monkeypatch, *more):
     run_script(monkeypatch, *common, *more)
 
 
-@pytest.mark.filterwarnings("ignore:.*'val' takes its place")
 def test_bad_folders(folder, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="fewer than 20 images"):
         refused(folder, tmp_path, monkeypatch, "--shots", "20")
@@ -309,14 +339,12 @@ def test_bad_folders(folder, tmp_path, monkeypatch):
 def test_classes_that_are_missing(tmp_path, digits, monkeypatch):
     train, test = digits
     one = Split(train.images, np.zeros_like(train.labels), train.label_names, "made up")
-    monkeypatch.setattr(
-        "etf_zoo.trainer.tune.tuning.load_images", lambda data, split: one if split == "train" else test
-    )
+    monkeypatch.setattr("etf_zoo.trainer.tune.parts.load_images", lambda data, split: one if split == "train" else test)
     with pytest.raises(ValueError, match="all of one class"):
         load_data(RECIPE)
     rows = np.flatnonzero(train.labels != 7)
     monkeypatch.setattr(
-        "etf_zoo.trainer.tune.tuning.load_images", lambda data, split: train.subset(rows) if split == "train" else test
+        "etf_zoo.trainer.tune.parts.load_images", lambda data, split: train.subset(rows) if split == "train" else test
     )
     with pytest.raises(ValueError, match="without a training image, such as '7'"):
         load_data(RECIPE)
@@ -328,7 +356,9 @@ def test_classes_that_are_missing(tmp_path, digits, monkeypatch):
         ({"method": "svm"}, "method is one of full, head"),
         ({"head": "hot"}, "head takes one of frame, random, learned, learned_cosine, warm, warm_learned"),
         ({"model": "resnt18"}, "There is no model or folder 'resnt18'. Did you mean"),
-        ({"patience": 3, "holdout": 0.0}, "needs held-out images"),
+        ({"lr": "auto", "method": "ncm"}, "lr is for training"),
+        ({"lr": "fast"}, "lr takes a number above 0 or 'auto'"),
+        ({"keep": "first"}, "keep takes 'best' or 'last'"),
         ({"compare": True, "method": "ncm"}, "compare is for training"),
     ],
 )
@@ -342,6 +372,18 @@ def test_a_head_that_does_not_fit(tmp_path, digits):
         fine_tune(
             recipe(tmp_path, model="resnet10t_etf", model_args={"channels": [4, 4, 4, 4], "frame": "simplex"}), *digits
         )
+
+
+def test_stored_images_are_as_large_as_the_largest_that_are_used():
+    assert Finetune(model="test_resnet", sizes=[[0, 160]]).data.size == 160
+    assert Finetune(model="test_resnet", sizes=[[0, 64], [5, 96]], eval_size=80).data.size == 96
+    assert Finetune(model="test_resnet", sizes=[[0, 64]], eval_size=128).data.size == 128
+    assert Finetune(model="test_resnet", sizes=[[0, 64]], data=Data(size=32)).data.size == 32  # as it says
+
+
+def test_a_number_for_lr_is_that_of_the_optimizer():
+    settings = Finetune(model="test_resnet", lr=0.03)
+    assert (settings.optim.lr, settings.lr) == (0.03, "")
 
 
 def test_defaults_follow_the_model():
