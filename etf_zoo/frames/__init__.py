@@ -1,5 +1,6 @@
 """Frames: K unit vectors in dim dimensions, chosen by geometry. Pure functions, float64 inside, float32 out."""
 
+from .bounds import levenshtein_bound
 from .codes import best_frame, orthogonal_simplices, quick_code, random_frame
 from .hierarchy import Hierarchy, hierarchy_cosines, hierarchy_frame
 from .imbalanced import imbalanced_frame, seli_frame
@@ -22,6 +23,7 @@ __all__ = [
     "hierarchy_cosines",
     "hierarchy_frame",
     "kerdock_frame",
+    "levenshtein_bound",
     "imbalanced_frame",
     "seli_frame",
     "turn_to_blocks",

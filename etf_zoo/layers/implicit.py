@@ -26,8 +26,8 @@ __all__ = [
     "kerdock_vectors",
 ]
 
-# Logits that are held at once, 2 MB in float32: as fast as any larger block, and small beside a batch of images.
-BLOCK_LOGITS = 2**19
+# Logits that are held at once, 1 MB in float32: as fast as any larger block, and a step stays below 15 MB.
+BLOCK_LOGITS = 2**18
 
 
 def helmert_product(x: Tensor, scale: Tensor) -> Tensor:
