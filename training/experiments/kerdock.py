@@ -116,7 +116,8 @@ def instance_cell(name: str, args: argparse.Namespace) -> dict[str, Any]:
         torch.manual_seed(args.seed)
         import timm
 
-        model, told = timm.create_model(recipe.model, num_classes=len(images.label_names), **NARROW), {}
+        shape: dict[str, Any] = {"num_classes": len(images.label_names), **NARROW}
+        model, told = timm.create_model(recipe.model, **shape), {}
     else:
         own = images if name == "supervised" else as_instances(images)
         model, told = train(recipe, own, own.subset(np.arange(min(2000, len(own)))))
