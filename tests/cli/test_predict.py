@@ -145,6 +145,7 @@ def test_only_a_few_batches_are_read_ahead(folder, monkeypatch):
 
 def test_names_cannot_steer_the_terminal(capsys, folder, photos):
     config = json.loads((folder / "config.json").read_text())
+    del config["config_sha256"]
     config["label_names"] = [f"\x1b[2J{name}\n  99.99 %  fake" for name in "abcde"]
     (folder / "config.json").write_text(json.dumps(config))
     out = predicted(capsys, folder, photos / "a" / "0.png").out
