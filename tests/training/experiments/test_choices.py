@@ -17,9 +17,9 @@ from training.experiments.transfer_table import Table, cells
 DATA = Data("digits", val_split="test", size=16)
 TABLE = {
     "weights": {"one": {"model": "test_resnet_etf", "pretrained": False}},
-    "data": {"digits": {"source": "digits", "val_split": "test", "size": 16, "limit": 300}},
+    "data": {"digits": {"source": "digits", "val_split": "test", "size": 16}},
     "seeds": [0],
-    "base": {"sizes": [[0, 16]], "epochs": 1, "tensorboard": False},
+    "base": {"sizes": [[0, 16]], "epochs": 2, "tensorboard": False},
     "methods": {
         "full": {"choose": {"field": "optim.lr", "values": [1.0e-12, 0.01]}},
         "ncm": {},
