@@ -53,7 +53,7 @@ def train(name: str, args: argparse.Namespace, arguments: list[str] | None = Non
     elif args.processes > 1 or args.config_file:
         launched = [*_launcher(args.processes, args.config_file), "-m", "etf_zoo.trainer", name, *given]
         return subprocess.run(launched, check=False).returncode
-    from etf_zoo.trainer.run.launching import run_script
+    from etf_zoo.trainer.run.script import run_script
 
     before, sys.argv = sys.argv, [f"etf-zoo {name}", *given]
     try:

@@ -3,7 +3,7 @@
 import sys
 from importlib import import_module
 
-from .run.launching import run_script
+from .run.script import run_script
 
 if __name__ == "__main__":
     name = sys.argv.pop(1)

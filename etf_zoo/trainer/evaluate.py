@@ -42,7 +42,7 @@ from etf_zoo.sharing.card import METRICS_NAME
 from etf_zoo.text import printable
 
 from .data.augment import colors_of, normalize
-from .data.batches import DEFAULT_SIZE, AnySplit, Split, find_source, load_split, prepared_splits
+from .data.batches import DEFAULT_SIZE, Split, find_source, load_split, prepared_splits
 from .data.layouts import find_reader, role
 from .data.loader import row_batches, stream_batches
 from .data.resident import META
@@ -115,7 +115,7 @@ class Evaluation:
 # ---------------------------------------------------------------------------------------------------------------- data
 
 
-def open_split(data: Data, size: int) -> AnySplit:
+def open_split(data: Data, size: int) -> Split | Rows | Stream:
     """The split to measure on, encoded where it can be.
 
     Args:
@@ -192,7 +192,14 @@ class ModelBatches:
     """
 
     def __init__(
-        self, model: Any, split: AnySplit, *, size: int = 0, batch_size: int = 256, rank: int = 0, world: int = 1
+        self,
+        model: Any,
+        split: Split | Rows | Stream,
+        *,
+        size: int = 0,
+        batch_size: int = 256,
+        rank: int = 0,
+        world: int = 1,
     ):
         config: dict[str, Any] = resolve_data_config(model=model)
         self.size = size or config["input_size"][-1]
@@ -248,7 +255,7 @@ class ModelBatches:
         return rows[np.isin(rows, self.split.readable())] if isinstance(self.split, Rows) else rows
 
 
-def match_classes(model: Any, split: AnySplit) -> tuple[list[str], Tensor]:
+def match_classes(model: Any, split: Split | Rows | Stream) -> tuple[list[str], Tensor]:
     """Names of a model's classes, and its number for each of the data's labels.
 
     They are matched by name; by order where the model has no names.
@@ -371,7 +378,9 @@ def _distances(settings: Evaluation, names: list[str]) -> Tensor | None:
         return None
 
 
-def _gathered(found: Measurement, batches: ModelBatches, split: AnySplit) -> tuple[Predictions, list[Mistake]]:
+def _gathered(
+    found: Measurement, batches: ModelBatches, split: Split | Rows | Stream
+) -> tuple[Predictions, list[Mistake]]:
     """Predictions and mistakes of all processes."""
     own: Any = found.predictions
     wrong = [] if isinstance(split, Stream) else (own.labels != own.predicted).nonzero().flatten().tolist()
@@ -390,7 +399,7 @@ def _gathered(found: Measurement, batches: ModelBatches, split: AnySplit) -> tup
     return predictions, sorted(gather_object(mistakes), key=lambda m: (-m.probability, m.row))
 
 
-def _unreadable(split: AnySplit) -> dict[str, str]:
+def _unreadable(split: Split | Rows | Stream) -> dict[str, str]:
     """What no process could read, and why."""
     own = split.corrupt if isinstance(split, Split) else split.corrupt.found
     return dict(gather_object(list(own.items())))
@@ -401,7 +410,7 @@ def _report(
     done: Evaluated,
     found: Measurement,
     distances: Tensor | None,
-    split: AnySplit,
+    split: Split | Rows | Stream,
     folder: Path | None,
 ) -> None:
     """Write the list of mistakes and the pictures that were asked for."""

@@ -51,7 +51,7 @@ DEFAULT_SIZE = 64
 RESIDENT_SIZE = 128  # what `resident: auto` takes for small
 
 
-def load_split(data: Data, split: str) -> AnySplit:
+def load_split(data: Data, split: str) -> Split | Rows | Stream:
     """One split of a data set: an array (see `training/resident.py`), encoded rows, or a stream.
 
     Args:
