@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -63,6 +63,8 @@ class Hierarchy:
         """
         try:
             parents = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_unique_keys)
+        except TypeError:
+            raise EtfZooError(f"A hierarchy is read from the path of a JSON file, got {path!r}.") from None
         except RecursionError:
             raise EtfZooError(f"{path} is nested too deeply: expected one object {{child: parent}}.") from None
         except OSError as error:
@@ -130,6 +132,8 @@ class Hierarchy:
         Raises:
             ValueError: If a class is not in the tree, is not a leaf, or is named twice.
         """
+        if isinstance(class_names, str | Tensor) or not isinstance(class_names, Iterable):
+            raise EtfZooError(f"Classes are a list of their names, got {class_names!r}.")
         names = list(class_names)
         inner = [name for name in names if self.height(name) > 0]
         if len(set(names)) < len(names):
@@ -241,7 +245,7 @@ def _solve(distance: Tensor, gamma: float) -> tuple[Tensor, Tensor, float]:
     """Null vector `(K,)` of S, S `(K, K)` and s*."""
     check_gamma(gamma)
     d = _checked(distance)
-    e = torch.exp(-gamma * d / d.max())
+    e = torch.exp(-float(gamma) * d / d.max())
     lower, info = torch.linalg.cholesky_ex(e)
     if info != 0:
         raise EtfZooError(

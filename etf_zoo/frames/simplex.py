@@ -17,6 +17,8 @@ from .numerics import check_finite_matrix, seeded
 from .orientation import block_indicators, resolve_orientation
 from .polar import polar_factor
 
+MAX_SIZE = 10_000_000  # classes or dimensions; more fit no memory
+
 __all__ = ["simplex_etf", "nearest_simplex_etf", "helmert_basis", "helmert_coordinates", "haar_columns"]
 
 
@@ -79,6 +81,8 @@ def check_sizes(num_classes: int, dim: int) -> None:
     for name, value in (("num_classes", num_classes), ("dim", dim)):
         if not isinstance(value, int) or isinstance(value, bool):
             raise EtfZooError(f"{name} is a whole number, got {value!r}.")
+        if value > MAX_SIZE:
+            raise EtfZooError(f"{name} is at most {MAX_SIZE:,}, got {value}.")
     if num_classes < 2:
         raise EtfZooError(f"A frame needs at least 2 classes, got num_classes={num_classes}.")
     if dim < 1:
@@ -165,7 +169,10 @@ def nearest_simplex_etf(weight: Tensor, *, previous: Tensor | None = None, delta
     a = a - a.mean(dim=0)  # before the product, which would round a large mean instead of removing it
     basis = helmert_basis(k)
     m = basis.T @ a
+    if not isinstance(delta, int | float) or not (math.isfinite(delta) and delta >= 0):
+        raise EtfZooError(f"delta is a finite number, not negative; got {delta!r}.")
     if previous is not None:
+        check_finite_matrix(previous, "previous")
         if previous.shape != weight.shape:
             raise EtfZooError(f"previous has shape {tuple(previous.shape)}, weight {tuple(weight.shape)}.")
         p = basis.T @ previous.detach().cpu().double()

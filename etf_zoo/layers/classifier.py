@@ -15,6 +15,7 @@ from ..frames.build import CUSTOM, HELMERT, build_frame, check_frame
 from ..frames.kerdock import kerdock_capacity, kerdock_core, kerdock_rotation, kerdock_signs, kerdock_width
 from ..frames.numerics import at_least_float32, unit
 from ..frames.report import FrameReport, frame_report, kerdock_report, simplex_report
+from ..frames.simplex import check_sizes
 from .guarded import GuardedFrame
 from .implicit import helmert_product, highest_classes, into_core, kerdock_product
 from .necks import LastDimBatchNorm, build_neck
@@ -142,6 +143,7 @@ class FrameClassifier(GuardedFrame):
         if feature_norm not in FEATURE_NORMS:
             raise EtfZooError(f"Unknown feature_norm {feature_norm!r}. Choose one of {', '.join(FEATURE_NORMS)}.")
         device = torch.empty(0, device=device).device  # None means the default device, `with torch.device(...)` too
+        check_sizes(num_classes, in_features)
         self.in_features = in_features
         self.num_classes = num_classes
         self.feature_norm = feature_norm

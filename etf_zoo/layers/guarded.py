@@ -93,8 +93,8 @@ class GuardedFrame(nn.Module):
             if self.implicit:
                 return kerdock_logit_scale(self.num_classes, self.dim, probability=self.probability)
             return solve_logit_scale(self.weight, probability=self.probability)
-        if not (math.isfinite(asked) and asked > 0):
-            raise EtfZooError(f"logit_scale must be positive and finite, got {asked}.")
+        if not isinstance(asked, int | float) or not (math.isfinite(asked) and asked > 0):
+            raise EtfZooError(f"logit_scale must be positive and finite, got {asked!r}.")
         return float(asked)
 
     @torch.jit.unused
