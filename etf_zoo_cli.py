@@ -148,7 +148,7 @@ def _info(commands) -> None:
 
 
 def _predict(commands) -> None:
-    usage = "MODEL IMAGE... [--top K] [--output FILE]"
+    usage = "MODEL IMAGE... [--top K] [--reject SHARE] [--output FILE]"
     command = _add(commands, "predict", "predict:predict", usage, "most probable classes of images")
     command.add_argument("model", metavar="MODEL", help=MODEL)
     command.add_argument(
@@ -159,6 +159,13 @@ def _predict(commands) -> None:
         "such, one a line, on standard input",
     )
     command.add_argument("--top", type=_positive, default=5, metavar="K", help="how many classes to name (default: 5)")
+    command.add_argument(
+        "--reject",
+        type=float,
+        metavar="SHARE",
+        help="say 'none of these' of unfamiliar images; SHARE, such as 0.05, is how many of the familiar ones you are "
+        "willing to lose. For models that etf-zoo finetune wrote with held-out images",
+    )
     command.add_argument(
         "--output",
         metavar="FILE",

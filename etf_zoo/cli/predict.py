@@ -7,12 +7,14 @@ import csv
 import glob
 import itertools
 import json
+import math
 import os
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -24,14 +26,28 @@ from tqdm import tqdm
 
 from ..errors import EtfZooError
 from ..images import UnreadableImageError, read_image
-from ..models.find import load_model
+from ..models.find import find_model, load_model
 from ..models.names import class_names
+from ..ood import familiarity, read_threshold
 from ..text import printable
 
 __all__ = ["image_files", "predict"]
 
 _NAMED = 20  # unreadable files that are named one by one
-Prediction = list[tuple[str, float]]  # class and probability, the most probable first
+NONE = "none of these"
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model says of an image.
+
+    Attributes:
+        classes: Class and probability, the most probable first.
+        rejected: Whether the image is less familiar than `--reject` asks for.
+    """
+
+    classes: list[tuple[str, float]]
+    rejected: bool = False
 
 
 def predict(args: argparse.Namespace) -> int:
@@ -48,12 +64,13 @@ def predict(args: argparse.Namespace) -> int:
     if first is None:
         raise EtfZooError(f"There is no image in {', '.join(args.images)}{_ignored(skipped)}.")
     writer, bad, count = _writer(args), {}, 0
+    limit = -math.inf if args.reject is None else read_threshold(find_model(args.model).folder, args.reject)
     model = load_model(args.model)
     top = min(args.top, model.num_classes)
     with _opened(args.output) as stream:
         writer.open(stream, top)
         for file, found in tqdm(
-            _predicted(model, itertools.chain([first], files), args.batch_size, top), **_progress(args)
+            _predicted(model, itertools.chain([first], files), args.batch_size, top, limit), **_progress(args)
         ):
             writer.write(file, found)
             count += 1
@@ -131,7 +148,7 @@ def _images_below(folder: str, skipped: list[str]) -> Iterator[str]:
 
 
 def _predicted(
-    model: Any, files: Iterable[str], batch_size: int, top: int
+    model: Any, files: Iterable[str], batch_size: int, top: int, limit: float
 ) -> Iterator[tuple[str, Prediction | UnreadableImageError]]:
     """Each file with its prediction, or with what is wrong with it, in order."""
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
@@ -141,7 +158,7 @@ def _predicted(
 
     def answered() -> Iterator[tuple[str, Prediction | UnreadableImageError]]:
         images = [image for _, image in waiting if isinstance(image, Tensor)]
-        found = iter(_most_probable(model, torch.stack(images).to(device), names, top) if images else [])
+        found = iter(_most_probable(model, torch.stack(images).to(device), names, top, limit) if images else [])
         for file, image in waiting:
             yield file, image if isinstance(image, UnreadableImageError) else next(found)
         waiting.clear()
@@ -154,10 +171,15 @@ def _predicted(
 
 
 @torch.inference_mode()
-def _most_probable(model: Any, images: Tensor, names: list[str], top: int) -> list[Prediction]:
-    best = model(images).float().softmax(dim=1).topk(top, dim=1)
-    rows = zip(best.values.tolist(), best.indices.tolist(), strict=True)
-    return [[(names[i], p) for p, i in zip(values, indices, strict=True)] for values, indices in rows]
+def _most_probable(model: Any, images: Tensor, names: list[str], top: int, limit: float) -> list[Prediction]:
+    logits = model(images).float()
+    best = logits.softmax(dim=1).topk(top, dim=1)
+    rejected = (familiarity(logits) < limit).tolist()
+    rows = zip(best.values.tolist(), best.indices.tolist(), rejected, strict=True)
+    return [
+        Prediction([(names[i], p) for p, i in zip(values, indices, strict=True)], none)
+        for values, indices, none in rows
+    ]
 
 
 def _preparation(model: Any) -> Any:
@@ -228,15 +250,17 @@ class _Writer:
 
 class _Text(_Writer):
     def write(self, file: str, found: Prediction | UnreadableImageError) -> None:
-        if isinstance(found, list):
-            lines = [f"  {100 * probability:6.2f} %  {printable(name)}" for name, probability in found]
+        if isinstance(found, Prediction):
+            lines = [f"  {100 * probability:6.2f} %  {printable(name)}" for name, probability in found.classes]
+            lines = [f"  {NONE}"] if found.rejected else lines
             print(printable(file), *lines, sep="\n", file=self.stream)
 
 
 def _entry(file: str, found: Prediction | UnreadableImageError) -> dict[str, Any]:
     if isinstance(found, UnreadableImageError):
         return {"image": file, "error": str(found)}
-    return {"image": file, "predictions": [{"label": name, "probability": p} for name, p in found]}
+    entry = {"image": file, "predictions": [{"label": name, "probability": p} for name, p in found.classes]}
+    return {**entry, "none_of_these": True} if found.rejected else entry
 
 
 class _JsonLines(_Writer):
@@ -263,5 +287,6 @@ class _Csv(_Writer):
         self.rows.writerow(["image", *(f"{name}_{i}" for i in range(1, top + 1) for name in ("label", "probability"))])
 
     def write(self, file: str, found: Prediction | UnreadableImageError) -> None:
-        if isinstance(found, list):
-            self.rows.writerow([file, *(value for name, p in found for value in (name, f"{p:.6f}"))])
+        if isinstance(found, Prediction):
+            values = [value for name, p in found.classes for value in (name, f"{p:.6f}")]
+            self.rows.writerow([file, *([NONE] + [""] * (len(values) - 1) if found.rejected else values)])

@@ -16,13 +16,15 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from torch import Tensor, nn
 
 from ..errors import EtfZooError, LoadError
+from ..ood import FAMILIARITY_NAME
 from ..weights.download import LOG_IN, download, hub_errors, retry, sha256
 from ..weights.native import CONFIG_NAME, RECORD_NAME, WEIGHTS_NAME, cards_folder, recorded_location
 from .card import CARD_NAME, METRICS_NAME, card_problems, render_card
 
 __all__ = ["Publication", "folder_problems", "publish", "zoo_folders"]
 
-FILES = (WEIGHTS_NAME, CONFIG_NAME, METRICS_NAME, "metrics.jsonl", "recipe.yaml", "curve.png")  # and the card
+# and the card
+FILES = (WEIGHTS_NAME, CONFIG_NAME, METRICS_NAME, FAMILIARITY_NAME, "metrics.jsonl", "recipe.yaml", "curve.png")
 _NEUTRAL = {CARD_NAME, ".gitattributes", "LICENSE", "LICENSE.txt", "LICENSE.md"}  # no sign of another model
 
 

@@ -15,6 +15,8 @@ from PIL import Image
 
 from etf_zoo.cli import predict as predict_module
 from etf_zoo.cli.predict import image_files
+from etf_zoo.models.find import load_model
+from etf_zoo.ood import familiarity, write_familiarity
 from etf_zoo_cli import main
 from tests.made_data import picture
 
@@ -191,3 +193,34 @@ def test_memory_does_not_grow_with_the_number_of_images(folder, tmp_path):
 
     assert peak(400) < peak(40) + 60
     assert torch.get_num_threads()
+
+
+def test_reject_names_what_is_none_of_the_classes(capsys, folder, photos, tmp_path):
+    def entries():
+        return json.loads(predicted(capsys, folder, photos, "--reject", "0.5", "--json").out)
+
+    model = load_model(str(folder))
+    prepared = predict_module._preparation(model)
+    files = [str(photos / n) for n in ("a/0.png", "a/1.jpg", "b/2.webp", "b/3.JPG", "b/c/4.tif")]
+    with torch.inference_mode():
+        scores = familiarity(model(torch.stack([prepared(file) for file in files])))
+    write_familiarity(folder, scores[:4])
+    limit = scores[:4].sort().values[2]
+    shown = entries()
+    assert [entry.get("none_of_these", False) for entry in shown] == (scores < limit - 1e-5).tolist()
+    assert 2 <= sum("none_of_these" in entry for entry in shown) <= 3
+    assert all(len(entry["predictions"]) == 5 for entry in shown)
+    text = predicted(capsys, folder, photos, "--reject", "0.5").out.splitlines()
+    assert text.count("  none of these") == sum("none_of_these" in entry for entry in shown)
+    predicted(capsys, folder, photos, "--reject", "0.5", "--output", tmp_path / "x.csv")
+    rows = table(tmp_path / "x.csv")
+    assert {len(row) for row in rows} == {11}
+    assert [row[1] == "none of these" for row in rows[1:]] == ["none_of_these" in entry for entry in shown]
+    assert all("none_of_these" not in entry for entry in json.loads(predicted(capsys, folder, photos, "--json").out))
+
+
+def test_reject_needs_scores_beside_the_model(capsys, folder, photos):
+    assert "etf-zoo finetune writes it" in predicted(capsys, folder, photos, "--reject", "0.05", status=1).err
+    write_familiarity(folder, torch.randn(50))
+    assert "lies in [0, 1)" in predicted(capsys, folder, photos, "--reject", "1.5", status=1).err
+    assert "take at least 0.02" in predicted(capsys, folder, photos, "--reject", "0.01", status=1).err

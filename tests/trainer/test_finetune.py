@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from etf_zoo.trainer import finetune
+from etf_zoo.trainer.tune.later import store_familiarity
 from etf_zoo.trainer.tune.tuning import Finetune
 from etf_zoo_cli import main as cli
 
@@ -73,3 +74,7 @@ def test_a_comparison_goes_on_after_a_kill_in_its_first_run(tmp_path, monkeypatc
     assert "learned head, random weights  " in capsys.readouterr().out
     metrics = json.loads((tmp_path / "run" / "model" / "metrics.json").read_text())
     assert [r["model"] for r in metrics["references"]] == ["learned head, random weights"]
+    stored = json.loads((tmp_path / "run" / "model" / "familiarity.json").read_text())
+    assert stored["images"] == len(stored["scores"]) == 136  # a tenth of the training images
+    store_familiarity(tmp_path / "run" / "model", None, 16)
+    assert not (tmp_path / "run" / "model" / "familiarity.json").exists()  # those scores were another model's

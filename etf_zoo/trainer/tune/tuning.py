@@ -29,6 +29,7 @@ from ..run.model import find_model, fit_scales, make_model
 from ..run.run import Run
 from ..run.summary import summarize
 from ..run.watch import BestEpoch
+from .later import store_familiarity
 from .methods import METHODS, prepare, tuned_share, warm_head, warm_learned_head
 from .parts import load_data
 from .probes import PROBES, Probe, backbone_features, backbone_size, copy_linear, fit_probe, linear_classifier
@@ -113,6 +114,7 @@ class Tuned:
         model: The result.
         train: The images that it was fitted on.
         test: The test images.
+        held: Training images that were held out, if any.
         tuned: Parameters that were fitted.
         total: All parameters.
         run: Of a method that trains.
@@ -129,6 +131,7 @@ class Tuned:
     tuned: int
     total: int
     run: Run | None = None
+    held: Images | None = None
     start: tuple[float, str] | None = None
     probe: Probe | None = None
     top1: float | None = None
@@ -150,7 +153,11 @@ class Tuned:
             report: Folder for what is wrong.
         """
         if self.run:
-            return export_run(self.run, folder, references=references, report=report)["results"]
+            results = export_run(self.run, folder, references=references, report=report)["results"]
+            if self.run.accelerator.is_main_process:
+                store_familiarity(folder, self.held, max(self.settings.batch_size, 16))
+            self.run.accelerator.wait_for_everyone()
+            return results
         training = summarize(self.settings, self.train, make_accelerator(), images=len(self.train))
         origin = Origin(
             self.settings,
@@ -261,7 +268,7 @@ def _train(settings: Finetune, train: Images, held: Images | None, test: Images)
         start = run.evaluate(on)["top1"], f"{what} images"
         run.accelerator.print(f"Before any training: {start[0]:.2f} % of the {start[1]}.")
     run.accelerator.print(f"Tuning {tuned:,} of {total:,} parameters ({100 * tuned / total:.1f} %).")
-    return Tuned(settings, run.plain_model(), train, test, tuned, total, run, start) if run.fit() else None
+    return Tuned(settings, run.plain_model(), train, test, tuned, total, run, held, start) if run.fit() else None
 
 
 def _probe(settings: Finetune, train: Images, test: Images) -> Tuned:
