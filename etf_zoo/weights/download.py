@@ -1,9 +1,18 @@
-"""Files from the Hugging Face Hub: the client's own cache and progress, a checked sha256, errors that name the fix."""
+"""Files from the Hugging Face Hub: the client's own cache and progress, a checked sha256, errors that name the fix.
+
+Downloads, their resumption, locks, cache and hashes are huggingface_hub's. Three things are not:
+
+- `retry`: the client tries single requests again, not a body that breaks off or arrives too short on the way, nor a
+  commit that the Hub answered with 5xx.
+- Checking content: the client compares sizes when it downloads, and asks the Hub for hashes
+  (`HfApi.verify_repo_checksums`) only when told to and with a network. Here every weights file is checked each time it
+  is loaded, offline too, against the hash in its name in the cache and the one in the model's config.
+- `hub_errors`: its exceptions come from several packages and give a page; here each is one sentence that names the fix.
+"""
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import logging
 import re
 import time
@@ -23,6 +32,8 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils.insecure_hashlib import sha1
+from huggingface_hub.utils.sha import git_hash, sha_fileobj
 
 from ..errors import LoadError
 from ..timm_compat import hf_split
@@ -39,11 +50,8 @@ T = TypeVar("T")
 
 def sha256(path: Path) -> str:
     """Hex digest of a file."""
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return sha_fileobj(file).hex()
 
 
 def download(
@@ -112,8 +120,7 @@ def _state(path: Path, expected: str | None) -> str:
         whole = sha256(path) == announced
     elif re.fullmatch(r"[0-9a-f]{40}", announced):
         content = path.read_bytes()
-        blob = b"blob %d\0" % len(content) + content  # what git hashes; some mirrors hash the content as it is
-        whole = announced in (hashlib.sha1(blob).hexdigest(), hashlib.sha1(content).hexdigest())
+        whole = announced in (git_hash(content), sha1(content).hexdigest())  # some mirrors hash it as it is
     else:  # a cache without links has no such names
         whole = not expected
     if not whole:

@@ -314,6 +314,34 @@ def test_optimizers_and_layer_decay(kind):
     assert optimizer.param_groups
 
 
+def test_what_layer_decay_and_exclude_head_make_of_a_head_without_parameters():
+    """As FrameClassifier's docstring says: the last layer of the backbone counts as the head."""
+    twin, base = (timm.create_model(name, num_classes=5) for name in ("test_vit_etf", "test_vit"))
+    scales = {}
+    for model in (twin, base):
+        groups = param_groups_layer_decay(model, layer_decay=0.75)
+        by_id = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
+        scales[model] = {name: by_id[id(p)] for name, p in model.named_parameters()}
+    assert {name: scale * 0.75 for name, scale in scales[twin].items()} == {
+        name: scale for name, scale in scales[base].items() if not name.startswith("head.")
+    }
+    kept = timm.models.model_parameters(twin, exclude_head=True)
+    names = [name for name, _ in twin.named_parameters()]
+    assert len(list(kept)) == len(names) - 2
+    assert names[-1] == "norm.bias"
+
+
+def test_timms_tools_that_need_a_bias_say_why_there_is_none():
+    from timm.layers import apply_test_time_pool
+
+    twin = timm.create_model("test_resnet_etf", num_classes=5)
+    sentence = "A fixed frame has no bias: .*--head-init-bias, --test-pool.*leave it out"
+    with pytest.raises(AttributeError, match=sentence):  # timm's train.py --head-init-bias
+        nn.init.constant_(twin.get_classifier().bias, 0.1)
+    with pytest.raises(AttributeError, match=sentence):  # timm's validate.py --test-pool
+        apply_test_time_pool(twin, {"input_size": (3, 320, 320), "test_input_size": (3, 320, 320)})
+
+
 def test_learnable_scale_is_not_decayed():
     twin = timm.create_model("resnet18_etf", num_classes=5, logit_scale="learnable")
     optimizer = create_optimizer_v2(twin, opt="adamw", lr=1e-3, weight_decay=0.1)
