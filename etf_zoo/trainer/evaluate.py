@@ -13,6 +13,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -430,18 +431,25 @@ def _report(
             done.mistakes, lambda row: Image.fromarray(np.asarray(split.picture(row))), pictures / "mistakes.png"
         )
     if folder and (folder / "metrics.jsonl").is_file():
-        plot_collapse(folder / "metrics.jsonl", pictures / "collapse.png")
+        with suppress(EtfZooError):  # a training whose epochs were not measured has no such picture
+            plot_collapse(folder / "metrics.jsonl", pictures / "collapse.png")
 
 
 # -------------------------------------------------------------------------------------------------------- command line
 
 
-def command_line(settings: Evaluation) -> str:
-    """The command that measures the same again: names only, with MODEL and DATA in the place of paths."""
+def command_line(settings: Evaluation, split: str = "") -> str:
+    """The command that measures the same again: names only, with MODEL and DATA in the place of paths.
+
+    Args:
+        settings: What was measured.
+        split: Name of the split that it was found to be.
+    """
     data, usual = settings.data, TestData()
+    split = data.val_split if split in ("", HELD_OUT) else split
     words = ["MODEL" if is_path(settings.model) else settings.model]
     words += ["DATA" if is_path(data.source) else data.source]
-    words += ["--split", data.val_split] if data.val_split else []
+    words += ["--split", split] if split else []
     words += ["--size", str(settings.size)] if settings.size else []
     words += ["--hierarchy", Path(settings.hierarchy).name] if settings.hierarchy else []
     for name in (
@@ -482,7 +490,10 @@ def main() -> None:
     if settings.output:
         path = Path(settings.output)
         kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        text = json.dumps({**kept, **record, "command": command_line(settings)}, indent=1) + "\n"
+        text = (
+            json.dumps({**kept, **record, "command": command_line(settings, record["dataset"]["split"])}, indent=1)
+            + "\n"
+        )
         path.write_text(text, encoding="utf-8")
     if settings.json:
         print(json.dumps(record, indent=1))

@@ -299,7 +299,7 @@ def _panel(ax: Axes, records: list[dict], heading: str, log: bool, present: list
             markersize=3.5,
             label=own_label,
         )
-    if log:
+    if log and any(r.get(name, 0) > 0 for r in records for name, *_ in present):
         ax.set_yscale("log")
         for axis_set, subs in ((ax.yaxis.set_major_locator, (1, 2, 5)), (ax.yaxis.set_minor_locator, ())):
             axis_set(LogLocator(subs=subs, numticks=12))

@@ -10,6 +10,7 @@ from etf_zoo.trainer import finetune
 from etf_zoo.trainer.tune.later import store_familiarity
 from etf_zoo.trainer.tune.tuning import Finetune
 from etf_zoo_cli import main as cli
+from tests.made_data import write_folder
 
 
 def test_what_no_folder_can_hold_is_refused_at_once(monkeypatch):
@@ -42,6 +43,34 @@ def test_quick_start(tmp_path, monkeypatch, capsys):
     Image.new("L", (8, 8), 255).save(image)
     assert cli(["predict", str(tmp_path / "run" / "model"), str(image)]) == 0
     assert "%" in capsys.readouterr().out
+
+
+def test_evaluate_finds_the_same_figures(tmp_path, monkeypatch, capsys):
+    """Photos of another shape than the model's input, stored resident for training: one pipeline measures them."""
+    photos = write_folder(
+        tmp_path / "photos", {split: {n: range(k, k + 8) for k, n in enumerate("abc")} for split in ("train", "test")}
+    )
+    arguments = ["finetune.py", "--data", str(photos), "--model", "test_resnet_etf", "--pretrained", "false"]
+    arguments += ["--sizes", "[[0, 16]]", "--epochs", "1", "--tensorboard", "false", "--output", str(tmp_path / "run")]
+    monkeypatch.setattr("sys.argv", arguments)
+    finetune.main()
+    model = tmp_path / "run" / "model"
+    metrics = json.loads((model / "metrics.json").read_text())
+    assert metrics["dataset"] == {"name": "photos", "split": "test", "images": 24, "size": 16}
+    assert metrics["command"] == "etf-zoo evaluate MODEL DATA --split test"
+    capsys.readouterr()
+    for extra in (["--split", "test"], []):
+        assert cli(["evaluate", str(tmp_path / "run"), str(photos), "--json", *extra]) == 0
+        again = json.loads(capsys.readouterr().out)
+        assert again["dataset"] == metrics["dataset"]
+        assert again["results"] == pytest.approx(metrics["results"], rel=1e-6)
+    for file in model.iterdir():  # names only: nothing says where on this machine they lie
+        assert str(tmp_path).encode() not in file.read_bytes(), file.name
+    assert {path.name for path in (tmp_path / "run" / "pictures").iterdir()} >= {"mistakes.png", "confusion.png"}
+    wrong = (tmp_path / "run" / "errors.csv").read_text().splitlines()[1:]
+    assert len(wrong) == round(24 * (1 - metrics["results"]["top1"] / 100))
+    classes = json.loads((tmp_path / "run" / "classes.json").read_text())
+    assert sum(row["images"] for row in classes["by_class"]) == 24
 
 
 FRAME, RANDOM, HEAD = "fixed frame, pretrained", "fixed frame, random weights", "learned head, pretrained"

@@ -139,7 +139,9 @@ def export_model(
     del measured["images_per_second"]  # says more of the machine's other work than of the model
     metrics = {
         **measured,
-        "command": command_line(dataclasses.replace(evaluation, model=name or str(folder))),
+        "command": command_line(
+            dataclasses.replace(evaluation, model=name or str(folder)), measured["dataset"]["split"]
+        ),
         "references": references or [],
         "training": {**origin.training, "recipe": dataclasses.asdict(by_names(origin.recipe))},
     }
