@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 import unicodedata
 
-__all__ = ["markdown", "printable"]
+__all__ = ["code", "markdown", "printable", "quoted"]
 
 # Controls, line breaks and lone surrogates; what turns the direction of writing could show one name as another.
 _CATEGORIES = ("Cc", "Zl", "Zp", "Cs")
 _DIRECTION = "\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
-_MARKUP = re.compile(r"([\\`*_{}\[\]()#+!|~$])")
+_MARKUP = re.compile(r"([\\`*{}\[\]()#+!|~$]|(?<!\w)_|_(?!\w))")  # an underscore within a word is none
 
 
 def printable(text: object) -> str:
@@ -32,6 +32,26 @@ def markdown(text: object) -> str:
     """
     shown = printable(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return _MARKUP.sub(r"\\\1", shown)
+
+
+def code(text: object) -> str:
+    """A text for between the backticks of Markdown, in one line, which it cannot end.
+
+    Example:
+        >>> code("a`<b>`")
+        "a'<b>'"
+    """
+    return printable(text).replace("`", "'")
+
+
+def quoted(text: object) -> str:
+    r"""A text for between the double quotes of a Python string in a block of code.
+
+    Example:
+        >>> quoted('a"; import os')
+        'a\"; import os'
+    """
+    return printable(text).replace("\\", "\\\\").replace('"', '\\"').replace("`", "\N{APOSTROPHE}")
 
 
 def _is_control(char: str) -> bool:

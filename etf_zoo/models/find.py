@@ -140,7 +140,12 @@ def load_model(model: str, pretrained: bool = True, **kwargs: Any) -> Any:
 
 
 def _is_timm(model: str) -> bool:
-    return ":" not in model and timm.is_model(model.partition(".")[0])
+    if ":" in model or not timm.is_model(model.partition(".")[0]):
+        return False
+    try:
+        return get_pretrained_cfg(model) is not None
+    except RuntimeError:  # no such tag
+        return False
 
 
 def _unknown(model: str) -> str:

@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import statistics
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import timm
+import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from safetensors import SafetensorError, safe_open
 from timm.models import get_pretrained_cfg
 
 from ..errors import EtfZooError
+from ..frames.describe import describe_frame
+from ..models.names import as_names, frame_heads
+from ..text import code, markdown, quoted
 from ..weights.native import CONFIG_NAME, WEIGHTS_NAME, cards_folder, recorded_location
 
 __all__ = ["CARD_NAME", "METRICS_NAME", "card_problems", "render_card", "top1_of_seeds", "write_card"]
 
 CARD_NAME = "README.md"
+# What each field of a recipe is if nothing is said of it; `python tests/sharing/test_card.py` writes it.
+DEFAULTS = Path(__file__).with_name("recipe_defaults.json")
 METRICS_NAME = "metrics.json"
 _LABELS = {
     "top1": "top-1 (%)",
@@ -27,8 +37,9 @@ _LABELS = {
     "nc2_etf_distance": "NC2: distance of class means from a simplex ETF",
     "nc3_self_duality": "NC3: distance of head and class means",
     "nc4_agreement": "NC4: agreement with the nearest class mean",
-    "severity": "severity of a mistake (height of the lowest common ancestor)",
+    "severity": "severity of a mistake",
 }
+_TREE_HEIGHTS = {"tiny_imagenet": 11, "cifar100": 2, "grocery": 3}  # of their `hierarchy.json`
 _DATA = {
     "tiny_imagenet": (
         "Tiny ImageNet, 64 px, 200 classes, re-encoded as WebP quality 70: figures are close to, not the same as, "
@@ -57,20 +68,16 @@ _HUB_LICENSES = {
     *("cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "apple-ascl", "apple-amlr", "gemma"),
     *("fair-noncommercial-research-license", "unknown", "other"),
 }
-_FRAMES = {
-    "auto": "a simplex equiangular tight frame (the most separated directions; another code where none fits)",
-    "simplex": "a simplex equiangular tight frame",
-    "helmert": "a simplex equiangular tight frame in Helmert coordinates",
-    "random": "independent random unit vectors, the control for the geometry",
-    "code": "a spherical code",
-    "hierarchy": "directions whose cosines follow the distances of the classes in a tree",
-    "custom": "given as a matrix",
-}
 _USE = (
     "A start for transfer to fine-grained image data, and for research on fixed classifiers and neural collapse. "
     "Whether a fixed frame helps on your data is for a measurement there to say."
 )
 _LIMITS = "Trained on small images of few classes: a start for transfer and for research, not a product."
+# What a run does beside its result: of no use to who reads how the weights came about.
+_BESIDE = {
+    *("output", "model", "tag", "notes", "resume", "time_budget", "tensorboard", "log_every", "compile", "compare"),
+    *("eval_every", "save_every", "save_steps", "save_minutes", "keep_checkpoints"),
+}
 _SECTIONS = ("Use", "Results", "How it was made", "Intended use and limits", "License", "Cite")
 
 
@@ -80,22 +87,36 @@ def _read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def _head_text(config: dict[str, Any], name: str) -> str:
+def _head_text(config: dict[str, Any], name: str, folder: Path) -> str:
     args = config.get("model_args", {})
     if not args.get("base", config["architecture"]).endswith("_etf"):  # base: of a model with a skip connection
         control = ": the control for the fixed frame of the same recipe, data order and seed"
         return "a learned linear classifier" + (control if "_control." in name else "")
-    frame, orientation = args.get("frame", "auto"), args.get("orientation", "auto")
     if "head=learned_cosine" in (config.get("pretrained_cfg", {}).get("description") or ""):
         return "learned prototypes under a frame's norm and scale: the control for the frame being fixed"
-    text = f"a fixed frame, never trained: {_FRAMES.get(frame, frame)}"
-    if orientation != "auto" and frame not in ("custom", "helmert"):
-        text += f", orientation `{orientation}`"
+    frame, orientation = args.get("frame", "auto"), args.get("orientation", "auto")
+    text = "a fixed frame, never trained: "
+    text += describe_frame(frame, config["num_classes"], _frame_width(config, folder), orientation=orientation)
     if args.get("neck") == "linear":
         return text + ", behind a linear neck; the two together are a learned classifier by another name"
     if args.get("neck") == "center":
         return text + ", on features centered by a stored mean"
-    return text + (f", behind a `{args['neck']}` neck" if args.get("neck") else "")
+    neck = args.get("neck") not in (None, "none")
+    return text + (f", behind a `{code(args['neck'])}` neck" if neck else "")
+
+
+def _frame_width(config: dict[str, Any], folder: Path) -> int:
+    """Dimensions of the space that a model's frame lies in: of the stored one, or by building it without computing."""
+    names = as_names(config["pretrained_cfg"].get("classifier"))
+    if (folder / WEIGHTS_NAME).is_file():
+        with suppress(SafetensorError), safe_open(folder / WEIGHTS_NAME, "pt") as file:  # `publish` says if unreadable
+            stored = [f"{name}.weight" for name in names if f"{name}.weight" in file.keys()]  # noqa: SIM118
+            if stored:
+                return file.get_slice(stored[0]).get_shape()[1]
+    args = {key: value for key, value in config.get("model_args", {}).items() if key not in ("frame", "hierarchy")}
+    with torch.device("meta"):
+        model = timm.create_model(config["architecture"], **{**args, "num_classes": config["num_classes"]})
+    return next(iter(frame_heads(model).values())).dim
 
 
 def _results(metrics: dict[str, Any], name: str) -> str:
@@ -103,13 +124,24 @@ def _results(metrics: dict[str, Any], name: str) -> str:
         return "Not measured."
     columns = {name: metrics["results"], **{c["model"]: c["results"] for c in metrics.get("references", [])}}
     rows = [key for key in _LABELS if all(key in values for values in columns.values())]
-    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    lines = ["| | " + " | ".join(map(markdown, columns)) + " |", "|---" * (len(columns) + 1) + "|"]
     lines += [
-        f"| {_LABELS[key]} | " + " | ".join(f"{values[key]:.2f}" for values in columns.values()) + " |" for key in rows
+        f"| {_label(key, metrics)} | " + " | ".join(f"{values[key]:.2f}" for values in columns.values()) + " |"
+        for key in rows
     ]
     if len(columns) == 1:
         lines += ["", "No control was trained beside it, so the figures say nothing about the frame."]
     return "\n".join(lines)
+
+
+def _label(key: str, metrics: dict[str, Any]) -> str:
+    """What a figure is, with the scale that it lies on."""
+    dataset = metrics.get("dataset", {})
+    height = dataset.get("tree_height") or _TREE_HEIGHTS.get(_data_name(dataset.get("name") or ""))
+    if key != "severity":
+        return _LABELS[key]
+    scale = f", from 1 to {height:g}" if height else ""
+    return f"severity of a mistake: height of the lowest common ancestor{scale}"
 
 
 def top1_of_seeds(folder: Path) -> list[float]:
@@ -134,7 +166,8 @@ def _data_name(name: str) -> str:
 
 
 def _is_hub_id(name: str) -> bool:
-    return name.count("/") == 1 and name[0] not in "./~" and not name.endswith("/")
+    """Whether a data set is named as on the Hub. Files of a run name local ones without the folders they lie in."""
+    return name.count("/") == 1 and name[0] not in "./~" and not name.endswith("/") and not Path(name).exists()
 
 
 def _evals(metrics: dict[str, Any]) -> list[EvalResult] | None:
@@ -175,26 +208,59 @@ def _made(config: dict[str, Any], metrics: dict[str, Any]) -> str:
     training = metrics.get("training")
     if training is None:
         source = metrics.get("source") or config.get("source") or config.get("base_model") or "a trained checkpoint"
-        return f"{config['pretrained_cfg'].get('description', 'converted')}. Source: `{source}`. Nothing was trained."
+        description = markdown(config["pretrained_cfg"].get("description", "converted"))
+        return f"{description}. Source: `{code(source)}`. Nothing was trained."
     recipe = training["recipe"]
-    start = f"From the weights of `{recipe['model']}`: " if recipe.get("pretrained") else ""
+    start = f"From the weights of `{code(recipe['model'])}`: " if recipe.get("pretrained") else ""
+    processes = f" in {training['processes']} processes" if training.get("processes", 1) > 1 else ""
+    commit = f", commit {code(training['commit'][:12])}" if training.get("commit") else ""
     return (
         f"{start}{training['steps']} steps on {training['train_images']} images in {training['hours']} hours on "
-        f"{training['device']} ({training['processes']} process(es)), commit "
-        f"{training['commit'][:12] or 'unknown'}. {recipe.get('notes', '')}".rstrip()
+        f"{markdown(training['device'])}{processes}{commit}. {markdown(recipe.get('notes', ''))}".rstrip()
     )
 
 
-def _measured(cfg: dict[str, Any], metrics: dict[str, Any]) -> str:
+def _settings(recipe: dict[str, Any]) -> str:
+    """The settings of a recipe that are not the usual ones, as YAML that a training reads."""
+    usual = json.loads(DEFAULTS.read_text(encoding="utf-8"))["finetune" if "method" in recipe else "pretrain"]
+    lines = []
+    for key, value in recipe.items():
+        if key in _BESIDE:
+            continue
+        if isinstance(value, dict) and isinstance(usual.get(key), dict) and not key.endswith("args"):
+            value = {k: v for k, v in value.items() if v != usual[key].get(k)}
+            if not value:
+                continue
+        if value != usual.get(key) and (key, value) != ("precision", "no"):  # as fp32 was called
+            lines.append(f"{code(key)}: {json.dumps(value)}")
+    return "\n".join(lines)
+
+
+def _measured(cfg: dict[str, Any], metrics: dict[str, Any], load_name: str, has_weights: bool) -> str:
     if not metrics.get("results"):
         return ""
     dataset = metrics["dataset"]
-    data, size = _data_name(dataset["name"]), cfg["input_size"][-1]
+    data, size = _data_name(dataset["name"]), dataset.get("size", cfg["input_size"][-1])
     text = _DATA.get(Path(data).name, ("", ""))[0]
+    command = _command(metrics, load_name)
+    copy = ", DATA being a copy of the data set" if " DATA" in command else ""
+    again = f" by `{command}`{copy}" if has_weights else ""
     return (
-        f"On {dataset['images']} images of {data} ({dataset['split']}) at {size} px, "
-        f"measured from the stored weights by `{metrics['command']}`. {text}".rstrip()
+        f"On {dataset['images']:,} images of {markdown(data)} ({markdown(dataset['split'])}) at {size} px, "
+        f"measured from the stored weights{again}. {text}".rstrip()
     )
+
+
+def _command(metrics: dict[str, Any], load_name: str) -> str:
+    """The command that measures the model again."""
+    recorded = metrics.get("command", "")
+    if recorded.startswith("etf-zoo convert"):
+        return code(recorded)
+    if not recorded.startswith("etf-zoo evaluate"):  # a script of a clone, at a path of the machine it ran on
+        dataset = metrics["dataset"]
+        recorded = f"etf-zoo evaluate MODEL DATA --split {shlex.quote(dataset['split'])}"
+    model = load_name.removeprefix("local-dir:")
+    return code(recorded.replace(" MODEL ", f" {model} ", 1))
 
 
 def _license(config: dict[str, Any]) -> dict[str, Any]:
@@ -237,6 +303,7 @@ def render_card(folder: str | Path, *, repo_id: str | None = None) -> str:
     recipe = metrics.get("training", {}).get("recipe", {})
     data_name = metrics.get("training", {}).get("data_source", "")
     license_data = _license(config)
+    unknown = f"see the terms of {markdown(data_name or 'what the source was trained on')}."
     sets = [metrics.get("dataset", {}).get("name", ""), recipe.get("data", {}).get("source", "")]
     card_data = ModelCardData(
         **license_data,
@@ -251,11 +318,11 @@ def render_card(folder: str | Path, *, repo_id: str | None = None) -> str:
     card = ModelCard.from_template(
         card_data,
         template_path=str(Path(__file__).with_name("card_template.md")),
-        name=name,
-        what=f"{config['architecture']} with {config['num_classes']} classes. "
-        f"Its classifier is {_head_text(config, name)}.",
-        load_name=load_name,
-        hub_name=f"hf-hub:{repo_id}" if native and repo_id else None,
+        name=markdown(name),
+        what=f"{markdown(config['architecture'])} with {config['num_classes']} classes. "
+        f"Its classifier is {_head_text(config, name, folder)}.",
+        load_name=quoted(load_name),
+        hub_name=quoted(f"hf-hub:{repo_id}") if native and repo_id else None,
         embedded=native and embedded,
         has_weights=embedded or repo_id,
         size=cfg["input_size"][-1],
@@ -263,15 +330,14 @@ def render_card(folder: str | Path, *, repo_id: str | None = None) -> str:
         std=tuple(round(x, 3) for x in cfg["std"]),
         results=_results(metrics, name),
         seeds=_seeds(folder),
-        measured=_measured(cfg, metrics),
+        measured=_measured(cfg, metrics, load_name, bool(embedded or repo_id)),
         made=_made(config, metrics),
-        recipe="\n".join(f"{key}: {json.dumps(value)}" for key, value in recipe.items() if value not in ("", {}, [])),
+        recipe=_settings(recipe),
+        recipe_file=(folder / "recipe.yaml").is_file(),
         use=metrics.get("intended_use") or _USE,
         limits=metrics.get("limits") or ("Those of its source." if converted else _LIMITS),
-        license=cfg.get("license") or "other",
-        data_license=_DATA.get(data_name, ("", f"see the terms of {data_name or 'what the source was trained on'}."))[
-            1
-        ],
+        license=markdown(cfg.get("license") or "other"),
+        data_license=_DATA.get(data_name, ("", unknown))[1],
         hierarchy=config.get("model_args", {}).get("frame") == "hierarchy",
     )
     return str(card)

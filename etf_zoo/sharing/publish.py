@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +14,8 @@ from typing import Any
 import timm
 import torch
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
-from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+from huggingface_hub.utils import validate_repo_id
 from torch import Tensor, nn
 
 from ..errors import EtfZooError, LoadError
@@ -25,6 +28,10 @@ __all__ = ["Publication", "folder_problems", "publish", "zoo_folders"]
 
 # and the card
 FILES = (WEIGHTS_NAME, CONFIG_NAME, METRICS_NAME, FAMILIARITY_NAME, "metrics.jsonl", "recipe.yaml", "curve.png")
+# An absolute path, a home folder or a drive, after a space, a quote, an equals sign or at the start of a line.
+_PATH = re.compile(
+    r"(?:(?<=[\s\"'`=(:,])|^)(?:/[\w.@+-]+/[\w.@+/-]+|~[\w-]*/[\w./-]+|[A-Za-z]:\\+[\w.\\ -]+)", re.MULTILINE
+)
 _NEUTRAL = {CARD_NAME, ".gitattributes", "LICENSE", "LICENSE.txt", "LICENSE.md"}  # no sign of another model
 
 
@@ -50,13 +57,14 @@ class Publication:
 def folder_problems(folder: str | Path) -> list[str]:
     """Why a model folder should not be published yet, one line each that names the fix; offline.
 
-    Checked: files, hash, label names, card, license, figures, and that the model loads and gives finite logits.
+    Checked: files, hash, label names, card, license, figures, that no file names a place on this machine, and that the
+    model loads and gives finite logits.
     """
     folder = Path(folder)
     missing = [name for name in (WEIGHTS_NAME, CONFIG_NAME) if not (folder / name).is_file()]
     if missing:
         return [f"{' and '.join(missing)} missing: export the run again, with its weights"]
-    problems = card_problems(folder)
+    problems = [*card_problems(folder), *_paths(folder)]
     config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
     if len(config.get("label_names") or ()) != config["num_classes"]:
         problems.append(f"{CONFIG_NAME} has no `label_names` for its {config['num_classes']} classes: put them there")
@@ -81,8 +89,9 @@ def publish(
 ) -> Publication:
     """Publish a model folder: weights, config with label names, figures and card in one commit.
 
-    What was sent is then downloaded into an empty cache and must give the same logits, and the repository and its
-    commit are recorded in the folder (`hub.json`). Doing it again sends what has changed, if anything; after an
+    What was sent is then downloaded into an empty cache and must give the same logits. The repository and its commit
+    are recorded in the folder (`hub.json`); those of a model inside the installed package in the cache
+    ($ETF_ZOO_CACHE), as the package stays as it is. Doing it again sends what has changed, if anything; after an
     interruption nothing that arrived is sent twice.
 
     Args:
@@ -97,10 +106,10 @@ def publish(
         RuntimeError: If the Hub refuses, cannot be reached, or gives back something else than was sent.
     """
     folder = Path(folder)
-    place = recorded_location(folder)
+    records = _records(folder)
+    place = recorded_location(records) or recorded_location(folder)
     repo_id = repo_id or (place[0] if place else "")
-    if repo_id.count("/") != 1 or not all(repo_id.split("/")):
-        raise EtfZooError(f"Name the repository as ORG/NAME with --repo-id; it is {repo_id!r}.")
+    check_repo_id(repo_id)
     if problems := folder_problems(folder):
         raise EtfZooError(f"{folder} is not ready to be published: {'; '.join(problems)}.")
     card = render_card(folder, repo_id=repo_id)
@@ -132,9 +141,51 @@ def publish(
         _verify(folder, repo_id, commit.oid)
     if not create_pr:
         record = json.dumps({"repo_id": repo_id, "revision": commit.oid}, indent=1) + "\n"
-        (folder / RECORD_NAME).write_text(record, encoding="utf-8")
-        (folder / CARD_NAME).write_text(card, encoding="utf-8")
+        records.mkdir(parents=True, exist_ok=True)
+        (records / RECORD_NAME).write_text(record, encoding="utf-8")
+        (records / CARD_NAME).write_text(card, encoding="utf-8")
     return done
+
+
+def check_repo_id(repo_id: str) -> None:
+    """Raise EtfZooError unless an id is `ORG/NAME` as the Hub allows it."""
+    reason = ""
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        reason = " " + " ".join(str(error).split())
+    parts = repo_id.split("/")
+    if reason or len(parts) != 2 or not all(re.fullmatch(r"\w[\w.-]*", part, re.ASCII) for part in parts):
+        raise EtfZooError(f"Name the repository as ORG/NAME with --repo-id; it is {repo_id!r}.{reason}")
+
+
+def _records(folder: Path) -> Path:
+    """Folder that says where a model was published: its own, but for models inside the installed package."""
+    if folder.resolve().parent != installed_cards().resolve():
+        return folder
+    cache = os.environ.get("ETF_ZOO_CACHE") or Path.home() / ".cache" / "etf_zoo"
+    return Path(cache) / "published" / folder.resolve().name
+
+
+def installed_cards() -> Path:
+    """Folder of the embedded models in an installed package; in a clone there is none."""
+    return Path(__file__).parents[1] / "model_cards"
+
+
+def _paths(folder: Path) -> list[str]:
+    """Which of the texts to publish name a place on this machine."""
+    problems = []
+    for name in (*FILES, CARD_NAME):
+        file = folder / name
+        if not file.is_file() or file.suffix not in (".json", ".jsonl", ".yaml", ".md"):
+            continue
+        text = file.read_text(encoding="utf-8")
+        if name == CONFIG_NAME:  # a class may be called /m/0abc
+            config = json.loads(text)
+            text = json.dumps({k: v for k, v in config.items() if not k.startswith("label_")})
+        if found := _PATH.search(text):
+            problems.append(f"{name} names a place on this machine, {found[0]!r}: put a name there")
+    return problems
 
 
 def zoo_folders() -> Iterator[Path]:

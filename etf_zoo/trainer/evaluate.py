@@ -345,6 +345,7 @@ def evaluate_model(settings: Evaluation) -> Evaluated:
                 "split": split.name or data.val_split,
                 "images": found.figures["images"],
                 "size": batches.size,
+                **({} if distances is None else {"tree_height": distances.max().item()}),
             },
             "images_per_second": found.figures["images_per_second"],
         },

@@ -42,6 +42,7 @@ def test_a_control_in_model_cards_by_its_name():
     source = find_model("resnet18_control.e23_tiny")
     assert (source.architecture, source.is_twin) == ("resnet18", False)
     assert source.folder == cards_folder() / "resnet18_control.e23_tiny"
+    assert find_model("resnet18_etf.e23_tiny").folder == cards_folder() / "resnet18_etf.e23_tiny"  # without weights
 
 
 def test_a_folder_of_a_models_name_that_holds_none(tmp_path, monkeypatch):

@@ -1,13 +1,22 @@
 """Cards say what the files beside them say."""
 
+import dataclasses
 import json
+import re
 
 import pytest
+import timm
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.utils import validate_repo_id
 
-from etf_zoo.sharing.card import card_problems, render_card, write_card
+from etf_zoo import frame_heads
+from etf_zoo.frames.describe import describe_frame
+from etf_zoo.sharing.card import _SECTIONS, DEFAULTS, card_problems, render_card, write_card
+from etf_zoo.sharing.folder import save_folder
+from etf_zoo.trainer.recipe.config import Optim, Recipe
+from etf_zoo.trainer.recipe.parsing import parse_entries
+from etf_zoo.trainer.tune.tuning import Finetune
 from etf_zoo.weights.native import cards_folder
 
 CARDS = sorted(path.parent.name for path in cards_folder().glob("*/metrics.json"))
@@ -37,7 +46,7 @@ def test_card_of_a_folder(folder):
     assert card.data.to_dict()["library_name"] == "timm"
     assert card.data.eval_results[0].metric_value == 12.35 or card.data.eval_results[0].metric_value == 12.34
     assert "| top-1 (%) | 12.35 | 11.00 |" in card.text or "| top-1 (%) | 12.34 | 11.00 |" in card.text
-    assert "orientation `blocks`" in card.text
+    assert "simplex ETF of 5 classes in 1024 dimensions, one block of coordinates for each class" in card.text
 
 
 def test_missing_file_is_named(folder):
@@ -167,3 +176,102 @@ def test_metadata_of_committed_cards_is_valid_and_complete(name):
     for repo_id in [data.base_model, *(data.datasets or [])]:
         if repo_id:
             validate_repo_id(repo_id)
+
+
+# ------------------------------------------------------------------------------------------------ usual and not usual
+
+
+def _plain(recipe):
+    return json.loads(json.dumps(dataclasses.asdict(recipe)))
+
+
+def defaults():
+    return {"pretrain": _plain(Recipe()), "finetune": _plain(Finetune(model="resnet18"))}
+
+
+def test_defaults_are_those_of_the_recipes():
+    assert json.loads(DEFAULTS.read_text()) == defaults(), "run python tests/sharing/test_card.py"
+
+
+def test_only_unusual_settings_are_shown_and_a_training_reads_them(measured):
+    recipe = _plain(Recipe(epochs=7, optim=Optim(lr=0.5), output="runs/secret", notes="*Slow*.", save_every=5))
+    change(measured, "metrics.json", training={**METRICS["training"], "recipe": recipe})
+    card = render_card(measured)
+    shown = yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])
+    assert shown == {"epochs": 7, "optim": {"lr": 0.5}}
+    assert parse_entries(Recipe, shown) == Recipe(epochs=7, optim=Optim(lr=0.5))
+    assert "recipe.yaml" not in card
+    (measured / "recipe.yaml").write_text("")
+    assert "[recipe.yaml](recipe.yaml) has all" in render_card(measured)
+    assert r"\*Slow\*." in card
+    assert "process" not in card
+    change(measured, "metrics.json", training={**METRICS["training"], "processes": 4})
+    assert "on CPU in 4 processes, commit abc." in render_card(measured)
+
+
+def test_severity_has_a_scale(measured):
+    results = {**METRICS["results"], "severity": 2.5}
+    dataset = {**METRICS["dataset"], "tree_height": 4.0}
+    change(measured, "metrics.json", results=results, references=[], dataset=dataset)
+    assert "| severity of a mistake: height of the lowest common ancestor, from 1 to 4 | 2.50 |" in render_card(
+        measured
+    )
+    change(measured, "metrics.json", dataset=METRICS["dataset"])
+    assert "lowest common ancestor | 2.50 |" in render_card(measured)
+
+
+@pytest.mark.parametrize(
+    ("recorded", "shown"),
+    [
+        ("accelerate launch training/evaluate.py --model /home/me/x --data.source d", "FOLDER DATA --split test"),
+        ("etf-zoo evaluate MODEL DATA --split test --size 48", "FOLDER DATA --split test --size 48"),
+        ("etf-zoo evaluate MODEL org/set --split test", "FOLDER org/set --split test"),
+    ],
+)
+def test_the_command_can_be_run_elsewhere(measured, recorded, shown):
+    change(measured, "metrics.json", command=recorded)
+    assert f"by `etf-zoo evaluate {shown}`" in render_card(measured)
+    assert ("DATA being a copy" in render_card(measured)) == ("DATA" in shown)
+    (measured / "model.safetensors").unlink()
+    assert "evaluate" not in render_card(measured).split("## How it")[0].split("## Results")[1]
+
+
+@pytest.mark.parametrize(
+    "kind", [{"neck": "mlp"}, {"frame": "random"}, {"num_classes": 1500}, {"feature_norm": "batch"}]
+)
+def test_the_frame_is_what_the_model_has(kind, tmp_path):
+    model = timm.create_model("mobilenetv3_small_050_etf", **{"num_classes": 5, **kind})
+    cfg = {"input_size": (3, 32, 32), "license": "mit"}
+    folder = save_folder(model, tmp_path, pretrained_cfg=cfg, label_names=[str(i) for i in range(model.num_classes)])
+    (folder / "metrics.json").write_text(json.dumps(METRICS))
+    head = next(iter(frame_heads(model).values()))
+    wanted = describe_frame(head.frame, head.num_classes, head.dim)
+    assert wanted in render_card(folder)
+    (folder / "model.safetensors").unlink()
+    assert wanted in render_card(folder)
+
+
+def test_names_of_others_are_shown_as_they_are(measured):
+    nasty = "</code><script>x</script>`\n# Title\n![](http://x)|"
+    recipe = {"notes": nasty, "model": nasty, "pretrained": True, nasty: nasty}
+    change(
+        measured,
+        "metrics.json",
+        dataset={**METRICS["dataset"], "name": nasty, "split": nasty},
+        references=[{"model": nasty, "results": METRICS["results"]}],
+        training={**METRICS["training"], "recipe": recipe, "device": nasty, "data_source": nasty, "commit": nasty},
+        command=f"etf-zoo evaluate MODEL DATA --split {nasty}",
+    )
+    change_cfg(measured, tag=nasty, license=nasty)
+    text = ModelCard(render_card(measured)).text.replace(r"\`", "")
+    outside = re.sub(r"`[^`\n]*`", "", re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL))
+    assert "<script>" not in outside
+    assert not re.search(r"^# Title", text, re.MULTILINE)
+    assert "![](" not in outside
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in table} == {4}
+    assert [line for line in text.splitlines() if line.startswith("## ")] == [f"## {name}" for name in _SECTIONS]
+
+
+if __name__ == "__main__":
+    DEFAULTS.write_text(json.dumps(defaults(), indent=1) + "\n")

@@ -374,3 +374,59 @@ def test_command_line_says_what_is_wrong_with_the_hub(hub, capsys):
     error = capsys.readouterr().err
     assert "There is no model repository org/nothing" in error
     assert error.count("\n") == 1
+
+
+# ------------------------------------------------------------------------------------------------- names and places
+
+
+@pytest.mark.parametrize(
+    "repo_id", ["a/..", "../a", "a/.", "a/b/c", "a", "a/", "/a", "a/b c", "a/-b", "a/b--c", "a/ü", "a/b\n"]
+)
+def test_ids_that_the_hub_does_not_take(folder, repo_id):
+    with pytest.raises(ValueError, match="as ORG/NAME with --repo-id"):
+        publish(folder, repo_id, dry_run=True)
+
+
+@pytest.mark.parametrize(
+    "text", ["/home/me/photos", "at /data/x", "--data=/mnt/d/x", "~/photos/x", "C:\\Users\\me", "~me/photos"]
+)
+def test_paths_are_not_published(folder, text):
+    (folder / "metrics.json").write_text(json.dumps({**METRICS, "limits": f"Seen {text}"}))
+    write_card(folder)
+    problems = folder_problems(folder)
+    assert any("metrics.json names a place on this machine" in problem for problem in problems)
+    with pytest.raises(ValueError, match="names a place on this machine"):
+        publish(folder, REPO, dry_run=True)
+
+
+@pytest.mark.parametrize(
+    "text", ["a/b", "https://example.org/a/b", "top-1/top-5", "arXiv 2402.18614/x", "50 %/class", "~5"]
+)
+def test_what_is_no_path(folder, text):
+    (folder / "metrics.json").write_text(json.dumps({**METRICS, "limits": f"Seen {text}"}))
+    write_card(folder)
+    assert not folder_problems(folder)
+
+
+def test_classes_may_be_called_like_paths(tiny_model, tmp_path):
+    names = [f"/m/0{i}abc" for i in range(5)]
+    cfg = {"input_size": (3, 32, 32), "license": "apache-2.0"}
+    assert not folder_problems(
+        with_card(save_folder(tiny_model, tmp_path / "m", pretrained_cfg=cfg, label_names=names))
+    )
+
+
+def test_the_installed_package_stays_as_it_is(hub, folder, tmp_path, monkeypatch):
+    package = tmp_path / "site-packages" / "etf_zoo" / "model_cards"
+    package.mkdir(parents=True)
+    installed = package / "mobilenetv3_small_050_etf.test"
+    shutil.copytree(folder, installed)
+    before = {path.name: path.read_bytes() for path in installed.iterdir()}
+    monkeypatch.setattr(publish_module, "installed_cards", lambda: package)
+    monkeypatch.setenv("ETF_ZOO_CACHE", str(tmp_path / "cache"))
+    done = publish(installed, REPO)
+    assert {path.name: path.read_bytes() for path in installed.iterdir()} == before
+    kept = tmp_path / "cache" / "published" / installed.name
+    assert recorded_location(kept) == (REPO, done.revision)
+    assert REPO in (kept / "README.md").read_text()
+    assert not publish(installed).changed  # where it was published last is known
