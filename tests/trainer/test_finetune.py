@@ -47,9 +47,9 @@ def test_quick_start(tmp_path, monkeypatch, capsys):
 
 def test_evaluate_finds_the_same_figures(tmp_path, monkeypatch, capsys):
     """Photos of another shape than the model's input, stored resident for training: one pipeline measures them."""
-    photos = write_folder(
-        tmp_path / "photos", {split: {n: range(k, k + 8) for k, n in enumerate("abc")} for split in ("train", "test")}
-    )
+    first = {"train": 0, "test": 40}
+    splits = {split: {n: range(i + 8 * k, i + 8 * k + 8) for k, n in enumerate("abc")} for split, i in first.items()}
+    photos = write_folder(tmp_path / "photos", splits)
     arguments = ["finetune.py", "--data", str(photos), "--model", "test_resnet_etf", "--pretrained", "false"]
     arguments += ["--sizes", "[[0, 16]]", "--epochs", "1", "--tensorboard", "false", "--output", str(tmp_path / "run")]
     monkeypatch.setattr("sys.argv", arguments)
