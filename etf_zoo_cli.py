@@ -52,7 +52,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=_versions())
     commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
-    for add in (_list, _info, _predict, _evaluate, _finetune, _pretrain, _prepare, _convert, _export, _card, _publish):
+    using = (_list, _info, _predict, _embed, _search, _evaluate)
+    for add in (*using, _finetune, _pretrain, _prepare, _convert, _export, _card, _publish):
         add(commands)
     return parser
 
@@ -151,13 +152,7 @@ def _predict(commands) -> None:
     usage = "MODEL IMAGE... [--top K] [--reject SHARE] [--output FILE]"
     command = _add(commands, "predict", "predict:predict", usage, "most probable classes of images")
     command.add_argument("model", metavar="MODEL", help=MODEL)
-    command.add_argument(
-        "images",
-        nargs="+",
-        metavar="IMAGE",
-        help="image files, folders (with all that lies in them), patterns such as 'x/**/*.jpg', or - for a list of "
-        "such, one a line, on standard input",
-    )
+    _images(command)
     command.add_argument("--top", type=_positive, default=5, metavar="K", help="how many classes to name (default: 5)")
     command.add_argument(
         "--reject",
@@ -172,7 +167,37 @@ def _predict(commands) -> None:
         help="write a table there, too: FILE.csv, or FILE.jsonl with one JSON object for each image",
     )
     command.add_argument("--json", action="store_true", help="print one JSON array instead of text")
+
+
+def _images(command) -> None:
+    command.add_argument(
+        "images",
+        nargs="+",
+        metavar="IMAGE",
+        help="image files, folders (with all that lies in them), patterns such as 'x/**/*.jpg', or - for a list of "
+        "such, one a line, on standard input",
+    )
     command.add_argument("--batch-size", type=_positive, default=32, metavar="N", help="images at a time (default: 32)")
+
+
+def _embed(commands) -> None:
+    usage = "IMAGE... --model MODEL --output FILE.safetensors"
+    command = _add(commands, "embed", "search:embed_images", usage, "index images, to be searched by their looks")
+    _images(command)
+    command.add_argument("--model", required=True, metavar="MODEL", help=MODEL)
+    command.add_argument("--output", required=True, metavar="FILE.safetensors", help="index to write")
+
+
+def _search(commands) -> None:
+    usage = "IMAGE... --index FILE.safetensors [--model MODEL] [--top K]"
+    command = _add(commands, "search", "search:search_images", usage, "images of an index that look like yours")
+    _images(command)
+    command.add_argument("--index", required=True, metavar="FILE.safetensors", help="what etf-zoo embed wrote")
+    command.add_argument(
+        "--model", metavar="MODEL", help="by default the index's own; another needs the same classes and kind of frame"
+    )
+    command.add_argument("--top", type=_positive, default=10, metavar="K", help="how many images (default: 10)")
+    command.add_argument("--json", action="store_true", help="print one JSON array instead of text")
 
 
 def _evaluate(commands) -> None:

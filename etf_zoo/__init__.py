@@ -1,6 +1,7 @@
 """Fixed-frame (simplex ETF) twins of every timm architecture. Importing this registers them."""
 
 from . import frames
+from .embedding import embed
 from .layers.classifier import FrameClassifier
 from .models import vit  # noqa: F401  in timm's registry before the twins are made
 from .models.attach import attach_frame
@@ -11,7 +12,16 @@ from .models.twins import register_twins
 from .weights.native import native_tags, read_weights
 
 __version__ = "0.1.0"
-__all__ = ["FrameClassifier", "add_skip", "attach_frame", "convert_classifier", "frame_heads", "frames", "register"]
+__all__ = [
+    "FrameClassifier",
+    "add_skip",
+    "attach_frame",
+    "convert_classifier",
+    "embed",
+    "frame_heads",
+    "frames",
+    "register",
+]
 
 
 def register() -> list[str]:

@@ -11,12 +11,12 @@ import math
 import os
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 import torch
 from PIL import Image
@@ -31,10 +31,11 @@ from ..models.names import class_names
 from ..ood import familiarity, read_threshold
 from ..text import printable
 
-__all__ = ["image_files", "predict"]
+__all__ = ["answered", "image_files", "on_device", "predict", "progress", "said"]
 
 _NAMED = 20  # unreadable files that are named one by one
 NONE = "none of these"
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
@@ -65,13 +66,16 @@ def predict(args: argparse.Namespace) -> int:
         raise EtfZooError(f"There is no image in {', '.join(args.images)}{_ignored(skipped)}.")
     writer, bad, count = _writer(args), {}, 0
     limit = -math.inf if args.reject is None else read_threshold(find_model(args.model).folder, args.reject)
-    model = load_model(args.model)
-    top = min(args.top, model.num_classes)
+    model = on_device(load_model(args.model))
+    top, names = min(args.top, model.num_classes), class_names(model)
+
+    def answer(images: Tensor) -> list[Prediction]:
+        return _most_probable(model, images, names, top, limit)
+
     with _opened(args.output) as stream:
         writer.open(stream, top)
-        for file, found in tqdm(
-            _predicted(model, itertools.chain([first], files), args.batch_size, top, limit), **_progress(args)
-        ):
+        answers = answered(model, itertools.chain([first], files), args.batch_size, answer)
+        for file, found in tqdm(answers, **progress(args.output)):
             writer.write(file, found)
             count += 1
             if isinstance(found, UnreadableImageError):
@@ -82,16 +86,11 @@ def predict(args: argparse.Namespace) -> int:
     if skipped:
         print(f"etf-zoo: {len(skipped)} files are no images by their names{_ignored(skipped)}.", file=sys.stderr)
     if bad:
-        lines = [
-            f"{printable(file)} cannot be read: {printable(why)}" for file, why in itertools.islice(bad.items(), _NAMED)
-        ]
-        more = [f"and {len(bad) - _NAMED} more"] if len(bad) > _NAMED else []
-        head = [f"{len(bad)} of {count} images cannot be read:"] if len(bad) > 1 else []
-        print("etf-zoo:", "\n  ".join([*head, *lines, *more]), file=sys.stderr)
+        print("etf-zoo:", said(bad, count), file=sys.stderr)
     return 1 if bad else 0
 
 
-def _said(bad: dict[str, str], count: int) -> str:
+def said(bad: dict[str, str], count: int) -> str:
     """Which images cannot be read, and why: one line for one image."""
     lines = [f"{printable(file)} cannot be read: {printable(why)}" for file, why in bad.items()]
     if len(bad) == 1:
@@ -104,8 +103,9 @@ def _ignored(skipped: list[str]) -> str:
     return f" (such as {printable(skipped[0])})" if skipped else ""
 
 
-def _progress(args: argparse.Namespace) -> dict[str, Any]:
-    return {"unit": "image", "disable": None if args.output else True, "mininterval": 1, "leave": False}
+def progress(output: str | None) -> dict[str, Any]:
+    """Arguments of a progress bar, which shows only where the answers do not."""
+    return {"unit": "image", "disable": None if output else True, "mininterval": 1, "leave": False}
 
 
 # --------------------------------------------------------------------------------------------------------------- files
@@ -147,18 +147,23 @@ def _images_below(folder: str, skipped: list[str]) -> Iterator[str]:
 # --------------------------------------------------------------------------------------------------------- predictions
 
 
-def _predicted(
-    model: Any, files: Iterable[str], batch_size: int, top: int, limit: float
-) -> Iterator[tuple[str, Prediction | UnreadableImageError]]:
-    """Each file with its prediction, or with what is wrong with it, in order."""
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    model = model.to(device)
-    names = class_names(model)
+def answered(
+    model: Any, files: Iterable[str], batch_size: int, answer: Callable[[Tensor], Iterable[Answer]]
+) -> Iterator[tuple[str, Answer | UnreadableImageError]]:
+    """Each file with what is found of it, or with what is wrong with it, in order.
+
+    Args:
+        model: Says how images are prepared and on which device.
+        files: Image files.
+        batch_size: Images at a time.
+        answer: Gets a batch `(B, 3, H, W)`, gives an answer an image.
+    """
+    device = next(model.parameters()).device
     waiting: list[tuple[str, Tensor | UnreadableImageError]] = []
 
-    def answered() -> Iterator[tuple[str, Prediction | UnreadableImageError]]:
+    def of_waiting() -> Iterator[tuple[str, Answer | UnreadableImageError]]:
         images = [image for _, image in waiting if isinstance(image, Tensor)]
-        found = iter(_most_probable(model, torch.stack(images).to(device), names, top, limit) if images else [])
+        found = iter(answer(torch.stack(images).to(device)) if images else [])
         for file, image in waiting:
             yield file, image if isinstance(image, UnreadableImageError) else next(found)
         waiting.clear()
@@ -166,8 +171,13 @@ def _predicted(
     for file, image in _read_ahead(files, _preparation(model), ahead=2 * batch_size):
         waiting.append((file, image))
         if sum(isinstance(image, Tensor) for _, image in waiting) == batch_size:
-            yield from answered()
-    yield from answered()
+            yield from of_waiting()
+    yield from of_waiting()
+
+
+def on_device(model: Any) -> Any:
+    """The model, on an accelerator where there is one."""
+    return model.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
 
 
 @torch.inference_mode()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import etf_zoo_cli
-from etf_zoo.cli import evaluate, models, predict, share, train
+from etf_zoo.cli import evaluate, models, predict, search, share, train
 from etf_zoo.trainer.evaluate import Evaluation
 from etf_zoo.trainer.prepare import Preparation
 from etf_zoo.trainer.recipe.config import Recipe
@@ -22,7 +22,14 @@ from etf_zoo_cli import build_parser, main
 ROOT = Path(__file__).parents[2]
 SUBPARSERS = next(a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction)).choices
 COMMANDS = list(SUBPARSERS)
-MODULES = {"models": models, "predict": predict, "evaluate": evaluate, "train": train, "share": share}
+MODULES = {
+    "models": models,
+    "predict": predict,
+    "search": search,
+    "evaluate": evaluate,
+    "train": train,
+    "share": share,
+}
 
 
 SCRIPT = """
