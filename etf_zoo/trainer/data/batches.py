@@ -54,6 +54,8 @@ RESIDENT_SIZE = 128  # what `resident: auto` takes for small
 def load_split(data: Data, split: str) -> Split | Rows | Stream:
     """One split of a data set: an array (see `training/resident.py`), encoded rows, or a stream.
 
+    With `data.label` `instance` each image is a class of its own, named by its number.
+
     Args:
         data: Where the images are.
         split: Name of the split.
@@ -64,6 +66,13 @@ def load_split(data: Data, split: str) -> Split | Rows | Stream:
         OSError: If the disk is full.
     """
     refuse_test(split, data.train_split)
+    found = _load_split(data, split)
+    if data.label == "class" or isinstance(found, Stream):
+        return found
+    return replace(found, labels=np.arange(len(found)), label_names=[str(i) for i in range(len(found))])
+
+
+def _load_split(data: Data, split: str) -> Split | Rows | Stream:
     if not data.source:
         raise EtfZooError("No data: give --data.source a folder, a Hub name or digits.")
     if not data.size:  # a recipe has filled it in

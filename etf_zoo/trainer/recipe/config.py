@@ -66,6 +66,9 @@ class Data(Fields):
         val_split: Split to report on.
         image_column: Column of images.
         label_column: Column of labels: class numbers or names.
+        label: `class`, or `instance`: each image is a class of its own, which needs no labels (instance discrimination,
+            1406.6909, 1805.01978). Then there is nothing to validate on but the training images themselves, whole and
+            not augmented: `val_split` is `train_split`. See `frame: kerdock` for the head.
         resident: Whether images are decoded once, into an array that is kept on disk, and augmented in batches on the
             device; `auto` does so up to a `size` of 128. Else timm's transforms run in worker processes.
         size: Side in pixels that resident images are stored at, resized and center-cropped once; 0 for the largest that
@@ -98,6 +101,7 @@ class Data(Fields):
     val_split: Name = "validation"
     image_column: Name = "image"
     label_column: Name = "label"
+    label: Literal["class", "instance"] = "class"
     resident: bool | Literal["auto"] = "auto"
     size: Annotated[int, Range(0, MAX_SIZE, note="0 for the largest of sizes and eval_size")] = 0
     limit: AllOr = 0
@@ -123,6 +127,11 @@ class Data(Fields):
         super().__post_init__()
         if self.image_column == self.label_column:
             raise EtfZooError(f"data.image_column and data.label_column are one column, {self.image_column!r}.")
+        if self.label == "instance" and (self.streaming or self.test_split or self.val_split != self.train_split):
+            raise EtfZooError(
+                f"With data.label instance the classes are the training images: set data.val_split to "
+                f"{self.train_split}, no data.test_split, and data.streaming to false."
+            )
         if self.streaming and self.resident is True:
             raise EtfZooError("A stream is never resident: set data.streaming or data.resident to false.")
         if self.streaming and self.limit:
