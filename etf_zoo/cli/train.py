@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 from importlib import import_module
 from importlib.util import find_spec
@@ -51,8 +50,9 @@ def train(name: str, args: argparse.Namespace, arguments: list[str] | None = Non
     if getattr(args, "all_options", False):
         given = ["--help"]
     elif args.processes > 1 or args.config_file:
-        launched = [*_launcher(args.processes, args.config_file), "-m", "etf_zoo.trainer", name, *given]
-        return subprocess.run(launched, check=False).returncode
+        from etf_zoo.trainer.run.launcher import launch
+
+        return launch([*_launcher(args.processes, args.config_file), "-m", "etf_zoo.trainer", name, *given])
     from etf_zoo.trainer.run.script import run_script
 
     before, sys.argv = sys.argv, [f"etf-zoo {name}", *given]
@@ -71,11 +71,10 @@ def require_training(what: str) -> None:
 
 
 def _launcher(processes: int, config_file: str | None) -> list[str]:
-    """accelerate's launcher, with all that it would else complain not to have been told."""
-    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    """Arguments of accelerate's launcher, with all that it would else complain not to have been told."""
     if config_file:
-        return [*command, "--config_file", config_file, *(["--num_processes", str(processes)] if processes else [])]
-    command += ["--multi_gpu", "--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no"]
+        return ["--config_file", config_file, *(["--num_processes", str(processes)] if processes else [])]
+    command = ["--multi_gpu", "--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no"]
     command += ["--dynamo_backend", "no", "--main_process_port", "0"]
     # two ids that no GPU has: accelerate starts processes on the CPU by mpirun alone, unless it takes them for GPUs
     return command if torch.accelerator.is_available() else [*command, "--gpu_ids", "-1,-1"]

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -127,6 +128,39 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path):
         for changing in ("seconds", "images_per_second"):
             del one[changing], other[changing]
         assert one == other
+
+
+def stop_in_mid_epoch(command, folder, number):
+    """A signal as soon as there is a new checkpoint; the exit code and what was said, without the progress bar."""
+    before = set(folder.glob("checkpoints/step_*[0-9]"))
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": ENVIRONMENT}
+    with subprocess.Popen(command, **pipes) as process:
+        deadline = time.monotonic() + 300
+        while not set(folder.glob("checkpoints/step_*[0-9]")) - before:
+            if process.poll() is not None or time.monotonic() > deadline:
+                process.kill()
+                pytest.fail(process.communicate()[1][-4000:])
+            time.sleep(0.02)
+        process.send_signal(number)
+        out, err = process.communicate()
+    return process.returncode, out + "".join(line for line in err.splitlines(True) if "images/s" not in line)
+
+
+def test_stopped_by_a_signal_and_resumed_equals_uninterrupted(tmp_path):
+    stopped, file = written(RECIPE, tmp_path, "stopped")
+    _, again = written(RECIPE, tmp_path, "stopped", resume=True)
+    for config, number, code in ((file, signal.SIGTERM, 143), (again, signal.SIGINT, 130)):
+        returned, said = stop_in_mid_epoch([sys.executable, str(DRIVER), config], Path(stopped.output), number)
+        assert returned == code
+        assert re.search(r"Stopped at step \d+ of 20; saved.\nGo on with the same command and --resume.", said)
+        assert "Traceback" not in said
+    resumed = Run(dataclasses.replace(stopped, resume=True))
+    assert 0 < resumed.step < 20
+    assert resumed.fit()
+    whole = Run(dataclasses.replace(RECIPE, output=str(tmp_path / "whole")))
+    assert whole.fit()
+    assert same(whole.trained_model().state_dict(), resumed.trained_model().state_dict())
+    assert same(whole.plain_model().state_dict(), resumed.plain_model().state_dict())
 
 
 def test_two_processes(tmp_path):

@@ -26,6 +26,7 @@ NETWORK = (
     "aiohttp",
 )  # packages that raise its errors
 INTERRUPTED = 130  # exit code of what Ctrl-C ends
+PATIENCE = 10.0  # seconds
 
 
 def is_deliberate(error: BaseException) -> bool:
@@ -93,6 +94,6 @@ def run_script(main: Callable[[], None]) -> None:
         message = explain(error)
         if message is None:
             raise
-        if os.environ.get("LOCAL_RANK", "0") != "0":
-            time.sleep(3)
+        if os.environ.get("LOCAL_RANK", "0") != "0":  # the launcher ends this process once the first has said why
+            time.sleep(PATIENCE)
         raise SystemExit(f"error: {message}") from None

@@ -4,12 +4,14 @@ import errno
 import os
 import random
 import re
+from pathlib import Path
 
 import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from etf_zoo.trainer.recipe.config import Recipe
+from etf_zoo.trainer.run.launcher import launch
 from etf_zoo.trainer.run.script import run_script
 
 
@@ -66,3 +68,16 @@ def test_ctrl_c_ends_with_one_line_and_130(capsys):
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert "--resume" in said
+
+
+def test_a_launcher_adds_nothing_to_an_error(tmp_path, capfd):
+    """Of two processes, which both fail, and of one."""
+    script = tmp_path / "fails.py"
+    script.write_text(
+        "from etf_zoo.errors import EtfZooError\nfrom etf_zoo.trainer.run.script import run_script\n"
+        "def main():\n    raise EtfZooError('No. Say please.')\nrun_script(main)\n"
+    )
+    for launch_file in ("cpu_processes", "cpu"):
+        config = str(Path(__file__).parents[3] / "training" / "launch" / f"{launch_file}.yaml")
+        assert launch(["--config_file", config, str(script)]) == 1
+        assert capfd.readouterr().err == "error: No. Say please.\n"
