@@ -9,9 +9,11 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from etf_zoo.evaluation.measure import measure
+from etf_zoo.models.names import timm_classifier_names
 
 from ..data.augment import Colors
 from ..data.batches import AnySplit, eval_batches
+from ..data.stored import StoredInputs
 from .launching import Repeatable, in_step, is_sharded
 
 __all__ = ["measure_split"]
@@ -62,4 +64,14 @@ def measure_split(
     ):  # batch norm's statistics are each process's own: the main one's are what is saved
         for buffer in model.buffers():
             torch.distributed.broadcast(buffer, 0)
-    return measure(model, Repeatable(batches), distances=distances, processes=accelerator).figures
+    forward = _classify if isinstance(split, StoredInputs) else None
+    return measure(model, Repeatable(batches), distances=distances, processes=accelerator, forward=forward).figures
+
+
+def _classify(model: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Features `(B, d)` and logits `(B, K)` from stored inputs, in one pass: the classifier's input is the features."""
+    seen: list[Tensor] = []
+    classifier = model.get_submodule(timm_classifier_names(model)[0])
+    with classifier.register_forward_pre_hook(lambda module, args: seen.append(args[0])):
+        logits = model(inputs)
+    return seen[0].flatten(1), logits

@@ -110,14 +110,14 @@ class Stepper:
 
         Args:
             number: Steps done before.
-            images: `(B, 3, H, W)`, this process's share of the batch.
+            images: `(B, 3, H, W)`, this process's share of the batch, or stored inputs of a layer `(B, ...)`.
             labels: `(B,)`.
 
         Returns:
             Sum of the losses, how many predictions are right, and how many images there were.
         """
         self.schedule.step_update(number)
-        if channels_last(self.recipe, self.accelerator):
+        if images.ndim == 4 and channels_last(self.recipe, self.accelerator):
             images = images.contiguous(memory_format=torch.channels_last)
         if self.recipe.augment.mixes:
             images, labels = self._mixed(number, images, labels)

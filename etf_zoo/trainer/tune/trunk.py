@@ -7,19 +7,30 @@ which costs next to nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import math
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from etf_zoo.errors import EtfZooError
-from etf_zoo.models.names import timm_classifier_names
+from etf_zoo.errors import EtfZooError, StorageError
 
-__all__ = ["classify", "layer_input", "replayed", "store_inputs"]
+from ..data.augment import colors_of
+from ..data.batches import view_batches
+from ..data.places import cache_root
+from ..data.stored import StoredInputs
+from ..data.subsets import Images
+from ..recipe.config import Recipe, final_size
+from ..run.launching import make_accelerator
+
+__all__ = ["frozen_once", "layer_input", "replayed", "store_inputs"]
 
 
 class _Reached(Exception):
@@ -86,6 +97,7 @@ def store_inputs(model: nn.Module, layer: str, views: Iterable[Iterable[Tensor]]
                 raise EtfZooError(f"The inputs of {layer!r} do not fit float16: {_WAY_OUT}")
             if stored is None:
                 shape = (len(views), count, *inputs.shape[1:])
+                _check_room(file, 2 * math.prod(shape))
                 stored = np.lib.format.open_memmap(file, "w+", dtype=np.float16, shape=shape)
             stored[view, row : row + len(inputs)] = inputs.numpy()
             row += len(inputs)
@@ -94,6 +106,52 @@ def store_inputs(model: nn.Module, layer: str, views: Iterable[Iterable[Tensor]]
     if stored is None:
         raise EtfZooError("There are no images to compute the frozen layers for.")
     return stored
+
+
+def _check_room(file: Path, size: int) -> None:
+    free = shutil.disk_usage(file.parent).free
+    if size > 0.9 * free:  # a full disk would end the process at some later write
+        raise StorageError(
+            f"The frozen layers' output takes {size / 1e9:.1f} GB, {file.parent} has {free / 1e9:.1f}. Lower "
+            f"--cache_views, set ETF_ZOO_CACHE to a folder with room, or {_WAY_OUT}"
+        )
+
+
+@contextmanager
+def frozen_once(
+    settings: Recipe, model: nn.Module, layer: str, views: int, splits: Sequence[Images]
+) -> Iterator[list[StoredInputs]]:
+    """Compute what comes before a layer once, and let the model train on that while the context lasts.
+
+    Args:
+        settings: The recipe: sizes, augmentation, batch size and seed.
+        model: The model, whose layers before `layer` are frozen.
+        layer: Name of the first layer that is tuned.
+        views: Of each image of the first split, the evaluation view among them; other splits have that alone.
+        splits: The training images, then those to watch.
+
+    Yields:
+        The splits with stored inputs in the place of images; they are gone at the end.
+
+    Raises:
+        EtfZooError: See `store_inputs` and `replayed`.
+    """
+    size, colors, device = final_size(settings), colors_of(model), make_accelerator(settings.precision).device
+    training = model.training
+    model.to(device).eval()
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(TemporaryDirectory(dir=cache_root(), prefix="frozen-")))
+        stored = []
+        for number, split in enumerate(splits):
+            read = partial(view_batches, split, settings.augment, size=size, batch_size=settings.batch_size)
+            read = partial(read, seed=settings.seed, colors=colors, device=device)
+            batches = [read(view=view) for view in range(1 if number else views)]
+            inputs = store_inputs(model, layer, batches, len(split), folder / f"{number}.npy")
+            stored.append(StoredInputs(split, inputs))
+        some = next(read(view=0))  # of the last split, to check by
+        stack.enter_context(replayed(model, layer, some[:8]))
+        model.train(training)
+        yield stored
 
 
 class _Replay:
@@ -183,12 +241,3 @@ def _first_module(model: nn.Module, images: Tensor) -> str:
         for hook in hooks:
             hook.remove()
     raise EtfZooError(f"No layer of {type(model).__name__} gets the images as they are: {_WAY_OUT}")
-
-
-def classify(model: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor]:
-    """Features `(B, d)` and logits `(B, K)` of a replayed model in one pass; features are its classifier's input."""
-    seen: list[Tensor] = []
-    classifier = model.get_submodule(timm_classifier_names(model)[0])
-    with classifier.register_forward_pre_hook(lambda module, args: seen.append(args[0])):
-        logits = model(inputs)
-    return seen[0].flatten(1), logits
