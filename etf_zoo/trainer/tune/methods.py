@@ -18,7 +18,17 @@ from etf_zoo.models.names import timm_classifier_names
 
 from .probes import class_means, copy_linear, fit_probe, linear_classifier
 
-__all__ = ["METHODS", "blocks", "pick_layer", "prepare", "tuned_share", "warm_frame", "warm_head", "warm_learned_head"]
+__all__ = [
+    "METHODS",
+    "blocks",
+    "first_tuned",
+    "pick_layer",
+    "prepare",
+    "tuned_share",
+    "warm_frame",
+    "warm_head",
+    "warm_learned_head",
+]
 
 METHODS = ("full", "head", "layer", "scl")
 LAYER_SHARE = 0.1  # the layer that is tuned by default has at most so much of the parameters
@@ -83,6 +93,11 @@ def pick_layer(model: nn.Module, layer: str = "") -> str:
             f"{type(model).__name__} has no block with a tenth of the parameters or less: name a --layer."
         )
     return small[-1]
+
+
+def first_tuned(model: nn.Module, method: str, layer: str = "") -> str:
+    """Name of the first layer that a method tunes, see `prepare`; all before it is frozen."""
+    return timm_classifier_names(model)[0] if method == "head" else pick_layer(model, layer)
 
 
 def prepare(model: nn.Module, method: str, layer: str = "") -> nn.Module:

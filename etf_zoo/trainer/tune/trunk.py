@@ -27,7 +27,7 @@ from ..data.batches import view_batches
 from ..data.places import cache_root
 from ..data.stored import StoredInputs
 from ..data.subsets import Images
-from ..recipe.config import Recipe, final_size
+from ..recipe.config import final_size
 from ..run.launching import make_accelerator
 
 __all__ = ["frozen_once", "layer_input", "replayed", "store_inputs"]
@@ -118,16 +118,14 @@ def _check_room(file: Path, size: int) -> None:
 
 
 @contextmanager
-def frozen_once(
-    settings: Recipe, model: nn.Module, layer: str, views: int, splits: Sequence[Images]
-) -> Iterator[list[StoredInputs]]:
+def frozen_once(settings: Any, model: nn.Module, layer: str, splits: Sequence[Images]) -> Iterator[list[StoredInputs]]:
     """Compute what comes before a layer once, and let the model train on that while the context lasts.
 
     Args:
-        settings: The recipe: sizes, augmentation, batch size and seed.
+        settings: A `Finetune` recipe: size, augmentation, batch size, seed, and `cache_views` of each image of the
+            first split, the evaluation view among them; the other splits have that alone.
         model: The model, whose layers before `layer` are frozen.
         layer: Name of the first layer that is tuned.
-        views: Of each image of the first split, the evaluation view among them; other splits have that alone.
         splits: The training images, then those to watch.
 
     Yields:
@@ -145,7 +143,7 @@ def frozen_once(
         for number, split in enumerate(splits):
             read = partial(view_batches, split, settings.augment, size=size, batch_size=settings.batch_size)
             read = partial(read, seed=settings.seed, colors=colors, device=device)
-            batches = [read(view=view) for view in range(1 if number else views)]
+            batches = [read(view=view) for view in range(1 if number else settings.cache_views)]
             inputs = store_inputs(model, layer, batches, len(split), folder / f"{number}.npy")
             stored.append(StoredInputs(split, inputs))
         some = next(read(view=0))  # of the last split, to check by
@@ -155,13 +153,19 @@ def frozen_once(
 
 
 class _Replay:
-    """The two hooks of `replayed`, in a form that a copy of the model (an average of its weights) takes along."""
+    """The two hooks of `replayed`, which copies of the model (an average of its weights) share."""
 
     def __init__(self, image_shape: torch.Size):
         self.image_shape = image_shape
         self.inputs: Tensor | None = None
+        self.ended = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Replay:
+        return self
 
     def take(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        if self.ended:
+            return args
         self.inputs = args[0]
         return (args[0].new_zeros(1, *self.image_shape), *args[1:])
 
@@ -217,6 +221,7 @@ def replayed(model: nn.Module, layer: str, images: Tensor) -> Iterator[None]:
         model.train(training)
         yield
     finally:
+        replay.ended = True
         for hook in hooks:
             hook.remove()
 

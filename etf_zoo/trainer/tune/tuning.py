@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -30,10 +31,11 @@ from ..run.run import Run
 from ..run.summary import summarize
 from ..run.watch import BestEpoch
 from .later import store_familiarity
-from .methods import METHODS, prepare, tuned_share, warm_head, warm_learned_head
+from .methods import METHODS, first_tuned, prepare, tuned_share, warm_head, warm_learned_head
 from .parts import load_data
 from .probes import PROBES, Probe, backbone_features, backbone_size, copy_linear, fit_probe, linear_classifier
 from .rates import search_rate
+from .trunk import frozen_once
 
 __all__ = ["Finetune", "Tuned", "strip_head", "features_of", "fine_tune", "load_data"]
 
@@ -61,6 +63,9 @@ class Finetune(Recipe):
         patience: Stop after so many evaluations without a better accuracy on the held-out images; 0 for never.
         lr: `auto` to search for the learning rate first: short trainings at rates around `optim.lr`, judged on the
             held-out images, with their curve in `rates.png`; a number is the same as `optim.lr`.
+        cache_views: With `head`, `layer` and `scl`: compute the frozen layers once, for so many views of each training
+            image (as evaluation has it, then augmented), and train on what they give; 0 to run them in every step, on
+            images augmented anew.
         shots: Train on so many images of each class; 0 for all.
         strength: scikit-learn's C of the linear probe; 0 to choose it by cross-validation.
         sizes: As in pretraining; by default the size that the model was trained at.
@@ -80,6 +85,7 @@ class Finetune(Recipe):
     keep: Literal["best", "last"] = "best"
     patience: Annotated[int, Range(0, note="0 for never")] = 0
     lr: Annotated[float, Range(0, above=True)] | Literal["auto", ""] = ""
+    cache_views: Annotated[int, Range(0, note="0 to run the frozen layers in every step")] = 0
     shots: Annotated[int, Range(0, note="0 for all")] = 0
     strength: Annotated[float, Range(0, note="0 to choose it")] = 0.0
     sizes: list[list[int]] = dataclasses.field(default_factory=list)
@@ -100,9 +106,22 @@ class Finetune(Recipe):
             self.optim, self.lr = dataclasses.replace(self.optim, lr=self.lr), ""
         if self.data.streaming:
             raise EtfZooError("Fine-tuning chooses among images, which a stream does not let it: data.streaming false.")
+        if self.cache_views:
+            self._check_cache()
         for name in ("compare", "lr") if self.method in PROBES else ():
             if getattr(self, name):
                 raise EtfZooError(f"{name} is for training, not for {self.method}.")
+
+    def _check_cache(self) -> None:
+        if self.method not in METHODS or self.method == "full":
+            raise EtfZooError(
+                f"cache_views is for what freezes layers and trains (head, layer, scl), not {self.method}."
+            )
+        if self.augment.mixes or self.compile or len(self.sizes) > 1:
+            raise EtfZooError(
+                "cache_views stores images one by one and at one size, and hooks into the model: set augment.mixup and "
+                "augment.cutmix to 0, compile to false, and a single size."
+            )
 
 
 @dataclass
@@ -257,18 +276,23 @@ def _train(settings: Finetune, train: Images, held: Images | None, test: Images)
     elif settings.head == "warm_learned":
         features, labels = features_of(settings, model, train), torch.from_numpy(train.labels)
         warm_learned_head(model, features, labels, names, seed=settings.seed, strength=settings.strength)
+    frozen_to = first_tuned(model, settings.method, settings.layer) if settings.cache_views else ""
     prepare(model, settings.method, settings.layer)
     tuned, total = tuned_share(model)
     chooses = held is not None and (settings.keep == "best" or settings.patience > 0)
     best = BestEpoch(settings.patience) if chooses else None
-    run = Run(settings, train, held or test, model, best=best)
-    start = None
-    if settings.head in ("warm", "warm_learned") and run.step == 0:
-        on, what = (train, "training") if held is None else (held, "held-out")
-        start = run.evaluate(on)["top1"], f"{what} images"
-        run.accelerator.print(f"Before any training: {start[0]:.2f} % of the {start[1]}.")
-    run.accelerator.print(f"Tuning {tuned:,} of {total:,} parameters ({100 * tuned / total:.1f} %).")
-    return Tuned(settings, run.plain_model(), train, test, tuned, total, run, held, start) if run.fit() else None
+    splits = [train, held or test]
+    with frozen_once(settings, model, frozen_to, splits) if frozen_to else nullcontext(splits) as (fitted, watched):
+        run = Run(settings, fitted, watched, model, best=best)
+        start = None
+        if settings.head in ("warm", "warm_learned") and run.step == 0:
+            on, what = (fitted, "training") if held is None else (watched, "held-out")
+            start = run.evaluate(on)["top1"], f"{what} images"
+            run.accelerator.print(f"Before any training: {start[0]:.2f} % of the {start[1]}.")
+        run.accelerator.print(f"Tuning {tuned:,} of {total:,} parameters ({100 * tuned / total:.1f} %).")
+        finished = run.fit()
+    run.train_split, run.val_split = splits  # from here on it is measured on images
+    return Tuned(settings, run.plain_model(), train, test, tuned, total, run, held, start) if finished else None
 
 
 def _probe(settings: Finetune, train: Images, test: Images) -> Tuned:
