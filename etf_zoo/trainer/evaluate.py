@@ -317,6 +317,8 @@ def evaluate_model(settings: Evaluation) -> Evaluated:
     model = load_model(settings.model).to(accelerator.device)
     data = as_trained(settings.data, source.folder)
     split = open_split(data, settings.size or source.input_size)
+    if isinstance(split, Stream) and settings.errors:
+        raise EtfZooError("A stream has no numbered images to list: set --data.streaming false for --errors.")
     batches = ModelBatches(
         model,
         split,
@@ -416,8 +418,6 @@ def _report(
     folder: Path | None,
 ) -> None:
     """Write the list of mistakes and the pictures that were asked for."""
-    if isinstance(split, Stream) and settings.errors:
-        raise EtfZooError("A stream has no numbered images to list: set --data.streaming false for --errors.")
     if settings.errors:
         write_mistakes(done.mistakes, settings.errors)
     if not settings.pictures:
@@ -508,7 +508,10 @@ def _print(done: Evaluated) -> None:
     dataset = done.record["dataset"]
     print(f"split {dataset['split']} of {printable(dataset['name'])}, {dataset['size']} pixels")
     speed = {"images_per_second": done.record["images_per_second"]}
-    print(format_table({"images": dataset["images"], **done.record["results"], **speed}))
+    figures = {"images": dataset["images"], **done.record["results"], **speed}
+    if len(done.names) <= 5:  # of which it would be all
+        del figures["top5"]
+    print(format_table(figures))
     classes = accuracy_by_class(done.predictions, done.names)
     if mistakes := format_mistakes(classes, worst_confusions(done.predictions, done.names)):
         print(mistakes)

@@ -21,6 +21,17 @@ from .fields import check_plain, check_value, describe_rules, field_hints
 __all__ = ["merged", "parse", "parse_entries", "read_arguments", "read_yaml"]
 
 T = TypeVar("T")
+# What others call our fields, where no likeness of the letters would find them.
+OTHER_WORDS = {
+    "learning_rate": "optim.lr",
+    "base_lr": "optim.lr",
+    "wd": "optim.weight_decay",
+    "optimizer": "optim.name",
+    "image_size": "sizes",
+    "img_size": "sizes",
+    "output_dir": "output",
+    "data_dir": "data.source",
+}
 
 
 def parse(kind: type[T], args: list[str] | None = None) -> T:
@@ -273,6 +284,7 @@ def _check_name(name: str, fields: dict[str, Any], where: str) -> None:
         return
     # a field may be right and only its group missing: lr for optim.lr
     inner = [known for known in fields if known.rpartition(".")[2] == name.rpartition(".")[2]]
+    inner = inner or [known for known in [OTHER_WORDS.get(name)] if known in fields]
     near = inner or difflib.get_close_matches(name, fields, n=1, cutoff=0.5)
     hint = f"Did you mean {near[0]!r}?" if near else f"There are: {', '.join(f for f in fields if '.' not in f)}."
     raise EtfZooError(f"There is no field {name!r} ({where}). {hint}")
