@@ -91,6 +91,10 @@ def kerdock_logit_scale(num_classes: int, dim: int, *, probability: float = 0.99
 
     Returns:
         The scale, at most `MAX_LOGIT_SCALE`; where not all vectors of a basis are classes an upper bound of it.
+
+    Example:
+        >>> 0 < kerdock_logit_scale(256, 16) <= MAX_LOGIT_SCALE
+        True
     """
     core = kerdock_core(dim)
     whole, rest = divmod(num_classes, 2 * core)

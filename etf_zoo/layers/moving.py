@@ -45,6 +45,12 @@ class MovingFrameClassifier(FrameClassifier):
     Raises:
         ValueError: If the simplex does not fit, or on a momentum outside [0, 1), `update_every` below 1 or a delta that
             is not positive.
+
+    Example:
+        >>> head = MovingFrameClassifier(8, 3)
+        >>> embeddings = head.embed(torch.randn(6, 8))
+        >>> head.observe(embeddings, torch.tensor([0, 1, 2, 0, 1, 2]))  # after the backward pass
+        True
     """
 
     class_means: Tensor
@@ -158,6 +164,11 @@ def copy_moving_frames(target: nn.Module, source: nn.Module) -> int:
 
     Raises:
         ValueError: If the two have not the same moving heads.
+
+    Example:
+        >>> model = MovingFrameClassifier(8, 3)
+        >>> copy_moving_frames(copy.deepcopy(model), model)
+        1
     """
     ours, theirs = _moving_heads(target), _moving_heads(source)
     if ours.keys() != theirs.keys():

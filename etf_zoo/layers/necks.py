@@ -24,6 +24,10 @@ class LastDimBatchNorm(nn.Module):
     Args:
         dim: Number of features.
         affine: Whether to learn a scale and a shift.
+
+    Example:
+        >>> LastDimBatchNorm(8)(torch.randn(4, 5, 8)).shape
+        torch.Size([4, 5, 8])
     """
 
     def __init__(self, dim: int, *, affine: bool = True, device=None):
@@ -53,6 +57,10 @@ def mlp_neck(in_features: int, out_features: int, *, hidden_features: int = 2048
 
     Returns:
         Module mapping `(..., in_features)` to `(..., out_features)`.
+
+    Example:
+        >>> mlp_neck(8, 16)(torch.randn(4, 8)).shape
+        torch.Size([4, 16])
     """
     return nn.Sequential(
         nn.Linear(in_features, hidden_features, bias=False, device=device),
@@ -73,6 +81,10 @@ class ResidualNeck(nn.Module):
     Args:
         in_features: Width of the backbone's features.
         out_features: Width of the frame.
+
+    Example:
+        >>> ResidualNeck(8, 16)(torch.randn(4, 8)).shape
+        torch.Size([4, 16])
     """
 
     def __init__(self, in_features: int, out_features: int, *, device=None):
@@ -101,6 +113,10 @@ class Center(nn.Module):
 
     Args:
         dim: Number of features.
+
+    Example:
+        >>> Center(2)(torch.ones(1, 2))
+        tensor([[1., 1.]])
     """
 
     running_mean: Tensor
@@ -126,6 +142,11 @@ def build_neck(
 
     Raises:
         ValueError: On an unknown name.
+
+    Example:
+        >>> neck, width = build_neck("residual", 8, 20)
+        >>> width
+        19
     """
     out_features = max(in_features, num_classes - 1) if out_features is None else out_features
     if out_features < 1:

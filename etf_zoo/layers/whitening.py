@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from timm.layers import norm as timm_norm
 from timm.layers import norm_act as timm_norm_act
@@ -30,6 +32,11 @@ def newton_whitening(covariance: Tensor, iterations: int) -> Tensor:
 
     Returns:
         `(..., g, g)`, symmetric.
+
+    Example:
+        >>> newton_whitening(4 * torch.eye(2), iterations=10)
+        tensor([[0.5000, 0.0000],
+                [0.0000, 0.5000]])
     """
     trace = covariance.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
     normalized = covariance / trace
@@ -67,6 +74,10 @@ class Whitening(nn.Module):
     Raises:
         ValueError: On sizes that are not positive, or (in forward) another number of channels, or fewer than two
             samples in training.
+
+    Example:
+        >>> Whitening(8, group_size=4)(torch.randn(2, 8, 5, 5)).shape
+        torch.Size([2, 8, 5, 5])
     """
 
     running_mean: Tensor
@@ -190,6 +201,10 @@ def whiten_last_norm(model: nn.Module, *, name: str = "", **kwargs) -> str:
 
     Raises:
         ValueError: If there is no such norm, or on an argument that `Whitening` does not take.
+
+    Example:
+        >>> whiten_last_norm(timm.create_model("test_resnet"), group_size=16)
+        'layer4.0.bn2'
     """
     if unknown := kwargs.keys() - set(WHITENING_ARGS):
         raise EtfZooError(f"whitening takes {', '.join(WHITENING_ARGS)}; not {', '.join(sorted(unknown))}.")
@@ -228,7 +243,7 @@ def whiten_last_norm(model: nn.Module, *, name: str = "", **kwargs) -> str:
     return name
 
 
-def _channels(norm: nn.Module) -> int:
+def _channels(norm: Any) -> int:
     if isinstance(norm, _CHANNELS_FIRST + _CHANNELS_LAST):
         return norm.normalized_shape[-1]
-    return int(norm.num_channels if isinstance(norm, nn.GroupNorm) else norm.num_features)  # type: ignore[arg-type]
+    return norm.num_channels if isinstance(norm, nn.GroupNorm) else norm.num_features

@@ -80,7 +80,7 @@ def attach_frame(
             a bool nor a mapping of those arguments. The model is then as it was.
 
     Example:
-        >>> model = timm.create_model("resnet50.a1_in1k", pretrained=True)
+        >>> model = timm.create_model("resnet18")  # pretrained=True for timm's weights
         >>> model = etf_zoo.attach_frame(model, num_classes=37)
         >>> model(torch.randn(1, 3, 224, 224)).shape
         torch.Size([1, 37])
@@ -164,7 +164,7 @@ class _KeptHead(nn.Module):
         return self
 
 
-def become_twin(model: nn.Module, config: HeadConfig, names: tuple[str, ...]) -> nn.Module:
+def become_twin(model: Any, config: HeadConfig, names: tuple[str, ...]) -> nn.Module:
     """Make a timm model whose heads are frames remember them: for `reset_classifier` and for what timm saves.
 
     Args:
@@ -176,7 +176,7 @@ def become_twin(model: nn.Module, config: HeadConfig, names: tuple[str, ...]) ->
         The same model.
     """
     become(model, FrameModel)
-    model.head_config, model._classifier_names = config, names  # type: ignore[assignment]  # no modules
+    model.head_config, model._classifier_names = config, names
     cfg: Any = model.pretrained_cfg
     twin = base_name(cfg.get("architecture") or "") + SUFFIX
     if timm.is_model(twin):  # what timm saves beside the weights must build the twin, not the base

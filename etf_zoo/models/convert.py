@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,10 @@ def learned_classifiers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
 
     Raises:
         EtfZooError: If there are none, or they are frames already.
+
+    Example:
+        >>> learned_classifiers(timm.create_model("resnet18", num_classes=10))
+        {'fc': Linear(in_features=512, out_features=10, bias=True)}
     """
     names = timm_classifier_names(model)
     if frame_heads(model):
@@ -37,19 +42,16 @@ def learned_classifiers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
             f"{type(model).__name__} has a fixed frame already; only a learned classifier can be converted."
         )
     modules = dict(model.named_modules())
-    leaves = {
-        name: modules[name]
-        for name in names
-        if name not in KEPT_LEARNED and isinstance(modules.get(name), nn.Linear | nn.Conv2d)
-    }
+    kept = {name: modules.get(name) for name in names if name not in KEPT_LEARNED}
+    leaves = {name: leaf for name, leaf in kept.items() if isinstance(leaf, nn.Linear | nn.Conv2d)}
     if not leaves:
         raise EtfZooError(f"{type(model).__name__} has no classifier, so there is nothing to convert.")
-    return leaves  # type: ignore[return-value]
+    return leaves
 
 
 @torch.no_grad()
 def convert_classifier(
-    model: nn.Module, mode: str = "exact", *, feature_means: Mapping[str, Tensor] | None = None
+    model: Any, mode: str = "exact", *, feature_means: Mapping[str, Tensor] | None = None
 ) -> nn.Module:
     r"""Put a fixed frame in the place of a timm model's trained classifier (A, b), in place.
 
@@ -79,7 +81,7 @@ def convert_classifier(
         EtfZooError: If there is no learned classifier, or for `"nearest"` it has fewer than K - 1 features.
 
     Example:
-        >>> model = convert_classifier(timm.create_model("resnet18.a1_in1k", pretrained=True))
+        >>> model = convert_classifier(timm.create_model("resnet18"))  # pretrained=True for timm's weights
         >>> frame_heads(model)["fc"].frame
         'helmert'
     """
@@ -98,7 +100,7 @@ def convert_classifier(
         else:
             head = _nearest(leaf, None if feature_means is None else feature_means[name])
         weights |= {f"{name}.{key}": value for key, value in head.items()}
-    num_classes = int(model.num_classes)  # type: ignore[arg-type]
+    num_classes = model.num_classes
     replace_leaves(model, num_classes, leaves, config, weights)
     if mode == "nearest":  # what reset_classifier returns to at this number of classes
         config = replace(config, frame=next(iter(frame_heads(model).values())).weight.clone())

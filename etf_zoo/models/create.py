@@ -322,6 +322,12 @@ def whiten(model: nn.Module, whitening: Any) -> None:
 
     Raises:
         EtfZooError: See `read_switch` and `whiten_last_norm`.
+
+    Example:
+        >>> model = timm.create_model("test_resnet")
+        >>> whiten(model, {"group_size": 16})
+        >>> model.layer4[0].bn2
+        Whitening(96, group_size=16, iterations=5, eps=1e-05)
     """
     switch = read_switch("whitening", whitening, WHITENING_ARGS)
     if switch:

@@ -107,6 +107,10 @@ def model_folder(model: str) -> Path | None:
 
     Raises:
         EtfZooError: If there is such a folder without a model, and timm knows no model of the name either.
+
+    Example:
+        >>> model_folder("mobilenetv3_small_100_etf.e27_tiny") is None  # a tag of the registry's
+        True
     """
     path = Path(model.removeprefix(_LOCAL))
     carded = cards_folder() / model if model and Path(model).name == model and not _is_timm(model) else path
@@ -129,6 +133,10 @@ def load_model(model: str, pretrained: bool = True, **kwargs: Any) -> Any:
     Raises:
         EtfZooError: See `find_model`.
         LoadError: If the weights cannot be had.
+
+    Example:
+        >>> load_model("mobilenetv3_small_100_etf").num_classes
+        200
     """
     source = find_model(model, pretrained)
     hub_id = source.name.removeprefix(_HUB)

@@ -10,7 +10,17 @@ __all__ = ["become"]
 
 
 def become(module: nn.Module, mixin: type[nn.Module]) -> None:
-    """Mix a class into a module's own, in place; pickle and deepcopy find the new class again."""
+    """Mix a class into a module's own, in place; pickle and deepcopy find the new class again.
+
+    Example:
+        >>> class Loud(nn.Module):
+        ...     def forward(self, x):
+        ...         return 10 * super().forward(x)
+        >>> layer = nn.ReLU()
+        >>> become(layer, Loud)
+        >>> layer(torch.ones(1))
+        tensor([10.])
+    """
     if not isinstance(module, mixin):
         module.__class__ = _subclass(mixin, type(module))
 

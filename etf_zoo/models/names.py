@@ -44,7 +44,12 @@ def base_name(name: str) -> str:
 
 
 def as_names(classifier: str | Iterable[str] | None) -> tuple[str, ...]:
-    """Names of classifiers as timm's cfgs give them: none, one or several."""
+    """Names of classifiers as timm's cfgs give them: none, one or several.
+
+    Example:
+        >>> as_names("fc"), as_names(None), as_names(["head", "head_dist"])
+        (('fc',), (), ('head', 'head_dist'))
+    """
     return (classifier,) if isinstance(classifier, str) else tuple(classifier or ())
 
 
@@ -75,7 +80,12 @@ def frame_heads(model: nn.Module) -> dict[str, FrameClassifier]:
 
 
 def leaf_of(model: nn.Module, name: str) -> nn.Module | None:
-    """A module by its name; None where the model has none of that name."""
+    """A module by its name; None where the model has none of that name.
+
+    Example:
+        >>> leaf_of(nn.Sequential(nn.Linear(2, 3)), "1") is None
+        True
+    """
     try:
         return model.get_submodule(name)
     except AttributeError:  # VOLO's aux_head is None, features_only drops the head
@@ -88,7 +98,12 @@ def features_of_leaf(leaf: nn.Module | None) -> int:
 
 
 def narrowest(model: nn.Module, names: Iterable[str]) -> int:
-    """Least number of features that meets one of the named classifiers, 0 without any."""
+    """Least number of features that meets one of the named classifiers, 0 without any.
+
+    Example:
+        >>> narrowest(timm.create_model("resnet18"), ["fc"])
+        512
+    """
     return min(filter(None, (features_of_leaf(leaf_of(model, name)) for name in names)), default=0)
 
 

@@ -9,7 +9,8 @@ layer that is wider than the penultimate feature is cut to its width; no scale a
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import timm
 from timm.models import register_model
@@ -29,12 +30,14 @@ class _SkipModel(nn.Module):
     """Mixed into a timm model's class: `forward_features` gives the layer's output too, `forward_head` adds it."""
 
     _skip_layer: str
+    if TYPE_CHECKING:
+        get_classifier: Callable[[], nn.Module]
 
     def forward_features(self, x: Tensor) -> tuple[Tensor, Tensor]:
         taken: list[Any] = []
         handle = self.get_submodule(self._skip_layer).register_forward_hook(lambda *call: taken.append(call[2]))
         try:
-            hidden = super().forward_features(x)  # type: ignore[misc]
+            hidden = super().forward_features(x)  # type: ignore[misc]  # the timm model's
         finally:
             handle.remove()
         if not taken or not isinstance(taken[-1], Tensor):
@@ -46,9 +49,9 @@ class _SkipModel(nn.Module):
 
     def forward_head(self, x: tuple[Tensor, Tensor], pre_logits: bool = False) -> Tensor:
         hidden, skip = x
-        feature = super().forward_head(hidden, pre_logits=True)  # type: ignore[misc]
+        feature = super().forward_head(hidden, pre_logits=True)  # type: ignore[misc]  # the timm model's
         feature = feature + pooled_to_width(skip, feature.shape[1], self)
-        return feature if pre_logits else self.get_classifier()(feature)  # type: ignore[operator]
+        return feature if pre_logits else self.get_classifier()(feature)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
@@ -64,6 +67,11 @@ def pooled_to_width(hidden: Tensor, width: int, model: nn.Module) -> Tensor:
 
     Returns:
         `(B, width)`.
+
+    Example:
+        >>> model = timm.create_model("test_resnet")
+        >>> pooled_to_width(torch.ones(2, 3, 4, 4), 5, model)[0]
+        tensor([1., 1., 1., 0., 0.])
     """
     if hidden.ndim == 4:
         pooled = hidden.mean((1, 2) if str(getattr(model, "output_fmt", "NCHW")).endswith("NHWC") else (2, 3))
@@ -76,7 +84,7 @@ def pooled_to_width(hidden: Tensor, width: int, model: nn.Module) -> Tensor:
     return F.pad(pooled, (0, width - pooled.shape[1]))  # a negative padding cuts
 
 
-def add_skip(model: nn.Module, layer: str) -> nn.Module:
+def add_skip(model: Any, layer: str) -> nn.Module:
     """Add the skip connection of 2212.12206 (see this module) to a timm model, in place; weights and their names stay.
 
     A model folder written by `etf_zoo.sharing.folder.save_folder` loads with it again.
@@ -100,7 +108,7 @@ def add_skip(model: nn.Module, layer: str) -> nn.Module:
         raise EtfZooError(f"The model has a skip connection from {model._skip_layer!r} already.")
     if not layer or layer not in dict(model.named_modules()):
         raise EtfZooError(f"{type(model).__name__} has no layer {layer!r}. Name one of model.named_modules().")
-    classifier = model.get_classifier() if hasattr(model, "get_classifier") else None  # type: ignore[operator]
+    classifier = model.get_classifier() if hasattr(model, "get_classifier") else None
     single = isinstance(classifier, nn.Linear) or (
         isinstance(classifier, FrameClassifier) and not classifier.channels_first
     )
@@ -109,12 +117,12 @@ def add_skip(model: nn.Module, layer: str) -> nn.Module:
             f"A skip connection needs one linear or fixed-frame classifier, that of {type(model).__name__} is "
             f"{type(classifier).__name__}. Use another architecture, or another method."
         )
-    base = model.pretrained_cfg["architecture"]  # type: ignore[index]
+    base = model.pretrained_cfg["architecture"]
     become(model, _SkipModel)
-    model._skip_layer = layer  # type: ignore[assignment]
+    model._skip_layer = layer
     # what timm saves beside the weights must build this model, not the base
     update_model_args(model, base=base, layer=layer)
-    model.pretrained_cfg = {**model.pretrained_cfg, "architecture": SKIP_CONNECTION}  # type: ignore[dict-item]
+    model.pretrained_cfg = {**model.pretrained_cfg, "architecture": SKIP_CONNECTION}
     return model
 
 

@@ -31,6 +31,11 @@ def vit_d256_patch8_gap_64(pretrained: bool = False, **kwargs: Any) -> VisionTra
 
     It has 7.2 million parameters before the head, layer scale and no class token. Wide enough for a simplex of 200
     classes, which the 192 of timm's tiny ViTs is not.
+
+    Example:
+        >>> model = timm.create_model("vit_d256_patch8_gap_64_etf", num_classes=10)
+        >>> model(torch.randn(1, 3, 64, 64)).shape
+        torch.Size([1, 10])
     """
     args = {
         "img_size": 64,

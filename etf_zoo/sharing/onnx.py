@@ -49,21 +49,21 @@ def export_onnx(model: nn.Module, folder: str | Path) -> Path:
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # of torch, on what it is going to change
-            program = torch.onnx.export(model, (images,), dynamo=True, verbose=False, **names)
+            program: Any = torch.onnx.export(model, (images,), dynamo=True, verbose=False, **names)
     except Exception as error:  # torch wraps whatever went wrong in a class of its own
         reason = str(error.__cause__ or error).strip().splitlines()[0]
         raise ExportError(f"torch cannot export {type(model).__name__} to ONNX: {reason}") from error
-    program.model.metadata_props.update(_metadata(model))  # type: ignore[union-attr]
+    program.model.metadata_props.update(_metadata(model))
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "model.onnx"
     size = sum(value.numel() * value.element_size() for value in model.state_dict().values())
-    program.save(path, external_data=size > _EXTERNAL_BYTES)  # type: ignore[union-attr]
+    program.save(path, external_data=size > _EXTERNAL_BYTES)
     return path
 
 
-def _metadata(model: nn.Module) -> dict[str, str]:
-    cfg: Mapping[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
+def _metadata(model: Any) -> dict[str, str]:
+    cfg: Mapping[str, Any] = model.pretrained_cfg
     entries = {
         **resolve_data_config(model=model),
         **{k: cfg.get(k) for k in ("label_names", "license", "architecture")},

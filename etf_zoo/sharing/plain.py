@@ -72,9 +72,9 @@ def fold_head(head: FrameClassifier) -> nn.Linear | nn.Conv2d:
             f"Export with --onnx, or load the model with etf_zoo imported."
         )
     if head.norm is not None:
-        mean, var = head.norm.bn.running_mean, head.norm.bn.running_var
-        spread = (var.double() + head.norm.bn.eps).sqrt()  # type: ignore[union-attr]  # it keeps statistics
-        matrix, offset = matrix / spread[:, None], (offset - mean.double()) / spread  # type: ignore[union-attr]
+        norm: Any = head.norm.bn
+        spread = (norm.running_var.double() + norm.eps).sqrt()
+        matrix, offset = matrix / spread[:, None], (offset - norm.running_mean.double()) / spread
     weight, bias = head.project(matrix.T).T, head.project(offset)
     plain: Any = nn.Conv2d(dim, head.num_classes, 1) if head.channels_first else nn.Linear(dim, head.num_classes)
     plain.weight.copy_(weight.reshape(plain.weight.shape))

@@ -24,7 +24,12 @@ _SOURCES = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source
 
 
 def config_digest(config: Mapping[str, Any]) -> str:
-    """sha256 of what a config says, whatever the order and the spacing; its own entry for the digest is left out."""
+    """sha256 of what a config says, whatever the order and the spacing; its own entry for the digest is left out.
+
+    Example:
+        >>> config_digest({"a": 1, "b": 2}) == config_digest({"b": 2, "a": 1})
+        True
+    """
     said = {key: value for key, value in config.items() if key != DIGEST}
     return hashlib.sha256(json.dumps(said, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
@@ -78,6 +83,10 @@ def without_sources(cfg: Mapping[str, Any]) -> dict[str, Any]:
 
     Warns:
         UserWarning: If there was something that pointed elsewhere.
+
+    Example:
+        >>> without_sources({"source": "hf-hub", "hf_hub_id": "org/a", "mean": [0, 0, 0]})
+        {'source': 'hf-hub', 'hf_hub_id': 'org/a', 'mean': [0, 0, 0]}
     """
     own = {"hf-hub": ("hf_hub_id", "source"), "local-dir": ("file", "source")}.get(cfg.get("source") or "")
     if own is None:

@@ -49,7 +49,12 @@ T = TypeVar("T")
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of a file."""
+    """Hex digest of a file.
+
+    Example:
+        >>> sha256(cards_folder() / "resnet50_etf.e60_tiny" / "model.safetensors")[:8]  # doctest: +SKIP
+        '3a7bd3e2'
+    """
     with open(path, "rb") as file:
         return sha_fileobj(file).hex()
 
@@ -78,6 +83,10 @@ def download(
 
     Raises:
         RuntimeError: If it cannot be had, or is not what it should be; the message says what to do.
+
+    Example:
+        >>> download("timm/resnet18.a1_in1k", "config.json").name  # doctest: +SKIP
+        'config.json'
     """
     path = _fetch(repo_id, filename, revision, cache_dir)
     state = _state(path, expected)
@@ -150,6 +159,10 @@ def pin(hub_id: str, *, cache_dir: str | Path | None = None) -> str:
     Args:
         hub_id: `"ORG/NAME"`, or with a revision `"ORG/NAME@REVISION"`, whose `config.json` is in the cache.
         cache_dir: Cache folder, see `download`.
+
+    Example:
+        >>> pin("timm/resnet18.a1_in1k")  # doctest: +SKIP
+        'timm/resnet18.a1_in1k@491b427b45c94c7fb0e78b5474cc919aff584bbf'
     """
     repo_id, revision = hf_split(hub_id)
     cached = try_to_load_from_cache(repo_id, "config.json", cache_dir=cache_dir)

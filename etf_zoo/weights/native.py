@@ -83,6 +83,11 @@ def native_tags(folder: Path | None = None) -> dict[str, tuple[PretrainedCfg, di
 
     Raises:
         LoadError: If a config cannot be read; it names file and field.
+
+    Example:
+        >>> cfg, args = native_tags()["mobilenetv3_small_100_etf.e27_tiny"]
+        >>> cfg.num_classes, args["feature_norm"]
+        (200, 'l2')
     """
     tags = {}
     files = (folder or cards_folder()).glob(f"*_etf.*/{CONFIG_NAME}")
@@ -127,6 +132,11 @@ def read_weights(cfg: Mapping[str, Any], cache_dir: Any = None) -> dict[str, Ten
     Raises:
         RuntimeError: If there are no weights, or the file is missing, altered or not a safetensors file, or cannot be
             downloaded.
+
+    Example:
+        >>> cfg = timm.models.get_pretrained_cfg("mobilenetv3_small_100_etf.e27_tiny").to_dict()
+        >>> read_weights(cfg)["classifier.weight"].shape
+        torch.Size([200, 1024])
     """
     if cfg.get("state_dict"):
         return dict(cfg["state_dict"])
@@ -197,6 +207,11 @@ def read_file(path: Path) -> dict[str, Tensor]:
 
     Raises:
         RuntimeError: If the file is missing, altered or not a safetensors file.
+
+    Example:
+        >>> weights = read_file(cards_folder() / "mobilenetv3_small_100_etf.e27_tiny" / "model.safetensors")
+        >>> weights["classifier.weight"].dtype
+        torch.float32
     """
     if not path.is_file():
         others = sorted(file.name for file in path.parent.glob("*") if file.suffix in (".bin", ".pth", ".pt", ".ckpt"))
