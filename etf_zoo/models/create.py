@@ -327,7 +327,7 @@ def whiten(model: nn.Module, whitening: Any) -> None:
         >>> model = timm.create_model("test_resnet")
         >>> whiten(model, {"group_size": 16})
         >>> model.layer4[0].bn2
-        Whitening(96, group_size=16, iterations=5, eps=1e-05)
+        Whitening(96, group_size=16, iterations=20, eps=1e-05)
     """
     switch = read_switch("whitening", whitening, WHITENING_ARGS)
     if switch:
