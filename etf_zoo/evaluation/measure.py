@@ -54,9 +54,9 @@ def evaluate(model: nn.Module, batches: Batches, **kwargs) -> dict[str, float]:
 
     Takes the arguments of `measure` and returns its `figures`:
 
-    - `images`; `top1` and `top5` (of the first five classes, or of all if there are fewer) in percent; `loss`:
-      cross-entropy in nats; `ece`: expected calibration error of the top-1 confidence in 15 bins of equal width
-      (1706.04599), in percentage points; `images_per_second`: see `measure`.
+    - `images`; `top1` and, of more than five classes, `top5` in percent; `loss`: cross-entropy in nats; `ece`: expected
+      calibration error of the top-1 confidence in 15 bins of equal width (1706.04599), in percentage points;
+      `images_per_second`: see `measure`.
     - NC1 to NC4 and the rest of `NeuralCollapse.compute`, of the **backbone's** features, before any neck or norm of
       the head. `nc3_*` compares their class means with the head's weight or frame. Behind a neck the frame lives in
       another space: then `nc3_*_after_neck` compares it with the class means on its own side (after neck and norm), and
@@ -296,6 +296,8 @@ class _Tally:
             "ece": 100 * (filled[1] - filled[2]).abs().sum().item() / images,
             "images_per_second": self.speed.item(),
         }
+        if self.num_classes is not None and self.num_classes <= 5:  # of which all are among the first five
+            del figures["top5"]
         figures |= self._collapse(global_mean)
         if self.severity is not None:
             figures |= self.severity.compute()

@@ -159,7 +159,7 @@ def convert_checkpoint(
 
 def _figures(model: nn.Module, data: Data) -> dict[str, float]:
     figures = evaluate(model, data(model))
-    return {key: figures[key] for key in ("images", "top1", "top5", "loss", "ece")}
+    return {key: figures[key] for key in ("images", "top1", "top5", "loss", "ece") if key in figures}
 
 
 def _license(cfg: Mapping[str, Any], source: str) -> str | None:
