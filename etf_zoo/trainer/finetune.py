@@ -84,7 +84,7 @@ def main() -> None:
     results = {"top1": first.top1} if first.no_folder else first.export(folder, references, first.folder)
     if not process_state().is_main_process:
         return
-    print(f"\n{'top-1 on ' + test.source:<40}{'%':>8}")
+    print(f"\n{f'top-1 on {test.source}, {test.name}':<40}{'%':>8}")
     for name, values in {own: results, **figures}.items():
         print(f"{name:<40}{values['top1']:8.2f}")
     if first.probe is None:

@@ -59,14 +59,14 @@ def describe_shared(train: Chosen, other: Chosen, what: str) -> list[str]:
     if max(len(train), len(other)) > MOST:
         return [f"  {what}: not searched for images that are in training too, as there are more than {MOST:,}"]
     lines = []
-    for pairs, how in zip(shared_images(train, other), ("are", "look like images that are"), strict=True):
+    for pairs, how in zip(shared_images(train, other), ("in training too", "much like one in training"), strict=True):
         rows = np.unique(pairs[:, 1])
         if len(rows):
             own, twin = int(pairs[0, 1]), int(pairs[0, 0])
             labels = other.labels[pairs[:, 1]] != train.labels[pairs[:, 0]]
             differ = f", {len(np.unique(pairs[labels, 1]))} of them with another label" if labels.any() else ""
             lines.append(
-                f"  {what}: {len(rows)} of its images {how} in training too{differ}, such as "
+                f"  {what}: {len(rows)} images are {how}{differ}, such as "
                 f"{_short(other.where(own), other)} (there {_short(train.where(twin), train)})"
             )
     return lines

@@ -202,7 +202,8 @@ def open_rows(data: Data, split: str, *, resident: bool) -> Rows:
         ValueError: On a missing data set, split or column, or labels that make no classes.
     """
     reader = find_reader(data, resident)
-    is_cut = data.test_share > 0 and [role(name) for name in reader.splits] == ["train"] and bool(role(split))
+    share = 0.0 if data.test_share == "auto" else data.test_share
+    is_cut = share > 0 and [role(name) for name in reader.splits] == ["train"] and bool(role(split))
     name = reader.splits[0] if is_cut else choose_split(reader.splits, split, reader.source)
     images, values, names = reader.read(name)
     train: Sequence[Any] = values
@@ -212,7 +213,7 @@ def open_rows(data: Data, split: str, *, resident: bool) -> Rows:
     labels, names = _classes(values, names, train, f"{data.label_column!r} of split {name!r} of {reader.source}")
     corrupt = Corrupt(data.max_corrupt, len(labels), reader.source)
     rows = Rows(*(images, labels, names, reader.source, name, data, corrupt), below=reader.below, found=reader.found)
-    return _cut(rows, data.test_share, role(split) == "train") if is_cut else rows
+    return _cut(rows, share, role(split) == "train") if is_cut else rows
 
 
 def _cut(rows: Rows, share: float, for_training: bool) -> Rows:

@@ -33,6 +33,7 @@ from .rules import (
 )
 
 HEADS = ("frame", "random", "learned", "learned_cosine")
+TEST_SHARE = 0.2  # of each class, where the data have no split to test on
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # our names -> accelerate's
 
 __all__ = [
@@ -86,8 +87,8 @@ class Data(Fields):
         test_split: Split that fine-tuning opens once, at the end, where `val_split` is another one to choose by. By
             default `test` where the data have both, else `val_split` is opened once and a share of the training images
             (`holdout`) is what to choose by.
-        test_share: Share of each class to test on where the data have a training split alone; near-duplicates stay on
-            one side. 0 for none; a recipe has 0.2 unless it says otherwise.
+        test_share: Annotated[float, Range(0, 1, below=True, note="0 for none")] | Literal["auto"] = "auto"
+            one side. 0 for none; `auto` is 0.2 in a recipe.
         class_level: Which folder names the class, below that of the split: 1 for the first, -1 for the innermost; 0 for
             the first, and the run says which others there are.
         image_root: Folder that the paths in a table of labels lie below; by default that of the table.
@@ -114,7 +115,7 @@ class Data(Fields):
     train_images: AllOr = 0
     num_classes: AllOr = 0
     test_split: str = ""
-    test_share: Annotated[float, Range(0, 1, below=True, note="0 for none")] = 0.0
+    test_share: Annotated[float, Range(0, 1, below=True, note="0 for none")] | Literal["auto"] = "auto"
     class_level: Annotated[int, Range(-20, 20)] = 0
     image_root: str = ""
 
@@ -303,7 +304,7 @@ class Recipe(Fields):
     head: str = "frame"
     model_args: Annotated[dict[str, Any], MODEL_ARGS] = field(default_factory=dict)
     pretrained: bool = False
-    data: Data = field(default_factory=lambda: Data(test_share=0.2))
+    data: Data = field(default_factory=Data)
     augment: Augment = field(default_factory=Augment)
     optim: Optim = field(default_factory=Optim)
     ema: Ema = field(default_factory=Ema)
@@ -342,6 +343,8 @@ class Recipe(Fields):
         if not self.data.size:
             largest = max(self.eval_size, *(pixels for _, pixels in self.sizes))
             self.data = dataclasses.replace(self.data, size=largest)
+        if self.data.test_share == "auto":
+            self.data = dataclasses.replace(self.data, test_share=TEST_SHARE)
 
 
 def size_at(recipe: Recipe, epoch: int) -> int:

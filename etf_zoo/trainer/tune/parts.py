@@ -97,9 +97,10 @@ def _describe(settings: Recipe, parts: Parts, is_photos: bool) -> list[str]:
         lines += describe_split(what, part)
         lines += describe_shared(parts.train, part, what) if is_photos else []
     if parts.test.name == HELD_OUT:
+        share = f"{100 * float(parts.data.test_share):g} % of each class"
         lines.append(
-            f"  The data have no split to test on: {100 * parts.data.test_share:g} % of each class are held out, with "
-            f"images that look the same on one side (--data.test_share)"
+            f"  The data have no split to test on: {share} are held out, images that look the same on one side "
+            f"(--data.test_share)"
         )
     holdout = getattr(settings, "holdout", 0.0)
     if holdout and not parts.watched:

@@ -8,6 +8,7 @@ import pytest
 
 from etf_zoo.trainer.finetune import license_note
 from etf_zoo.trainer.recipe.config import Data, Loss, Recipe
+from etf_zoo.trainer.recipe.parsing import parse_entries
 from etf_zoo.trainer.tune.parts import load_data
 from etf_zoo.trainer.tune.tuning import Finetune
 from tests.trainer.data.test_duplicates import save, scene
@@ -29,7 +30,7 @@ def photos(folder, **counts):
 
 
 def load(folder, size=16, **settings):
-    data = Data(str(folder), size=size, **{"test_share": 0.2, **settings.pop("data", {})})
+    data = Data(str(folder), size=size, **settings.pop("data", {}))
     return load_data(Finetune(model="test_resnet", pretrained=False, data=data, sizes=[[0, 16]], **settings))
 
 
@@ -67,7 +68,7 @@ def test_a_training_split_alone(tmp_path, split):
     assert (parts.train.class_counts(), parts.test.class_counts()) == ([16, 8], [4, 2])
     text = "\n".join(parts.lines)
     assert "test (held out): 6 images" in text
-    assert "The data have no split to test on: 20 % of each class are held out, with images that look the same" in text
+    assert "The data have no split to test on: 20 % of each class are held out, images that look the same" in text
 
 
 def test_images_that_look_the_same_are_held_out_together(tmp_path):
@@ -105,10 +106,10 @@ def test_images_on_both_sides_are_said(tmp_path, size):
     shutil.copy(folder / "train/a/4.png", folder / "val/b/wrong.png")
     save(folder / "val/b", {"small.png": scene(7).resize((100, 75))})
     text = "\n".join(load(folder, size).lines)
-    copies = "test (val): 2 of its images are in training too, 1 of them with another label, such as val/a/copy.png "
+    copies = "test (val): 2 images are in training too, 1 of them with another label, such as val/a/copy.png "
     assert copies + "(there train/a/3.png)" in text
     if size == 200:  # whole images; at 16 pixels the smaller one is another by rounding alone
-        assert "test (val): 1 of its images look like images that are in training too, such as val/b/small.png" in text
+        assert "test (val): 1 images are much like one in training, such as val/b/small.png" in text
 
 
 def test_classes_that_are_missing_or_few(tmp_path):
@@ -142,7 +143,7 @@ def test_all_bad_files_are_named_before_training(tmp_path):
 
 
 def test_pretraining_reads_the_same_layouts(tmp_path):
-    recipe = Recipe(data=Data(str(photos(tmp_path / "x", _=BOTH)), test_share=0.2))
+    recipe = parse_entries(Recipe, {"data": {"source": str(photos(tmp_path / "x", _=BOTH))}})
     assert load_data(recipe).test.class_counts() == [1, 1]
 
 
