@@ -117,3 +117,14 @@ def test_lora(folder, tmp_path):
             again.get_base_model().state_dict()[key].copy_(value)
     with torch.no_grad():
         torch.testing.assert_close(again.eval()(images()).logits, adapted.eval()(images()).logits)
+
+
+def test_embedded_folders_open():
+    from etf_zoo.weights.native import cards_folder
+
+    folder = cards_folder() / "mobilenetv3_small_100_etf.e27_tiny"
+    ours = timm.create_model("mobilenetv3_small_100_etf", pretrained=True).eval()
+    theirs = Wrapper.from_pretrained(folder, dtype=torch.float32)
+    x = torch.randn(2, *ours.pretrained_cfg["input_size"])
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(x).logits, ours(x), atol=1e-4, rtol=1e-4)
