@@ -105,7 +105,7 @@ def _head(head: FrameClassifier) -> dict[str, Any]:
     # an implicit head is a simplex of so many classes that its matrix is never formed
     report = simplex_report(head.num_classes, head.dim) if head.implicit else frame_report(head.weight)
     digits = 9 if head.implicit else 6
-    frame = describe_frame(head.frame, head.num_classes, head.dim)
+    frame = describe_frame(head.frame, head.num_classes + head.reserve, head.dim)
     return {
         "frame": f"{frame}, computed and not stored" if head.implicit else frame,
         "width": head.dim,
@@ -115,6 +115,7 @@ def _head(head: FrameClassifier) -> dict[str, Any]:
         "Welch bound on the coherence": round(report.welch_bound, digits),
         "equiangularity error": float(f"{report.equiangularity_error:.2g}"),
         "tightness error": float(f"{report.tightness_error:.2g}"),
+        **({"room for more classes": head.reserve} if head.reserve else {}),
         "feature norm": head.feature_norm,
         "logit scale": round(head.logit_scale.item(), 4),
     }

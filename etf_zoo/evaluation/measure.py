@@ -312,7 +312,7 @@ def _head(model: nn.Module) -> tuple[Tensor | None, Tensor | None, FrameClassifi
     frames = list(frame_heads(model).values())
     if frames:
         one = len(frames) == 1 and not frames[0].implicit  # a frame of very many classes is not stored
-        return (frames[0].weight, None, frames[0]) if one else (None, None, None)
+        return (frames[0].seen_weight, None, frames[0]) if one else (None, None, None)
     layer = model.get_classifier() if hasattr(model, "get_classifier") else None  # type: ignore[operator]
     if isinstance(layer, nn.Linear | nn.Conv2d) and layer.weight.flatten(1).shape[1] == layer.weight.shape[1]:
         return _whole(layer.weight).flatten(1), None if layer.bias is None else _whole(layer.bias), None

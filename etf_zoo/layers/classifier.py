@@ -19,6 +19,7 @@ from ..frames.simplex import check_sizes
 from .guarded import GuardedFrame
 from .implicit import helmert_product, highest_classes, into_core, kerdock_product
 from .necks import LastDimBatchNorm, build_neck
+from .room import NO_RESERVE, check_reserve, check_room_for
 
 __all__ = [
     "AUTO_KERDOCK_CLASSES",
@@ -98,6 +99,8 @@ class FrameClassifier(GuardedFrame):
         channels_first: Whether features are `(B, in_features, ...)`.
         hierarchy: Distances between classes `(K, K)`, for `frame="hierarchy"`: `Hierarchy.distances`.
         gamma: How fast the hierarchy frame's cosines fall with the distance, see `hierarchy_frame`.
+        reserve: Prototypes for classes to come: the frame has `num_classes + reserve` rows, logits are those of the
+            first `num_classes`. See `add_classes`.
         device: Where to put it. On the meta device nothing is computed.
 
     Raises:
@@ -135,6 +138,7 @@ class FrameClassifier(GuardedFrame):
         channels_first: bool = False,
         hierarchy: Tensor | None = None,
         gamma: float = 2.0,
+        reserve: int = 0,
         device: torch.device | str | None = None,
     ):
         super().__init__()
@@ -146,6 +150,8 @@ class FrameClassifier(GuardedFrame):
         check_sizes(num_classes, in_features)
         self.in_features = in_features
         self.num_classes = num_classes
+        self.reserve = check_reserve(reserve)
+        rows = num_classes + reserve
         self.feature_norm = feature_norm
         self.channels_first = channels_first
         self.frame = frame if isinstance(frame, str) else CUSTOM
@@ -154,9 +160,9 @@ class FrameClassifier(GuardedFrame):
             raise EtfZooError("neck_features is the width of a neck='mlp' or neck='residual': name one, or drop it.")
 
         if isinstance(neck, str):
-            if neck_features is None and neck != "linear" and _may_be_kerdock(self.frame, num_classes):
-                neck_features = max(kerdock_core(max(in_features, 4)), kerdock_width(num_classes))
-            self.neck, self.dim = build_neck(neck, in_features, num_classes, neck_features, device=device)
+            if neck_features is None and neck != "linear" and _may_be_kerdock(self.frame, rows):
+                neck_features = max(kerdock_core(max(in_features, 4)), kerdock_width(rows))
+            self.neck, self.dim = build_neck(neck, in_features, rows, neck_features, device=device)
         elif neck is not None:
             self.neck, self.dim = neck, int(getattr(neck, "out_features", _frame_width(frame, in_features)))
         else:
@@ -164,18 +170,20 @@ class FrameClassifier(GuardedFrame):
         self.norm = LastDimBatchNorm(self.dim, affine=False, device=device) if feature_norm == "batch" else None
 
         self.auto = self.frame == "auto"
-        if self.auto and _auto_is_kerdock(num_classes, self.dim):
+        if self.auto and _auto_is_kerdock(rows, self.dim):
             self.frame = frame = "kerdock"
-        self.implicit = num_classes > {HELMERT: HELMERT_MATRIX_CLASSES, "kerdock": KERDOCK_MATRIX_CLASSES}.get(
-            self.frame, num_classes
+        self.implicit = rows > {HELMERT: HELMERT_MATRIX_CLASSES, "kerdock": KERDOCK_MATRIX_CLASSES}.get(
+            self.frame, rows
         )
+        if reserve and (self.implicit or self.frame == HELMERT):
+            raise EtfZooError(NO_RESERVE)
         built_from = {"orientation": orientation, "hierarchy": hierarchy, "gamma": gamma}
         if device.type == "meta" or self.implicit:
-            check_frame(frame, num_classes, self.dim, **built_from)
+            check_frame(frame, rows, self.dim, **built_from)
             width = 0 if self.implicit else self.dim
-            weight = torch.empty(num_classes, width, dtype=torch.float32, device=device)
+            weight = torch.empty(rows, width, dtype=torch.float32, device=device)
         else:
-            weight = build_frame(frame, num_classes, self.dim, seed=seed, **built_from).to(device)
+            weight = build_frame(frame, rows, self.dim, seed=seed, **built_from).to(device)
         self.register_buffer("weight", weight)
         self._register_kerdock(seed, device)
         self.remember({**built_from, "seed": seed}, logit_scale)
@@ -207,7 +215,7 @@ class FrameClassifier(GuardedFrame):
         if self.implicit:
             self._register_kerdock(self.built_from["seed"], self.weight.device)
         else:
-            self.weight.copy_(build_frame(self.frame, self.num_classes, self.dim, **self.built_from))
+            self.weight.copy_(build_frame(self.frame, len(self.weight), self.dim, **self.built_from))
 
     @torch.jit.unused
     def store_frame(self) -> None:
@@ -218,6 +226,33 @@ class FrameClassifier(GuardedFrame):
         self.frame, self.implicit = CUSTOM, False
         self.weight = torch.empty(self.num_classes, self.dim, device=self.weight.device)
         self._register_kerdock(0, self.weight.device)
+
+    @property
+    def seen_weight(self) -> Tensor:
+        """Prototypes of the classes that the head answers with, `(num_classes, dim)`: all but those in reserve."""
+        return self.weight[: self.num_classes] if self.reserve > 0 else self.weight
+
+    @torch.jit.unused
+    def add_classes(self, count: int) -> None:
+        """Answer with more classes: the next prototypes in reserve become theirs. The frame and its scale stay.
+
+        For a whole model, whose number of classes and names follow, there is `etf_zoo.models.grow.add_classes`.
+
+        Args:
+            count: How many.
+
+        Raises:
+            EtfZooError: If there is no room for so many; the head is then as it was.
+
+        Example:
+            >>> head = FrameClassifier(64, 17, reserve=3)
+            >>> head.add_classes(2)
+            >>> head(torch.randn(1, 64)).shape, head.reserve
+            (torch.Size([1, 19]), 1)
+        """
+        check_room_for(count, self.reserve, self.num_classes, self.dim)
+        self.num_classes += count
+        self.reserve -= count
 
     @property
     def out_features(self) -> int:
@@ -253,7 +288,7 @@ class FrameClassifier(GuardedFrame):
             if self.frame == "kerdock":
                 return _kerdock_logits(x, self.rotation, self.signs, self.scale(), self.num_classes)
             return helmert_product(x, self.scale())
-        return _scaled_product(x, self.weight, self.scale())
+        return _scaled_product(x, self.seen_weight, self.scale())
 
     @torch.jit.unused
     @torch.no_grad()
@@ -279,7 +314,7 @@ class FrameClassifier(GuardedFrame):
             return self.project(embeddings).topk(k)
         with torch.autocast(x.device.type, enabled=False):
             rows = into_core(embeddings * self.scale(), self.rotation).flatten(0, -2)
-            logits, classes = highest_classes(rows, self.weight, self.signs, self.num_classes, k)
+            logits, classes = highest_classes(rows, self.seen_weight, self.signs, self.num_classes, k)
         return logits.view(*x.shape[:-1], k), classes.view(*x.shape[:-1], k)
 
     @torch.jit.unused
@@ -368,7 +403,7 @@ class FrameClassifier(GuardedFrame):
     def extra_repr(self) -> str:
         return (
             f"{self.in_features}, {self.num_classes}, frame={self.frame!r}, dim={self.dim}, "
-            f"feature_norm={self.feature_norm!r}"
+            f"feature_norm={self.feature_norm!r}" + (f", reserve={self.reserve}" if self.reserve else "")
         )
 
 

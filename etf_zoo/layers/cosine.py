@@ -36,7 +36,7 @@ class LearnedCosineClassifier(FrameClassifier):
 
     def build_again(self) -> None:
         with torch.no_grad():
-            self.prototypes.copy_(build_frame(self.frame, self.num_classes, self.dim, **self.built_from))
+            self.prototypes.copy_(build_frame(self.frame, len(self.prototypes), self.dim, **self.built_from))
 
     def check_intact(self, x: Tensor) -> None:
         """Rows that train are meant to change."""

@@ -69,6 +69,8 @@ class MovingFrameClassifier(FrameClassifier):
     ):
         super().__init__(in_features, num_classes, **kwargs)
         check_simplex_fits(num_classes, self.dim)
+        if self.reserve:
+            raise EtfZooError("A frame that follows the class means has no room for classes without any: reserve=0.")
         if not 0 <= momentum < 1:
             raise EtfZooError(f"momentum is the share of the old means that is kept, in [0, 1), got {momentum}.")
         if update_every < 1:

@@ -155,10 +155,15 @@ class FrameCrossEntropy(nn.Module):
         if head.implicit:
             own, mean = kerdock_vectors(labels, head.signs, x), kerdock_sum(head.num_classes, head.signs, x)
         else:
-            own, mean = head.weight[labels].to(x.dtype), head.weight.sum(dim=0).to(x.dtype)
+            own, mean = head.seen_weight[labels].to(x.dtype), head.seen_weight.sum(dim=0).to(x.dtype)
         target = (scaled * own).sum(dim=1)
         others, highest, _ = _other_classes(
-            scaled, labels, head.weight, head.signs, head.num_classes, scaled.requires_grad and torch.is_grad_enabled()
+            scaled,
+            labels,
+            head.seen_weight,
+            head.signs,
+            head.num_classes,
+            scaled.requires_grad and torch.is_grad_enabled(),
         )
         wanted = self._with_margin((x * own).sum(dim=1)) * head.scale() if self._has_margin else target
         loss = F.softplus(others - wanted)

@@ -47,6 +47,7 @@ def attach_frame(
     seed: int = 0,
     hierarchy: Tensor | None = None,
     gamma: float = 2.0,
+    reserve: int = 0,
     moving: bool | Mapping[str, Any] = False,
     classifier: str | Iterable[str] | None = None,
 ) -> nn.Module:
@@ -68,6 +69,7 @@ def attach_frame(
         seed: See `FrameClassifier`. Several heads (distilled models) share it, so their frames agree.
         hierarchy: See `FrameClassifier`; like a frame given as a tensor, it serves its own number of classes.
         gamma: See `FrameClassifier`.
+        reserve: See `FrameClassifier`.
         moving: Whether the frame follows the class means (2411.01248), or the `momentum`, `update_every` and `delta` of
             `MovingFrameClassifier`; the others, `{}` all of them, have their defaults.
         classifier: Name(s) of the linear layer(s) to replace; for timm models known.
@@ -95,6 +97,7 @@ def attach_frame(
         seed=seed,
         hierarchy=hierarchy,
         gamma=gamma,
+        reserve=reserve,
         moving=moving,
     )
     if classifier is None and isinstance(getattr(model, "pretrained_cfg", None), dict):

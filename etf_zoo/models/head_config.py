@@ -19,7 +19,13 @@ from ..layers.moving import MOVING_ARGS, MovingFrameClassifier
 __all__ = ["HEAD_ARGS", "HeadConfig", "read_switch", "same_value", "split_head_args"]
 
 _OLD_NAMES = {"frame_seed": "seed"}  # as model folders written before have it
-_STRUCTURE = ("neck", "neck_features", "feature_norm", "moving")  # arguments that say which tensors a head has
+_STRUCTURE = (
+    "neck",
+    "neck_features",
+    "feature_norm",
+    "moving",
+    "reserve",
+)  # arguments that say which tensors a head has
 
 
 def read_switch(name: str, value: Any, known: Iterable[str]) -> bool | dict[str, Any]:
@@ -67,6 +73,7 @@ class HeadConfig:
         seed: Seed of the frame. Several heads of a model share it, so their frames agree.
         hierarchy: See `FrameClassifier`; like a frame given as a tensor, it serves its own number of classes.
         gamma: See `FrameClassifier`.
+        reserve: See `FrameClassifier`.
         moving: Whether the frame follows the class means, or the arguments of `MovingFrameClassifier`.
 
     Example:
@@ -86,6 +93,7 @@ class HeadConfig:
     seed: int = 0
     hierarchy: Tensor | None = None
     gamma: float = 2.0
+    reserve: int = 0
     moving: bool | Mapping[str, Any] = False
 
     def __post_init__(self):
@@ -107,7 +115,8 @@ class HeadConfig:
         """What a reset to a number of classes builds: a conversion and a frame of other classes give way to `auto`."""
         if self.is_conversion:
             return HeadConfig()
-        if any(isinstance(matrix, Tensor) and len(matrix) != num_classes for matrix in (self.frame, self.hierarchy)):
+        rows = num_classes + self.reserve
+        if any(isinstance(matrix, Tensor) and len(matrix) != rows for matrix in (self.frame, self.hierarchy)):
             return replace(self, frame="auto", hierarchy=None)
         return self
 
@@ -124,7 +133,7 @@ class HeadConfig:
             config = HeadConfig(**{key: getattr(self, key) for key in HEAD_ARGS if key in asked})
         if "frame" not in asked and config.is_custom:
             config = replace(config, frame="auto")
-        if "orientation" not in asked and num_classes > width:
+        if "orientation" not in asked and num_classes + config.reserve > width:
             config = replace(config, orientation="auto")
         return config
 
@@ -165,7 +174,8 @@ class HeadConfig:
         if isinstance(self.frame, Tensor):
             args["frame"] = CUSTOM
         del args["hierarchy"]
-        return {key: value for key, value in args.items() if value is not None and (key != "moving" or value)}
+        unused = [key for key in ("moving", "reserve") if not args[key]]
+        return {key: value for key, value in args.items() if value is not None and key not in unused}
 
     def build(
         self,
@@ -193,6 +203,7 @@ class HeadConfig:
             seed=self.seed,
             hierarchy=self.hierarchy,
             gamma=self.gamma,
+            reserve=self.reserve,
             channels_first=channels_first,
             device=device,
             **moving,

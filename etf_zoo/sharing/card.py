@@ -96,7 +96,11 @@ def _head_text(config: dict[str, Any], name: str, folder: Path) -> str:
         return "learned prototypes under a frame's norm and scale: the control for the frame being fixed"
     frame, orientation = args.get("frame", "auto"), args.get("orientation", "auto")
     text = "a fixed frame, never trained: "
-    text += describe_frame(frame, config["num_classes"], _frame_width(config, folder), orientation=orientation)
+    reserve = args.get("reserve", 0)
+    text += describe_frame(
+        frame, config["num_classes"] + reserve, _frame_width(config, folder), orientation=orientation
+    )
+    text += f", {reserve} of them in reserve for classes to come" if reserve else ""
     if args.get("neck") == "linear":
         return text + ", behind a linear neck; the two together are a learned classifier by another name"
     if args.get("neck") == "center":

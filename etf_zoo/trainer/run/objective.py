@@ -145,7 +145,7 @@ class Objective:
                 logits, labels, self.class_weights, label_smoothing=self.label_smoothing, reduction="none"
             )
             return each.mean()
-        return self.loss(seen["embeddings"], labels, self.head.weight)  # type: ignore[union-attr]
+        return self.loss(seen["embeddings"], labels, self.head.seen_weight)  # type: ignore[union-attr]
 
     def after_step(self) -> None:
         """Let a moving frame follow what the step has seen; every process calls it."""
