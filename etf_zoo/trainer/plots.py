@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +14,8 @@ from matplotlib.ticker import LogLocator, MaxNLocator
 from torch import Tensor
 
 from etf_zoo.errors import EtfZooError
+
+from .run.log import read_records
 
 __all__ = ["tree_order", "plot_cosines", "plot_confusion", "plot_collapse"]
 
@@ -247,9 +248,9 @@ def plot_collapse(metrics: str | Path, path: str | Path, *, title: str = "Collap
         title: Of the picture.
 
     Raises:
-        ValueError: If no record has a figure to draw.
+        EtfZooError: If no record has a figure to draw, or a line is no record.
     """
-    records = [json.loads(line) for line in Path(metrics).read_text().splitlines() if line.strip()]
+    records = read_records(Path(metrics))
     names = {name for record in records for name in record}
     panels = []
     for heading, log, curves in PANELS:

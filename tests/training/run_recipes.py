@@ -11,11 +11,13 @@ from etf_zoo.trainer.recipe.config import Recipe, parse
 from etf_zoo.trainer.run.export import export_run
 from etf_zoo.trainer.run.run import Run
 from etf_zoo.trainer.run.script import run_script
+from etf_zoo.trainer.run.watch import BestEpoch
 
 
 def main():
     for file in sys.argv[1:]:
-        run = Run(parse(Recipe, ["--config", file]))
+        recipe = parse(Recipe, ["--config", file])
+        run = Run(recipe, best=BestEpoch() if recipe.notes == "keep the best epoch" else None)
         run.fit()
         weights = run.plain_model().state_dict()
         if run.accelerator.is_main_process:

@@ -20,6 +20,7 @@ from PIL import Image
 
 from etf_zoo.trainer.recipe.config import Augment, Data, Ema, Optim, Recipe, parse, save_recipe
 from etf_zoo.trainer.run.run import Run
+from etf_zoo.trainer.run.watch import BestEpoch
 
 ROOT = Path(__file__).parents[2]
 DRIVER = ROOT / "tests" / "training" / "run_recipes.py"
@@ -205,17 +206,18 @@ def stand_in(tmp_path):
 def test_fully_sharded(tmp_path, stand_in):
     """A step, a save, a load and an export by two processes that hold half of the model each."""
     data = Data(str(stand_in), size=32)
-    recipe = dataclasses.replace(PLAIN, data=data, batch_size=16, epochs=2, tag="test")
+    recipe = dataclasses.replace(PLAIN, data=data, batch_size=16, epochs=2, tag="test", notes="keep the best epoch")
     _, first = written(recipe, tmp_path, "sharded", time_budget="0s", log_every=1, tag="")
     _, second = written(recipe, tmp_path, "sharded", resume=True)
     options = ["--num_processes", "2", "--fsdp_min_num_params", "1000"]
     done = finish(launched("fsdp.yaml", *options, str(DRIVER), first, second))
     assert "used up at step 1 of 12; saved." in done.stdout
     files = state_of(tmp_path / "sharded" / "checkpoints" / "step_00000012")["files"]
-    assert {"model.safetensors", "optimizer.safetensors", "random_0.safetensors", "random_1.safetensors"} == set(files)
+    assert {f"{name}.safetensors" for name in ("model", "optimizer", "best", "random_0", "random_1")} == set(files)
     sharded = torch.load(tmp_path / "sharded" / "weights.pt")
-    one = Run(dataclasses.replace(recipe, output=str(tmp_path / "one")))
+    one = Run(dataclasses.replace(recipe, output=str(tmp_path / "one")), best=BestEpoch())
     one.fit()
+    assert f"epoch {one.best.score.epoch}, " in done.stdout
     for key, value in one.plain_model().state_dict().items():
         torch.testing.assert_close(sharded[key], value, atol=1e-5, rtol=0, msg=lambda m, key=key: f"{key}: {m}")
     records = [

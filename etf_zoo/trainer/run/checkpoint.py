@@ -100,23 +100,23 @@ def newest(folder: Path, accelerator: Accelerator) -> tuple[Path, dict[str, Any]
     Raises:
         EtfZooError: If there is none.
     """
-    found: tuple[Path, dict[str, Any]] | None = None
+    sound: tuple[Path, dict[str, Any]] | None = None
     faults: list[str] = []
     if accelerator.is_main_process:
         for checkpoint in _folders(folder):
             if fault := _fault(checkpoint):
                 faults.append(f"{checkpoint} is passed over: {fault}.")
                 continue
-            found = checkpoint, json.loads((checkpoint / STATE).read_text())["state"]
+            sound = checkpoint, json.loads((checkpoint / STATE).read_text())["state"]
             break
-    found, faults = broadcast_object_list([found, faults])
-    if found is None:
+    sound, faults = broadcast_object_list([sound, faults])
+    if sound is None:
         if faults:
             raise EtfZooError(f"{' '.join(faults)} No other checkpoint is left: start again with another --output.")
         raise EtfZooError(f"There is no checkpoint in {folder} to resume from. Start without --resume.")
     for fault in faults:
         accelerator.print(fault)
-    return found
+    return sound
 
 
 def exists(folder: Path) -> bool:
@@ -126,7 +126,7 @@ def exists(folder: Path) -> bool:
 
 def names(folder: Path) -> list[str]:
     """Names of the checkpoints, the last first."""
-    return [found.name for found in _folders(folder)]
+    return [path.name for path in _folders(folder)]
 
 
 def reason(error: Exception) -> str:
@@ -189,7 +189,7 @@ def _to_disk(file: Path) -> None:
 
 
 def _what_is_left(folder: Path) -> str:
-    last = next((found for found in _folders(folder) if not _fault(found, contents=False)), None)
+    last = next((path for path in _folders(folder) if not _fault(path, contents=False)), None)
     if last is None:
         return "There is no checkpoint yet. Make room, or choose another --output, and start again."
     return f"{last.name} is intact: make room, then go on with --resume."

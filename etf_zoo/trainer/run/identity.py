@@ -28,17 +28,17 @@ def _identity(split: AnySplit) -> dict[str, Any]:
 
 def data_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What differs between two identities, for people; empty for nothing."""
-    found = []
+    differences = []
     for kind in before.keys() & now.keys():
         old, new = before[kind], now[kind]
         what = f"the {kind} images"
         if old["label_names"] != new["label_names"]:
-            found.append(f"{what} have {_renamed(old['label_names'], new['label_names'])}")
+            differences.append(f"{what} have {_renamed(old['label_names'], new['label_names'])}")
         elif old["images"] != new["images"]:
-            found.append(f"{what} were {old['images']:,} and are {new['images']:,}")
+            differences.append(f"{what} were {old['images']:,} and are {new['images']:,}")
         elif old["digest"] != new["digest"]:
-            found.append(f"{what} are as many, but not the same (or not in the same order)")
-    return sorted(found)
+            differences.append(f"{what} are as many, but not the same (or not in the same order)")
+    return sorted(differences)
 
 
 def _renamed(old: list[str], new: list[str]) -> str:

@@ -138,5 +138,5 @@ def checkout_commit() -> str:
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     if shutil.which("git") is None:
         return ""
-    found = subprocess.run(git, capture_output=True, text=True, check=False)
-    return found.stdout.strip()
+    head = subprocess.run(git, capture_output=True, text=True, check=False)
+    return head.stdout.strip()

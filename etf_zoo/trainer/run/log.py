@@ -100,6 +100,8 @@ def read_records(file: Path) -> list[dict[str, Any]]:
     """
     records = []
     for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        if not line.strip():
+            continue
         try:
             records.append({**json.loads(line)})
             records[-1]["epoch"] = int(records[-1]["epoch"])

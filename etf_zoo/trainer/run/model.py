@@ -178,15 +178,15 @@ def make_optimizer(settings: Optim, model: nn.Module) -> torch.optim.Optimizer:
 
 def _output_layers(model: nn.Module) -> list[str]:
     """Patterns of the parameters whose layers give the logits: the last layer of each classifier that is no frame."""
-    found = []
+    patterns = []
     for name in timm_classifier_names(model):
         classifier = model.get_submodule(name)
         if isinstance(classifier, FrameClassifier):  # whose prototypes, where learned, are parameters of its own
-            found += [f"{name}.weight"] if isinstance(classifier.weight, nn.Parameter) else []
+            patterns += [f"{name}.weight"] if isinstance(classifier.weight, nn.Parameter) else []
             continue
         inner = [n for n, m in classifier.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-        found += [f"{name}.{inner[-1]}".rstrip(".") + ".*"] if inner else []
-    return found
+        patterns += [f"{name}.{inner[-1]}".rstrip(".") + ".*"] if inner else []
+    return patterns
 
 
 def _put_neck(model: nn.Module, neck: str, width: int | None) -> None:

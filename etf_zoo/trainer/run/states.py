@@ -77,13 +77,13 @@ def collect_states(
 ) -> dict[str, Any]:
     """Files of a checkpoint that this process writes, by name, as `write_state` takes them; all have to call it."""
     weights, states = collect_weights(accelerator, model), _optimizer_state(accelerator, model, optimizer)
-    found = {RANDOM.format(accelerator.process_index) + ".safetensors": _random_state(accelerator.device)}
+    files = {RANDOM.format(accelerator.process_index) + ".safetensors": _random_state(accelerator.device)}
     if accelerator.is_main_process:
         scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-        found |= {MODEL: weights, OPTIMIZER: {"optimizer": states, "scaler": scaler}}
+        files |= {MODEL: weights, OPTIMIZER: {"optimizer": states, "scaler": scaler}}
         if average is not None:
-            found[AVERAGE] = {name: value.contiguous() for name, value in average.module.state_dict().items()}
-    return found
+            files[AVERAGE] = {name: value.contiguous() for name, value in average.module.state_dict().items()}
+    return files
 
 
 def restore_states(
@@ -130,14 +130,14 @@ def _optimizer_state(accelerator: Accelerator, model: nn.Module, optimizer: Any)
 
 def _random_state(device: torch.device) -> dict[str, Any]:
     name, keys, *rest = np.random.get_state()  # noqa: NPY002
-    found = {
+    state = {
         "python": random.getstate(),
         "numpy": (name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *map(_plain_number, rest)),
         "torch": torch.get_rng_state(),
     }
     if device.type != "cpu":
-        found["device"] = torch.get_device_module(device).get_rng_state()
-    return found
+        state["device"] = torch.get_device_module(device).get_rng_state()
+    return state
 
 
 def _plain_number(value: Any) -> int | float:

@@ -40,7 +40,7 @@ def summarize(
         commit: Of the code.
         best: The epoch that was chosen; None for the last.
     """
-    found = {
+    summary = {
         "recipe": dataclasses.asdict(recipe),
         "data_source": Path(train.source).name,
         "train_images": images,
@@ -50,4 +50,4 @@ def summarize(
         "processes": accelerator.num_processes,
         "commit": commit,
     }
-    return found if best is None else found | {"best_epoch": best.epoch, "best_top1_held_out": round(best.top1, 2)}
+    return summary if best is None else summary | {"best_epoch": best.epoch, "best_top1_held_out": round(best.top1, 2)}
