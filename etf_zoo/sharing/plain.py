@@ -69,7 +69,7 @@ def fold_head(head: FrameClassifier) -> nn.Linear | nn.Conv2d:
     else:
         raise EtfZooError(
             f"A {type(head.neck).__name__} neck is not linear, so no plain classifier has the same predictions. "
-            f"Export with --onnx, or load the model with etf_zoo imported."
+            f"Export with --format onnx, or load the model with etf_zoo imported."
         )
     if head.norm is not None:
         norm: Any = head.norm.bn
@@ -135,18 +135,24 @@ def _check_has_plain_form(model: nn.Module) -> bool:
     if not heads:
         raise EtfZooError(f"{kind} has no fixed frame; it is a plain model already.")
     if any(isinstance(module, Whitening) for module in model.modules()):
-        raise EtfZooError("timm has no whitening layer, so a model with one has no plain form. Export with --onnx.")
+        raise EtfZooError(
+            "timm has no whitening layer, so a model with one has no plain form. Export with --format onnx."
+        )
     architecture = cfg.get("architecture") or ""
     if architecture == SKIP_CONNECTION:
-        raise EtfZooError("timm has no skip connection to the head, so this has no plain form. Export with --onnx.")
+        raise EtfZooError(
+            "timm has no skip connection to the head, so this has no plain form. Export with --format onnx."
+        )
     base = base_name(architecture)
     if not timm.is_model(base) or not model_entrypoint(base).__module__.startswith("timm."):
-        raise EtfZooError(f"timm itself has no architecture {base!r}, so it has no plain form. Export with --onnx.")
+        raise EtfZooError(
+            f"timm itself has no architecture {base!r}, so it has no plain form. Export with --format onnx."
+        )
     exact = all(head.feature_norm == "none" for head in heads.values())
     if len(heads) > 1 and not exact:
         raise EtfZooError(
             f"{kind} has {len(heads)} heads, each on features of length one, whose logits it averages: "
-            f"plain linear layers would weigh them differently and predict something else. Export with --onnx."
+            f"plain linear layers would weigh them differently and predict something else. Export with --format onnx."
         )
     return exact
 
@@ -168,7 +174,7 @@ def _rebuild(model: nn.Module) -> nn.Module:
     except RuntimeError:
         raise EtfZooError(
             f"The model is not timm's {base} with another head: its layers were changed after it was created, so it "
-            f"has no plain form. Export it before the change, or with --onnx."
+            f"has no plain form. Export it before the change, or with --format onnx."
         ) from None
     return plain.eval()
 

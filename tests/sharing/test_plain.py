@@ -104,7 +104,7 @@ def test_plain_form_of_every_kind_of_head(kind, tmp_path, in_process):
     "kind", ["pair", "norm_linear_pair", pytest.param("list_by_stage", marks=pytest.mark.slow), "aux"]
 )
 def test_plain_form_of_several_heads(kind, tmp_path, in_process):
-    with pytest.raises(ValueError, match=r"has \d heads, each on features of length one.*--onnx"):
+    with pytest.raises(ValueError, match=r"has \d heads, each on features of length one.*--format onnx"):
         export_plain(build(kind), tmp_path / "l2")
     base = build(kind, twin=False)
     x = images(kind)
@@ -124,7 +124,7 @@ def changed_twin():
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (lambda: timm.create_model("resnet10t_etf", num_classes=5, neck="mlp"), "neck is not linear.*--onnx"),
+        (lambda: timm.create_model("resnet10t_etf", num_classes=5, neck="mlp"), "neck is not linear.*--format onnx"),
         (lambda: timm.create_model("resnet10t_etf", num_classes=5, whitening=True), "no whitening layer"),
         (lambda: timm.create_model("resnet10t", num_classes=5), "no fixed frame; it is a plain model already"),
         (lambda: etf_zoo.add_skip(timm.create_model("test_resnet_etf"), "layer3.0"), "timm has no skip connection"),
