@@ -66,7 +66,7 @@ def describe_shared(train: Chosen, other: Chosen, what: str) -> list[str]:
             labels = other.labels[pairs[:, 1]] != train.labels[pairs[:, 0]]
             differ = f", {len(np.unique(pairs[labels, 1]))} of them with another label" if labels.any() else ""
             lines.append(
-                f"  {what}: {len(rows)} images are {how}{differ}, such as "
+                f"  {what}: {'1 image is' if len(rows) == 1 else f'{len(rows)} images are'} {how}{differ}, such as "
                 f"{_short(other.where(own), other)} (there {_short(train.where(twin), train)})"
             )
     return lines

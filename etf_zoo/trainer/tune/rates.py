@@ -66,12 +66,12 @@ def search_rate(settings: Any, train: Callable[[Any], Any], say: Callable[[str],
         except DivergedError:
             tuned = None
         score = tuned.run.best.score if tuned is not None else None
-        shutil.rmtree(recipe.output, ignore_errors=True)
         if score is None or not math.isfinite(score.loss):
             say(f"lr {rate:g}: no figure (it diverged, or the time ran out)")
             continue
         tried.append({"lr": rate, "top1": score.top1, "loss": score.loss})
         say(f"lr {rate:g}: {score.top1:.2f} % on held-out images after {recipe.epochs} epochs")
+    shutil.rmtree(folder / "rates", ignore_errors=True)
     if not tried:
         raise EtfZooError("No learning rate gave a figure: give --optim.lr a smaller one to search around.")
     folder.mkdir(parents=True, exist_ok=True)

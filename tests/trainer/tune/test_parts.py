@@ -109,7 +109,7 @@ def test_images_on_both_sides_are_said(tmp_path, size):
     copies = "test (val): 2 images are in training too, 1 of them with another label, such as val/a/copy.png "
     assert copies + "(there train/a/3.png)" in text
     if size == 200:  # whole images; at 16 pixels the smaller one is another by rounding alone
-        assert "test (val): 1 images are much like one in training, such as val/b/small.png" in text
+        assert "test (val): 1 image is much like one in training, such as val/b/small.png" in text
 
 
 def test_classes_that_are_missing_or_few(tmp_path):

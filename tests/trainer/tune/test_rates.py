@@ -44,7 +44,7 @@ def test_the_best_rate_is_taken_and_its_curve_kept(tmp_path):
     assert (tmp_path / "run" / "rates.png").stat().st_size > 2000
     assert "lr 0.05: no figure" in said[-2]
     assert said[-1].startswith("Taken: lr 0.005; ")
-    assert list((tmp_path / "run" / "rates").glob("*")) == []
+    assert not (tmp_path / "run" / "rates").exists()
     resumed = dataclasses.replace(settings, resume=True)
     assert search_rate(resumed, judged({}), said.append) == 0.005  # it is not done again
     other = dataclasses.replace(resumed, seed=5)
