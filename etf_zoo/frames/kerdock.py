@@ -141,8 +141,8 @@ def _field(degree: int) -> tuple[Tensor, Tensor]:
 
 def unpack_signs(packed: Tensor, dim: int, like: Tensor) -> Tensor:
     """Rows of `kerdock_signs` as numbers of another tensor's kind: `(n, ceil(dim/8))` to `(n, dim)` of 1 and -1."""
-    shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
-    bits = ((packed.unsqueeze(-1) >> shifts) & 1).flatten(-2)[..., :dim]
+    masks = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=packed.device)
+    bits = (packed.unsqueeze(-1) & masks).flatten(-2)[..., :dim] > 0
     return 1 - 2 * bits.to(like.dtype)
 
 

@@ -12,17 +12,36 @@ from typing import Any
 import torch
 from timm.data import resolve_data_config
 from timm.models import get_model_input_config
-from torch import nn
+from torch import Tensor, nn
 
-from ..errors import ExportError, MissingPackageError
+from ..errors import EtfZooError, ExportError, MissingPackageError
 
-__all__ = ["export_onnx"]
+__all__ = ["OUTPUTS", "export_onnx"]
+
+# What a file can give -> the names of its outputs.
+OUTPUTS = {"logits": ("logits",), "features": ("features",), "top_k": ("logits", "classes")}
 
 _EXTERNAL_BYTES = 1_800_000_000  # protobuf files end at 2 GB; larger weights go into a file beside
 
 
-def export_onnx(model: nn.Module, folder: str | Path) -> Path:
+class _Outputs(nn.Module):
+    """A timm model whose forward gives what was asked for."""
+
+    def __init__(self, model: nn.Module, output: str, k: int):
+        super().__init__()
+        self.model, self.output, self.k = model, output, k
+
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        if self.output == "features":
+            return self.model.forward_head(self.model.forward_features(images), pre_logits=True)  # type: ignore
+        logits = self.model(images)
+        return logits if self.output == "logits" else logits.topk(self.k)
+
+
+def export_onnx(model: nn.Module, folder: str | Path, *, output: str = "logits", k: int = 5) -> Path:
     """Write a model, whatever its head, as `model.onnx`: images `(batch, C, H, W)` to exactly its logits `(batch, K)`.
+
+    Or to something narrower, which suits heads of very many classes: the backbone's features, or the best k classes.
 
     What preprocessing needs, the class names and the license are in the file's metadata. Weights of more than 1.8 GB go
     into a file beside.
@@ -30,14 +49,23 @@ def export_onnx(model: nn.Module, folder: str | Path) -> Path:
     Args:
         model: A timm model.
         folder: Where to; made if need be.
+        output: `"logits"`; `"features"`, `(batch, d)` before any neck of the head; or `"top_k"`: `logits` and
+            `classes`, both `(batch, k)`, the largest first. A Kerdock frame that is not stored is not stored in the
+            file either; within a run its logits are formed once.
+        k: For `"top_k"`.
 
     Returns:
         The file.
 
     Raises:
+        EtfZooError: On another output, or a k that is no number of classes.
         MissingPackageError: If onnx or onnxscript is missing.
         ExportError: If torch cannot export the model.
     """
+    if output not in OUTPUTS:
+        raise EtfZooError(f"Unknown output {output!r}. Choose one of {', '.join(OUTPUTS)}.")
+    if output == "top_k" and not 1 <= k <= int(model.num_classes):  # type: ignore[arg-type]
+        raise EtfZooError(f"k lies between 1 and {model.num_classes}, the number of classes, got {k}.")
     model = copy.deepcopy(model).cpu().eval()
     try:
         import onnx  # noqa: F401
@@ -45,11 +73,12 @@ def export_onnx(model: nn.Module, folder: str | Path) -> Path:
     except ImportError as error:
         raise MissingPackageError(f"ONNX export needs {error.name}: pip install 'etf-zoo[onnx]'.") from None
     images = torch.randn(2, *get_model_input_config(model)["input_size"])
-    names: Any = {"input_names": ["images"], "output_names": ["logits"], "dynamic_shapes": ({0: "batch"},)}
+    names: Any = {"input_names": ["images"], "output_names": list(OUTPUTS[output]), "dynamic_shapes": ({0: "batch"},)}
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # of torch, on what it is going to change
-            program: Any = torch.onnx.export(model, (images,), dynamo=True, verbose=False, **names)
+            wrapped = _Outputs(model, output, k)
+            program: Any = torch.onnx.export(wrapped, (images,), dynamo=True, verbose=False, **names)
     except Exception as error:  # torch wraps whatever went wrong in a class of its own
         reason = str(error.__cause__ or error).strip().splitlines()[0]
         raise ExportError(f"torch cannot export {type(model).__name__} to ONNX: {reason}") from error

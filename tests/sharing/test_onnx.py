@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 
-from etf_zoo.errors import MissingPackageError
+from etf_zoo.errors import EtfZooError, MissingPackageError
 from etf_zoo.sharing.onnx import export_onnx
 from tests.kinds import CLASSES
 
@@ -34,6 +34,32 @@ def test_onnx_has_our_logits(name, tmp_path):
     assert json.loads(metadata["label_names"])[2] == "class 2"
     assert json.loads(metadata["mean"]) == list(model.pretrained_cfg["mean"])
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+
+
+@pytest.mark.parametrize("output", ["logits", "features", "top_k"])
+def test_a_kerdock_frame_is_not_stored_in_the_file(output, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    args = {"frame": "kerdock", "neck": "mlp", "neck_features": 300}  # a width that needs a rotation
+    model = timm.create_model("test_resnet_etf", num_classes=60_000, **args).eval()
+    file = export_onnx(model, tmp_path, output=output, k=3)
+    assert file.stat().st_size < 10_000_000  # the frame is 72 MB
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    x = torch.randn(3, *timm.data.resolve_data_config(model=model)["input_size"])
+    found = [torch.from_numpy(value) for value in session.run(None, {"images": x.numpy()})]
+    features = model.forward_head(model.forward_features(x), pre_logits=True)
+    top = model.get_classifier().top_k(features, 3)
+    expected = {"logits": [model(x)], "features": [features], "top_k": list(top)}[output]
+    assert [value.name for value in session.get_outputs()] == (["logits", "classes"] if output == "top_k" else [output])
+    for ours, theirs in zip(expected, found, strict=True):
+        torch.testing.assert_close(theirs, ours, atol=1e-4, rtol=1e-3)
+
+
+def test_onnx_outputs_that_are_not_there(tmp_path):
+    model = timm.create_model("test_resnet_etf", num_classes=5)
+    with pytest.raises(EtfZooError, match=r"Unknown output 'boxes'. Choose one of logits, features, top_k"):
+        export_onnx(model, tmp_path, output="boxes")
+    with pytest.raises(EtfZooError, match="k lies between 1 and 5"):
+        export_onnx(model, tmp_path, output="top_k", k=6)
 
 
 def test_onnx_failures_are_one_line(monkeypatch, tmp_path):
