@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL.Image import Resampling
 from torch import Tensor
 
 from ..errors import StorageError
@@ -199,7 +200,8 @@ def draw_mistakes(
     for i, mistake in enumerate(shown):
         left, top = GAP + i % columns * width, GAP + i // columns * height
         image = picture(mistake.row)
-        image.thumbnail((TILE, TILE))
+        enlarged = max(image.size) < TILE  # small images show their pixels
+        image = ImageOps.contain(image, (TILE, TILE), Resampling.NEAREST if enlarged else Resampling.LANCZOS)
         sheet.paste(image, (left + (TILE - image.width) // 2, top + (TILE - image.height) // 2))
         texts = [
             (Path(mistake.image).name, INK),

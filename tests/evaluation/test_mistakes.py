@@ -87,6 +87,10 @@ def test_the_picture_shows_the_surest_mistakes_first(tmp_path):
         assert asked == [7, 6, 5, 4, 3, 2, 1]
         assert sheet.size == (6 * 168 + 8, 2 * 213 + 8)
         assert sheet.convert("RGB").getpixel((8 + 80, 8 + 80)) == (7, 0, 0)
+        assert sheet.convert("RGB").getpixel((8 + 80, 8)) == (255, 255, 255)  # as wide as it was high
+    tiny = Image.new("RGB", (8, 8), (1, 2, 3))
+    with Image.open(draw_mistakes(mistakes[:1], lambda row: tiny, tmp_path / "t.png")) as sheet:
+        assert sheet.convert("RGB").getpixel((8, 8)) == (1, 2, 3)  # enlarged to its whole tile
     with Image.open(draw_mistakes([], picture, tmp_path / "none.png")) as sheet:
         assert sheet.width > 0
 
