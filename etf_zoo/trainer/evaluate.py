@@ -447,6 +447,7 @@ def command_line(settings: Evaluation, split: str = "") -> str:
         split: Name of the split that it was found to be.
     """
     data, usual = settings.data, TestData()
+    is_cut = split == HELD_OUT
     split = data.val_split if split in ("", HELD_OUT) else split
     words = ["MODEL" if is_path(settings.model) else settings.model]
     words += ["DATA" if is_path(data.source) else data.source]
@@ -455,7 +456,7 @@ def command_line(settings: Evaluation, split: str = "") -> str:
     words += ["--hierarchy", Path(settings.hierarchy).name] if settings.hierarchy else []
     for name in (
         *("config", "image_column", "label_column", "streaming", "num_classes"),
-        *("class_level", "test_share", "image_root"),
+        *("class_level", "image_root", *(["test_share"] if is_cut else [])),
     ):
         value = getattr(data, name)
         if value != getattr(usual, name):
@@ -508,10 +509,7 @@ def _print(done: Evaluated) -> None:
     dataset = done.record["dataset"]
     print(f"split {dataset['split']} of {printable(dataset['name'])}, {dataset['size']} pixels")
     speed = {"images_per_second": done.record["images_per_second"]}
-    figures = {"images": dataset["images"], **done.record["results"], **speed}
-    if len(done.names) <= 5:  # of which it would be all
-        del figures["top5"]
-    print(format_table(figures))
+    print(format_table({"images": dataset["images"], **done.record["results"], **speed}))
     classes = accuracy_by_class(done.predictions, done.names)
     if mistakes := format_mistakes(classes, worst_confusions(done.predictions, done.names)):
         print(mistakes)

@@ -162,7 +162,8 @@ def test_evaluate_on_a_folder_of_images(capsys, folder, image_folder, tmp_path):
     assert main([*arguments, "--hierarchy", str(tree)]) == 0
     record = json.loads(capsys.readouterr().out)
     figures = record["results"]
-    assert record["dataset"] == {"name": "images", "split": "test", "images": 10, "size": 32}
+    dataset = {"name": "images", "split": "test", "images": 10, "size": 32, "tree_height": 2.0}
+    assert record["dataset"] == dataset
     assert 0 <= figures["top1"] <= 100
     assert "top5" not in figures  # of five classes it says nothing
     assert {"ece", "nc1_pinv", "nc4_agreement", "severity"} <= figures.keys()

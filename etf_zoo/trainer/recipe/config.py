@@ -87,7 +87,7 @@ class Data(Fields):
         test_split: Split that fine-tuning opens once, at the end, where `val_split` is another one to choose by. By
             default `test` where the data have both, else `val_split` is opened once and a share of the training images
             (`holdout`) is what to choose by.
-        test_share: Annotated[float, Range(0, 1, below=True, note="0 for none")] | Literal["auto"] = "auto"
+        test_share: Share of each class to test on where the data have a training split alone; near-duplicates stay on
             one side. 0 for none; `auto` is 0.2 in a recipe.
         class_level: Which folder names the class, below that of the split: 1 for the first, -1 for the innermost; 0 for
             the first, and the run says which others there are.
