@@ -77,4 +77,4 @@ def _launcher(processes: int, config_file: str | None) -> list[str]:
     command = ["--multi_gpu", "--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no"]
     command += ["--dynamo_backend", "no", "--main_process_port", "0"]
     # two ids that no GPU has: accelerate starts processes on the CPU by mpirun alone, unless it takes them for GPUs
-    return command if torch.accelerator.is_available() else [*command, "--gpu_ids", "-1,-1"]
+    return command if torch.accelerator.is_available() else [*command, "--gpu_ids=-1,-1"]
