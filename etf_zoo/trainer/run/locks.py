@@ -37,8 +37,9 @@ def acquire(file: Path, *, wait: bool = False) -> Iterator[bool]:
         yield False
         return
     except OSError as error:
-        reason = "it is a link: delete it" if file.is_symlink() else error.strerror or str(error)
-        raise StorageError(f"Cannot lock {file}: {reason}.") from error
+        reason = error.strerror or str(error)
+        fix = "It is a link: delete it" if file.is_symlink() else "Choose a folder that you can write to (--output)"
+        raise StorageError(f"Cannot lock {file}: {reason}. {fix}.") from error
     try:
         yield True
     finally:

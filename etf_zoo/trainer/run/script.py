@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import sys
 import time
@@ -60,7 +61,7 @@ def explain(error: BaseException) -> str | None:
             return "HF_HUB_OFFLINE is set, and what was asked for is not in the cache. Fetch it once with a network."
         lost = isinstance(cause, ConnectionError | LocalEntryNotFoundError) and not isinstance(cause, BrokenPipeError)
         if lost or type(cause).__module__.partition(".")[0] in NETWORK:
-            first = str(error).splitlines()[0] if str(error) else type(error).__name__
+            first = str(error).splitlines()[0].split(". ")[0] if str(error) else type(error).__name__
             return (
                 f"No network, or the Hub does not answer ({first.rstrip('.')}). Folders, embedded weights and what is "
                 f"in the cache need none."
@@ -82,6 +83,7 @@ def run_script(main: Callable[[], None]) -> None:
     Raises:
         SystemExit: In these cases; a defect keeps its traceback.
     """
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a line for each try without a network
     try:
         main()
     except KeyboardInterrupt:
