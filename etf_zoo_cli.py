@@ -38,6 +38,7 @@ TUNE = {
     "--holdout": "share of each class's training images to watch",
     "--patience": "stop after so many epochs without a better result on them",
     "--shots": "train on so many images of each class",
+    "--reserve": "room for so many classes to come, for etf-zoo add-classes",
     "--compare": "also run the same from random weights and with a learned head",
 }
 
@@ -53,7 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=_versions())
     commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
     using = (_list, _info, _predict, _embed, _search, _evaluate)
-    for add in (*using, _finetune, _pretrain, _prepare, _convert, _export, _card, _publish):
+    for add in (*using, _finetune, _add_classes, _pretrain, _prepare, _convert, _export, _card, _publish):
         add(commands)
     return parser
 
@@ -260,6 +261,30 @@ def _training(commands, name: str, about: str, options: dict[str, str]) -> None:
 
 def _finetune(commands) -> None:
     _training(commands, "finetune", "fine-tune a model on your images", {**TRAIN, **TUNE})
+
+
+def _add_classes(commands) -> None:
+    usage = "MODEL FOLDER --output FOLDER [--test FOLDER] [--base FOLDER]"
+    about = "add classes to a model that has room for them, from a few images"
+    command = _add(
+        commands,
+        "add-classes",
+        "later:add_classes",
+        usage,
+        about,
+        epilog="The model comes from etf-zoo finetune --reserve N. Its backbone and its frame stay as they are. Needs "
+        "pip install 'etf-zoo[training]'.",
+    )
+    command.add_argument("model", metavar="MODEL", help="model folder, or output folder of a run")
+    command.add_argument("folder", metavar="FOLDER", help="a folder for each new class, with two images or more")
+    command.add_argument("--output", required=True, metavar="FOLDER", help="model folder to write")
+    command.add_argument("--test", default="", metavar="FOLDER", help="test images of old and new classes")
+    command.add_argument(
+        "--base", default="", metavar="FOLDER", help="what the model was trained on, if no memory lies beside it"
+    )
+    command.add_argument("--steps", type=_positive, default=200, metavar="N", help="steps of the fit (default: 200)")
+    command.add_argument("--rate", type=float, default=1e-3, metavar="LR", help="its learning rate (default: 0.001)")
+    command.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _pretrain(commands) -> None:

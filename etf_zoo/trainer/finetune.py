@@ -25,7 +25,7 @@ from .tune.tuning import Finetune, Tuned, fine_tune
 def plan(settings: Finetune) -> dict[str, Finetune]:
     """What to run, by the name it gets in the table; the first is the one asked for."""
     found = {_name(settings): settings}
-    references = {"random_weights": {"pretrained": False}, "learned_head": {"head": "learned"}}
+    references = {"random_weights": {"pretrained": False}, "learned_head": {"head": "learned", "reserve": 0}}
     for folder, change in references.items() if settings.compare else ():
         output = Path(settings.output) / folder
         # a kill may have come before this one began

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from etf_zoo.models.find import load_model
 from etf_zoo.trainer import finetune
+from etf_zoo.trainer.tune.incremental import read_memory
 from etf_zoo.trainer.tune.later import store_familiarity
 from etf_zoo.trainer.tune.tuning import Finetune
 from etf_zoo_cli import main as cli
@@ -96,7 +98,7 @@ def test_what_was_asked_for_is_no_reference_of_itself(settings, planned):
 def test_a_comparison_goes_on_after_a_kill_in_its_first_run(tmp_path, monkeypatch, capsys):
     arguments = ["finetune.py", "--data", "digits", "--data.val_split", "test", "--data.size", "16", "--data.limit"]
     arguments += ["128", "--sizes", "[[0, 16]]", "--model", "test_resnet_etf", "--pretrained", "false", "--epochs", "1"]
-    arguments += ["--tensorboard", "false", "--output", str(tmp_path / "run")]
+    arguments += ["--tensorboard", "false", "--output", str(tmp_path / "run"), "--reserve", "5"]
     monkeypatch.setattr("sys.argv", [*arguments, "--compare", "false"])
     finetune.main()
     monkeypatch.setattr("sys.argv", [*arguments, "--compare", "--resume"])
@@ -106,5 +108,7 @@ def test_a_comparison_goes_on_after_a_kill_in_its_first_run(tmp_path, monkeypatc
     assert [r["model"] for r in metrics["references"]] == ["learned head, random weights"]
     stored = json.loads((tmp_path / "run" / "model" / "familiarity.json").read_text())
     assert stored["images"] == len(stored["scores"]) == 136  # a tenth of the training images
+    assert load_model(str(tmp_path / "run")).fc.reserve == 5
+    assert len(read_memory(tmp_path / "run" / "model", [str(digit) for digit in range(10)]).means) == 10
     store_familiarity(tmp_path / "run" / "model", None, 16)
     assert not (tmp_path / "run" / "model" / "familiarity.json").exists()  # those scores were another model's

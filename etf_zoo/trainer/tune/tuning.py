@@ -30,7 +30,7 @@ from ..run.model import find_model, fit_scales, make_model
 from ..run.run import Run
 from ..run.summary import summarize
 from ..run.watch import BestEpoch
-from .later import store_familiarity
+from .later import store_familiarity, store_memory
 from .methods import METHODS, first_tuned, prepare, tuned_share, warm_head, warm_learned_head
 from .parts import load_data
 from .probes import PROBES, Probe, backbone_features, backbone_size, copy_linear, fit_probe, linear_classifier
@@ -69,6 +69,9 @@ class Finetune(Recipe):
         shots: Train on so many images of each class; 0 for all.
         strength: scikit-learn's C of the linear probe; 0 to choose it by cross-validation.
         sizes: As in pretraining; by default the size that the model was trained at.
+        reserve: Room for so many classes to come, see `etf-zoo add-classes`: the frame has a prototype for each. An MLP
+            then stands between backbone and frame, unless `model_args.neck` says otherwise, and the class means are
+            kept beside the model.
         compare: Also run, with the same budget, order and seed, two references, as far as they differ from the run
             itself: the same model from random weights, and a learned head on the same weights.
     """
@@ -91,6 +94,7 @@ class Finetune(Recipe):
     sizes: list[list[int]] = dataclasses.field(default_factory=list)
     epochs: int = 20
     batch_size: int = 64
+    reserve: Annotated[int, Range(0, note="0 for none")] = 0
     compare: bool = False
 
     def __post_init__(self):
@@ -104,6 +108,13 @@ class Finetune(Recipe):
             raise EtfZooError(f"method is one of {', '.join(METHODS + PROBES)}, got {self.method!r}.")
         if isinstance(self.lr, int | float):
             self.optim, self.lr = dataclasses.replace(self.optim, lr=self.lr), ""
+        if self.reserve:
+            if self.head not in ("frame", "random") or self.method in PROBES:
+                raise EtfZooError(
+                    f"Room for classes is in a fixed frame: --reserve takes --head frame or random and a method that "
+                    f"trains, not {self.head} and {self.method}."
+                )
+            self.model_args = {"neck": "mlp", **self.model_args, "reserve": self.reserve}
         if self.data.streaming:
             raise EtfZooError("Fine-tuning chooses among images, which a stream does not let it: data.streaming false.")
         if self.cache_views:
@@ -175,6 +186,8 @@ class Tuned:
             results = export_run(self.run, folder, references=references, report=report)["results"]
             if self.run.accelerator.is_main_process:
                 store_familiarity(folder, self.held, max(self.settings.batch_size, 16))
+                if self.settings.reserve:
+                    store_memory(folder, self.train, max(self.settings.batch_size, 16))
             self.run.accelerator.wait_for_everyone()
             return results
         training = summarize(self.settings, self.train, make_accelerator(), images=len(self.train))
@@ -257,7 +270,7 @@ def fine_tune(
 def strip_head(settings: Finetune) -> Finetune:
     """The recipe of the same backbone under its own classifier, which frozen features do not depend on."""
     _, args = split_head_args(settings.model_args)
-    return dataclasses.replace(settings, head="learned", model_args=args)
+    return dataclasses.replace(settings, head="learned", model_args=args, reserve=0)
 
 
 def features_of(settings: Finetune, model: nn.Module, split: Images) -> torch.Tensor:
