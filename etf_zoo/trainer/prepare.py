@@ -7,16 +7,18 @@ column.
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from etf_zoo.errors import EtfZooError
 
+from .data.batches import DEFAULT_SIZE
 from .data.places import find_source
 from .data.resident import read_prepared, write_prepared
 from .data.sources import open_rows
-from .recipe.config import Data, parse
+from .recipe.config import TEST_SHARE, Data, parse
 
 
 @dataclass
@@ -44,6 +46,8 @@ def prepare(settings: Preparation) -> None:
         raise EtfZooError("Give --out a folder to write.")
     if data.streaming or data.source == "digits":
         raise EtfZooError("Only data sets that are at hand as a whole are prepared, and digits needs none of it.")
+    share = TEST_SHARE if data.test_share == "auto" else data.test_share  # as a recipe has it
+    data = dataclasses.replace(data, size=data.size or DEFAULT_SIZE, test_share=share)
     for name in (data.train_split, data.val_split):
         rows = open_rows(data, name, resident=True)
         folder = out / rows.name

@@ -1,5 +1,6 @@
 """Images that are not resident, from rows and from streams: order, randomness, resuming, and what cannot be read."""
 
+import dataclasses
 import random
 
 import numpy as np
@@ -207,6 +208,13 @@ def test_skipped_batches_are_not_decoded(parquet, monkeypatch):
     monkeypatch.setattr("etf_zoo.trainer.data.loader.read_image", lambda data: seen.append(1) or decode(data))
     epoch_of(stream(parquet), start=3)
     assert len(seen) == 20
+
+
+def test_a_folder_as_a_stream(folder):
+    split = load_split(Data(str(folder), streaming=True, workers=0), "val")
+    assert sorted(flat(which(eval_batches(split, size=16, batch_size=2)))) == [0, 1, 2]
+    with pytest.raises(ValueError, match="max_corrupt"):  # its rows name files, which lie elsewhere
+        list(eval_batches(dataclasses.replace(split, below=("/nowhere",)), size=16, batch_size=2))
 
 
 def test_unreadable_in_a_stream(tmp_path):

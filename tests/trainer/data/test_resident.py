@@ -1,5 +1,6 @@
 """Arrays on disk: what they hold, when they are written anew, and what a full disk leaves."""
 
+import dataclasses
 import json
 import os
 import resource
@@ -184,6 +185,16 @@ def test_prepared_folder_needs_numpy_alone(tmp_path, prepared, monkeypatch):
     assert (train.labels.tolist(), val.labels.tolist()) == ([1, 0, 1], [0, 1])
     assert (train.label_names, train.source, train.name, val.name) == (["x", "y"], "made", "train", "validation")
     assert (tmp_path / "out" / "hierarchy.json").read_text() == '{"x": "root", "y": "root"}'
+
+
+def test_preparing_class_folders_alone(tmp_path, capsys):
+    write_folder(tmp_path / "classes", {".": {"a": range(10), "b": range(10, 20)}})
+    prepare(parse(Preparation, ["--data.source", "classes", "--data.size", "8", "--out", str(tmp_path / "made")]))
+    assert "16 images of 8 pixels, 2 classes" in capsys.readouterr().out
+    data = Data(str(tmp_path / "made"))
+    train, test = (load_split(dataclasses.replace(data, size=8), name) for name in ("train", "validation"))
+    assert sorted(numbers(train.images) + numbers(test.images)) == list(range(20))
+    assert (len(test), test.name) == (4, "held out")
 
 
 def test_preparing_goes_on_where_it_stopped(tmp_path, prepared):

@@ -13,7 +13,7 @@ __all__ = ["Found", "role", "shown"]
 ROLES = {
     "train": ("train", "training"),
     "val": ("val", "valid", "validation", "dev"),
-    "test": ("test", "testing"),
+    "test": ("test", "testing", "held out"),  # the last is what a share of the training images is called
 }
 
 

@@ -12,6 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.constants import HF_HUB_CACHE
+
 from etf_zoo.errors import EtfZooError
 
 from ...recipe.config import Data
@@ -153,8 +155,7 @@ class DatasetsReader:
         image, label = self.data.image_column, self.data.label_column
         _check_columns(list(rows.features), self.data, self.source)
         if getattr(rows, "builder_name", "") == "imagefolder":  # its paths are those of the files it fetched
-            caches = (datasets.config.HF_DATASETS_CACHE, datasets.config.HF_HUB_CACHE)
-            self.below += tuple(str(folder) for folder in caches)
+            self.below += (str(datasets.config.HF_DATASETS_CACHE), HF_HUB_CACHE)
         return rows.select_columns([image, label]).cast_column(image, datasets.Image(decode=False))
 
     def read(self, split: str) -> tuple[Any, Sequence[Any], list[str] | None]:
