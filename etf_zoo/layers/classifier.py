@@ -7,7 +7,6 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import EtfZooError
@@ -17,8 +16,9 @@ from ..frames.numerics import at_least_float32, unit
 from ..frames.report import FrameReport, frame_report, kerdock_report, simplex_report
 from ..frames.simplex import check_sizes
 from .guarded import GuardedFrame
-from .implicit import helmert_product, highest_classes, into_core, kerdock_product
-from .necks import LastDimBatchNorm, build_neck
+from .implicit import helmert_product, highest_classes, into_core
+from .necks import LastDimBatchNorm, build_neck, check_conversion
+from .products import kerdock_logits, scaled_product
 from .room import NO_RESERVE, check_reserve, check_room_for
 
 __all__ = [
@@ -36,31 +36,12 @@ KERDOCK_MATRIX_CLASSES = 4096  # above, a Kerdock frame is computed from its sig
 AUTO_KERDOCK_CLASSES = 16384
 
 
-def _kerdock_logits(x: Tensor, rotation: Tensor, signs: Tensor, scale: Tensor, num_classes: int) -> Tensor:
-    """scale * x W^T for a Kerdock frame behind its rotation, in float32 at least, autocast or not."""
-    if not torch.jit.is_scripting():  # noqa: SIM102
-        if not x.is_meta and torch.is_autocast_enabled(x.device.type):
-            with torch.autocast(x.device.type, enabled=False):
-                return kerdock_product(into_core(x * scale, rotation), signs, num_classes)
-    return kerdock_product(into_core(x * scale, rotation), signs, num_classes)
-
-
-def _scaled_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """scale * x W^T in float32 at least, autocast or not."""
-    # a test of its own, as TorchScript skips the block only then
-    if not torch.jit.is_scripting():  # noqa: SIM102
-        if not x.is_meta and torch.is_autocast_enabled(x.device.type):  # which raises for "meta"
-            with torch.autocast(x.device.type, enabled=False):
-                return F.linear(x * scale, weight.to(x.dtype))
-    return F.linear(x * scale, weight.to(x.dtype))
-
-
 # Leaves for torch.fx: their branches on dtype and autocast are not for a tracer to follow.
 torch.fx.wrap("at_least_float32")
 torch.fx.wrap("unit")
-torch.fx.wrap("_scaled_product")
+torch.fx.wrap("scaled_product")
 torch.fx.wrap("helmert_product")
-torch.fx.wrap("_kerdock_logits")
+torch.fx.wrap("kerdock_logits")
 
 
 class FrameClassifier(GuardedFrame):
@@ -155,7 +136,7 @@ class FrameClassifier(GuardedFrame):
         self.feature_norm = feature_norm
         self.channels_first = channels_first
         self.frame = frame if isinstance(frame, str) else CUSTOM
-        _check_conversion(self.frame, neck, feature_norm)
+        check_conversion(self.frame, neck, feature_norm)
         if neck_features is not None and not (isinstance(neck, str) and neck != "linear"):
             raise EtfZooError("neck_features is the width of a neck='mlp' or neck='residual': name one, or drop it.")
 
@@ -286,9 +267,9 @@ class FrameClassifier(GuardedFrame):
         """Logits of what `embed` gives: `(..., dim)` to `(..., num_classes)`."""
         if self.implicit:
             if self.frame == "kerdock":
-                return _kerdock_logits(x, self.rotation, self.signs, self.scale(), self.num_classes)
+                return kerdock_logits(x, self.rotation, self.signs, self.scale(), self.num_classes)
             return helmert_product(x, self.scale())
-        return _scaled_product(x, self.seen_weight, self.scale())
+        return scaled_product(x, self.seen_weight, self.scale())
 
     @torch.jit.unused
     @torch.no_grad()
@@ -404,21 +385,6 @@ class FrameClassifier(GuardedFrame):
         return (
             f"{self.in_features}, {self.num_classes}, frame={self.frame!r}, dim={self.dim}, "
             f"feature_norm={self.feature_norm!r}" + (f", reserve={self.reserve}" if self.reserve else "")
-        )
-
-
-def _check_conversion(frame: str, neck: str | nn.Module | None, feature_norm: str) -> None:
-    """Raise ValueError unless the Helmert frame and the linear neck come together, as conversion writes them."""
-    linear = isinstance(neck, str) and neck == "linear"
-    if linear and frame != HELMERT:
-        raise EtfZooError(
-            "A linear neck in front of a fixed frame is a learned classifier by another name. It is there for "
-            f"converted classifiers only (frame={HELMERT!r}); use neck='mlp' or neck='residual'."
-        )
-    if frame == HELMERT and not (linear and feature_norm == "none"):
-        raise EtfZooError(
-            f"frame={HELMERT!r} is for converted classifiers and needs neck='linear' and feature_norm='none'. "
-            f"To train with a simplex use frame='simplex' or 'auto'."
         )
 
 

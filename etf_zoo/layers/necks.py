@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import EtfZooError
+from ..frames.build import HELMERT
 
-__all__ = ["LastDimBatchNorm", "mlp_neck", "ResidualNeck", "Center", "build_neck", "NECKS"]
+__all__ = ["LastDimBatchNorm", "mlp_neck", "ResidualNeck", "Center", "build_neck", "check_conversion", "NECKS"]
 
 NECKS = ("mlp", "residual")
 
@@ -160,3 +161,18 @@ def build_neck(
     if name == "center":
         return Center(in_features, device=device), in_features
     raise EtfZooError(f"Unknown neck {name!r}. Choose one of {', '.join(NECKS)}, or None.")
+
+
+def check_conversion(frame: str, neck: str | nn.Module | None, feature_norm: str) -> None:
+    """Raise EtfZooError unless the Helmert frame and the linear neck come together, as conversion writes them."""
+    linear = isinstance(neck, str) and neck == "linear"
+    if linear and frame != HELMERT:
+        raise EtfZooError(
+            "A linear neck in front of a fixed frame is a learned classifier by another name. It is there for "
+            f"converted classifiers only (frame={HELMERT!r}); use neck='mlp' or neck='residual'."
+        )
+    if frame == HELMERT and not (linear and feature_norm == "none"):
+        raise EtfZooError(
+            f"frame={HELMERT!r} is for converted classifiers and needs neck='linear' and feature_norm='none'. "
+            f"To train with a simplex use frame='simplex' or 'auto'."
+        )
