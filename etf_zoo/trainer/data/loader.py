@@ -24,7 +24,7 @@ from .sources import Rows, Stream
 
 __all__ = ["INTERPOLATION", "eval_transform", "row_batches", "stream_batches", "train_transform"]
 
-INTERPOLATION = "bicubic"  # of images that are measured
+INTERPOLATION = "bicubic"  # of all images, those that are trained on and those that are measured
 Transform = Callable[[Any], Any]  # a PIL image to (3, H, W) uint8
 Batch = tuple[Tensor, Tensor, list[tuple[str, str]]]  # images, labels, (where, why) of those that cannot be read
 
@@ -41,7 +41,7 @@ def train_transform(settings: Augment, size: int) -> Transform:
         hflip=0.5 if s.flip else 0.0,
         color_jitter=tuple(s.color_jitter) or None,  # type: ignore[arg-type]
         auto_augment=rand,
-        interpolation="random",
+        interpolation=INTERPOLATION,
         use_prefetcher=True,  # ends in uint8: a quarter of what workers would have to send as float
     )
     for op in [op for step in transform.transforms for op in getattr(step, "ops", ())]:
