@@ -97,8 +97,8 @@ class Choice:
         changed = dataclasses.replace(owner, **{name: value})
         return dataclasses.replace(settings, **{group: changed}) if group else changed
 
-    def applied(self, settings: Finetune, weights: str, data: str, trials: Trials) -> Finetune:
-        """The recipe with the best value; of equals the first.
+    def best(self, weights: str, data: str, trials: Trials) -> Any:
+        """The best value; of equals the first.
 
         Raises:
             ValueError: If some value was not tried yet.
@@ -110,7 +110,7 @@ class Choice:
                 f"Not tried yet: {self.field} {', '.join(map(str, missing))} of {self.method!r} from {weights!r} on "
                 f"{data!r}. Run training/experiments/choose.py with the same --config first."
             )
-        return self.with_value(settings, max(self.values, key=lambda value: tried[value]))
+        return max(self.values, key=lambda value: tried[value])
 
 
 @dataclass(frozen=True)

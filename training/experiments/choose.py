@@ -19,7 +19,7 @@ from etf_zoo.trainer.run.launching import refuse_processes
 from etf_zoo.trainer.run.script import run_script
 from training.experiments.choices import CHOICES, Candidate, Choice, TrainingImages, held_out_figures
 from training.experiments.grid import Results, run_grid, weights_digest
-from training.experiments.transfer_table import OF_METHOD, Table, available, settings_of
+from training.experiments.transfer_table import OF_METHOD, Table, available, entries_of, settings_of
 
 
 def candidates(table: Table) -> list[Candidate]:
@@ -33,7 +33,7 @@ def candidates(table: Table) -> list[Candidate]:
         for data in entry.get("data", table.data):
             fields = {k: v for k, v in table.data[data].items() if k != "per_class"}
             for weights in (name for name in entry.get("weights", table.weights) if name in here):
-                settings = settings_of(table, here[weights], fields, own)
+                settings = settings_of(entries_of(table, here[weights], fields, own))
                 images = TrainingImages(settings.data)
                 settings = dataclasses.replace(settings, data=images.data)
                 identity = f"{weights_digest(settings.model, settings.pretrained)}|{images.load().digest}"

@@ -67,28 +67,36 @@ def digest(*parts: Any) -> str:
 
 
 def settings_digest(settings: Any, *more: Any) -> str:
-    """Digest of what a recipe says otherwise than by default.
+    """Digest of what a recipe says: of a recipe as it was written, or of what it has otherwise than by default.
 
     A new field of recipes, whose default is what was done before, leaves it as it is. Where weights and images are
     is left out: digests of their own say what they are.
 
     Args:
-        settings: A dataclass.
+        settings: Fields and their values as a file has them; or a dataclass.
         more: What else the figures depend on, of JSON's types.
     """
-    return digest(_changed(settings), *more)
+    return digest(_said(settings), *more)
 
 
-def _changed(settings: Any) -> Record:
+def _said(settings: Any) -> Record:
     found: Record = {}
+    entries = settings.items() if isinstance(settings, Mapping) else _changed(settings)
+    for name, value in entries:
+        if name in (*PLACES, *RUNNING, *WORDS):
+            continue
+        nested = dataclasses.is_dataclass(value) or (isinstance(value, Mapping) and not name.endswith("args"))
+        found |= {f"{name}.{inner}": v for inner, v in _said(value).items()} if nested else {name: value}
+    return found
+
+
+def _changed(settings: Any) -> list[tuple[str, Any]]:
+    """Fields of a dataclass that have not their default, and those that are dataclasses themselves."""
+    found = []
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
-        if field.name in (*PLACES, *RUNNING, *WORDS):
-            continue
-        if dataclasses.is_dataclass(value):
-            found |= {f"{field.name}.{name}": inner for name, inner in _changed(value).items()}
-        elif value != (field.default if field.default_factory is dataclasses.MISSING else field.default_factory()):
-            found[field.name] = value
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        found += [(field.name, value)] if dataclasses.is_dataclass(value) or value != default else []
     return found
 
 

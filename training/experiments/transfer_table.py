@@ -46,8 +46,7 @@ from etf_zoo.trainer.tune.depth import stage_features
 from etf_zoo.trainer.tune.probes import PROBES, backbone_size, fit_probe
 from etf_zoo.trainer.tune.tuning import Finetune, Tuned, features_of, fine_tune, strip_head
 from training.experiments.choices import Choice, Trials, read_choices
-from training.experiments.grid import CELLS, Results, digest, lock_file, run_grid, weights_digest
-from training.experiments.grid import settings_digest as digest_of
+from training.experiments.grid import CELLS, Results, digest, lock_file, run_grid, settings_digest, weights_digest
 from training.experiments.intervals import pack
 from training.experiments.transfer_report import Names, write_report
 
@@ -128,6 +127,7 @@ class Cell:
         method: Name of the method; empty likewise.
         seed: Seed.
         settings: The whole recipe.
+        said: What of it is written in the table's recipe; the rest are defaults.
         identity: Digests of the weights and of the images; empty where only a report is wanted.
         per_class: Training images of each class; 0 for all.
         share: Of them that the seed trains on, see `Table`.
@@ -139,6 +139,7 @@ class Cell:
     method: str
     seed: int
     settings: Finetune
+    said: dict[str, Any]
     identity: str
     per_class: int = 0
     share: float = 1.0
@@ -148,8 +149,8 @@ class Cell:
     def recipe_key(self) -> str:
         """Names, and a digest of the settings."""
         stage = [self.stage] if self.stage else []
-        settings = digest_of(self.settings, PROTOCOL, self.per_class, self.share, *stage)
-        return f"{self.weights}|{self.data}|{self.method}|{self.seed}|{settings}"
+        said = settings_digest(self.said, PROTOCOL, self.per_class, self.share, *stage)
+        return f"{self.weights}|{self.data}|{self.method}|{self.seed}|{said}"
 
     @property
     def key(self) -> str:
@@ -170,21 +171,25 @@ def cells(table: Table, chosen: Trials | None = None) -> list[Cell]:
     here = available(table)
     if table.source:
         for weights, start in here.items():
-            settings = settings_of(table, start, table.source, {"method": "ncm"})
-            found.append(Cell(weights, "", "", settings.seed, settings, _identity(table, settings, source=True)))
+            said = entries_of(table, start, table.source, {"method": "ncm"})
+            settings = settings_of(said)
+            found.append(Cell(weights, "", "", settings.seed, settings, said, _identity(table, settings, source=True)))
     for method, entry in table.methods.items():
         own = {"method": method, **{k: v for k, v in entry.items() if k not in OF_METHOD}}
         for data in entry.get("data", table.data):
             fields = {k: v for k, v in table.data[data].items() if k != "per_class"}
             per_class = table.data[data].get("per_class", 0)
             for weights in (name for name in entry.get("weights", table.weights) if name in here):
-                settings = settings_of(table, here[weights], fields, own)
+                said = entries_of(table, here[weights], fields, own)
+                settings = settings_of(said)
                 if "choose" in entry:
-                    settings = Choice.of(method, entry).applied(settings, weights, data, chosen or {})
+                    choice = Choice.of(method, entry)
+                    value = choice.best(weights, data, chosen or {})
+                    settings, said = choice.with_value(settings, value), {**said, choice.field: value}
                 identity = _identity(table, settings)
                 for seed in entry.get("seeds", table.seeds):
                     of_seed = dataclasses.replace(settings, seed=seed)
-                    names = (weights, data, method, seed, of_seed, identity, per_class, table.share)
+                    names = (weights, data, method, seed, of_seed, said, identity, per_class, table.share)
                     measured.append(Cell(*names, entry.get("stage", "")))
     return found + sorted(measured, key=lambda cell: cell.seed)
 
@@ -202,11 +207,14 @@ def available(table: Table) -> dict[str, dict[str, Any]]:
     return found
 
 
-def settings_of(table: Table, start: dict[str, Any], data: dict[str, Any], changes: dict[str, Any]) -> Finetune:
-    """The recipe of some weights, data and method."""
+def entries_of(table: Table, start: dict[str, Any], data: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """What a table says of some weights, data and method."""
     fields = {k: v for k, v in start.items() if k not in OF_WEIGHTS}
-    entries = {"holdout": 0, **table.base, **fields, **changes}
-    entries["data"] = {**table.base.get("data", {}), **data}
+    return {"holdout": 0, **table.base, **fields, **changes, "data": {**table.base.get("data", {}), **data}}
+
+
+def settings_of(entries: dict[str, Any]) -> Finetune:
+    """The recipe of a cell."""
     settings = parse_entries(Finetune, entries)
     # without a holdout the test images are looked at once, at the end; and no cell goes on from a checkpoint
     looks = settings.eval_every if settings.holdout else settings.epochs
@@ -371,7 +379,7 @@ def main() -> None:
         raise EtfZooError(f"{len(failed)} cells failed, see above: {', '.join(failed)}.")
 
 
-__all__ = ["Cell", "Table", "available", "cells", "main", "names_of", "newest", "run_cell", "settings_of"]
+__all__ = ["Cell", "Table", "available", "cells", "entries_of", "main", "names_of", "newest", "run_cell", "settings_of"]
 
 if __name__ == "__main__":
     run_script(main)

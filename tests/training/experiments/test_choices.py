@@ -105,5 +105,5 @@ def test_errors(tmp_path):
 def test_of_equals_the_first():
     choice = Choice("full", "optim.lr", (0.1, 0.2, 0.3))
     trials = {("w", "d", "full"): {0.1: 50.0, 0.2: 60.0, 0.3: 60.0}}
-    assert choice.applied(settings(), "w", "d", trials).optim.lr == 0.2
-    assert dataclasses.replace(choice, values=(0.3, 0.2)).applied(settings(), "w", "d", trials).optim.lr == 0.3
+    assert choice.best("w", "d", trials) == 0.2
+    assert dataclasses.replace(choice, values=(0.3, 0.2)).best("w", "d", trials) == 0.3

