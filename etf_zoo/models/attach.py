@@ -26,6 +26,7 @@ from .names import (
     split_head,
     timm_classifier_names,
 )
+from .stand_in import stand_in, take_back_stand_in
 
 __all__ = ["KEPT_LEARNED", "FrameModel", "attach_frame", "become_twin", "replace_leaves"]
 
@@ -120,9 +121,10 @@ def _attach_to_timm_model(model: Any, num_classes: int | None, config: HeadConfi
     num_classes = int(model.num_classes) if num_classes is None else num_classes
     with _unchanged_on_error(model):
         if num_classes != model.num_classes:
-            model.reset_classifier(num_classes)
+            model.reset_classifier(stand_in(num_classes))
         if num_classes > 0:
             replace_leaves(model, num_classes, names, config)
+        take_back_stand_in(model, num_classes)
     return become_twin(model, config, names)
 
 
@@ -144,11 +146,12 @@ class FrameModel(nn.Module):
 
     def reset_classifier(self, num_classes: int, *args, **kwargs):
         with _unchanged_on_error(self):
-            super().reset_classifier(num_classes, *args, **kwargs)  # type: ignore[misc]  # the timm model's
+            super().reset_classifier(stand_in(num_classes), *args, **kwargs)  # type: ignore[misc]  # the timm model's
             if self.head_config.is_conversion:  # belongs to the classifier that it converted: start afresh
                 self.head_config = HeadConfig()
             if num_classes > 0:
                 replace_leaves(self, num_classes, self._classifier_names, self.head_config.for_classes(num_classes))
+            take_back_stand_in(self, num_classes)
 
     @property
     def _model_args(self) -> dict[str, Any]:

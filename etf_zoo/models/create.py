@@ -25,6 +25,7 @@ from .attach import attach_frame, become_twin, replace_leaves
 from .convert import convert_classifier
 from .head_config import HEAD_ARGS, HeadConfig, read_switch, same_value, split_head_args
 from .names import as_names, base_name, frame_heads, narrowest, split_head
+from .stand_in import stand_in, take_back_stand_in
 from .tags import default_tag, is_converted
 
 __all__ = ["ReadWeights", "SavedArgs", "create_twin", "whiten"]
@@ -260,7 +261,9 @@ def _build_backbone(request: _Request, weights: _Weights) -> nn.Module:
             # timm loads strictly unless the class counts differ, and then it pops only .weight and .bias: hand it a
             # count that always differs and no head at all, and check the keys ourselves
             cfg.update(state_dict=weights.backbone, num_classes=-1)
-        model = model_entrypoint(base)(pretrained=weights.backbone is not None, pretrained_cfg=cfg, **request.building)
+        building = {**request.building, "num_classes": stand_in(request.num_classes)}
+        model = model_entrypoint(base)(pretrained=weights.backbone is not None, pretrained_cfg=cfg, **building)
+        take_back_stand_in(model, request.num_classes)
         model.pretrained_cfg["tag"] = request.cfg.tag
     model.pretrained_cfg.pop("state_dict", None)
     return model
