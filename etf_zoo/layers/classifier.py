@@ -34,6 +34,7 @@ HELMERT_MATRIX_CLASSES = 4096  # above, the Helmert frame is a transform in O(K)
 KERDOCK_MATRIX_CLASSES = 4096  # above, a Kerdock frame is computed from its sign bits
 # Above, frame="auto" is a Kerdock frame: see training/benchmarks/kerdock_code_cpu.json and kerdock_auto_cpu.json.
 AUTO_KERDOCK_CLASSES = 16384
+_is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # torch 2.6 tells no difference
 
 
 # Leaves for torch.fx: their branches on dtype and autocast are not for a tracer to follow.
@@ -291,7 +292,7 @@ class FrameClassifier(GuardedFrame):
         if self.implicit and self.frame == HELMERT:
             raise EtfZooError("A converted classifier of so many classes has no blocks: use head(x).topk(k).")
         embeddings = self.embed(x)
-        if torch.compiler.is_exporting():  # a graph has no loop; one image's logits are no burden
+        if _is_exporting():  # a graph has no loop; one image's logits are no burden
             return self.project(embeddings).topk(k)
         with torch.autocast(x.device.type, enabled=False):
             rows = into_core(embeddings * self.scale(), self.rotation).flatten(0, -2)
