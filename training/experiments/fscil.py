@@ -11,12 +11,13 @@ one, and writes its features. `photos` writes those of EfficientNet-lite0 with I
 `grocery`; the backbone then knows more than the base classes. `choose` picks steps and rate of each method on base
 classes alone: fifteen of them take the part of new ones, and images held out of training judge. `sessions` draws five
 images of each new class by seed and fits each head, all on the same frozen features and with one mean of each class
-seen before for a memory. Results go to `training/results/fscil/`.
+seen before for a memory. Results go to `training/results/later/`.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
 import time
@@ -43,10 +44,10 @@ from etf_zoo.trainer.tune.incremental import fit_neck
 from training.experiments.later_features import features_of
 from training.experiments.later_features import open_rows as open_images
 
-RESULTS = Path("training/results/fscil")
+RESULTS = Path("training/results/later")
 SHOTS, WAYS = 5, 5
 EPOCHS, BATCH = 4, 128
-BACKBONE = "cifar100"
+NECK = 256  # features between neck and prototypes
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,8 @@ class Protocol:
 
 
 PROTOCOLS = {"cifar100": Protocol(60, 8), "cub50": Protocol(30, 4), "grocery": Protocol(51, 6)}
-GRID = [(steps, rate) for steps in (50, 200) for rate in (3e-4, 1e-3, 3e-3)]
+GRID = [(steps, rate) for steps in (50, 200) for rate in (1e-3, 3e-3, 1e-2)]
+TRIALS = (100, 101)  # seeds that are chosen by
 METHODS = ("frame", "nearest mean", "learned linear", "learned cosine")
 
 
@@ -149,7 +151,7 @@ def train_base(loss_name: str, seed: int, folder: Path) -> None:
     print(f"base classes, as trained: {100 * top1:.2f} %")
     save_file(found, folder / f"cifar100-{loss_name}-{seed}.safetensors")
     about = {"loss": loss_name, "seed": seed, "epochs": EPOCHS, "base_top1": 100 * top1.item()}
-    append(RESULTS / "base.jsonl", {**about, "minutes": round((time.time() - started) / 60, 1)})
+    append(RESULTS / "sessions_base.jsonl", {**about, "minutes": round((time.time() - started) / 60, 1)})
 
 
 def photo_features(folder: Path) -> None:
@@ -178,28 +180,40 @@ class Head:
         torch.manual_seed(seed)
         self.method, self.base = method, base
         self.means = torch.zeros(0, width)
+        self.shift, self.scale = torch.zeros(width), torch.ones(width)
         self.net: Any = None
         if method == "frame":
-            self.net = FrameClassifier(width, base, reserve=total - base, neck="mlp")
+            self.net = FrameClassifier(width, base, reserve=total - base, neck="mlp", neck_features=NECK)
         elif method == "learned cosine":
-            holder = nn.Sequential(FrameClassifier(width, base, reserve=total - base, neck="mlp"))
+            frame = FrameClassifier(width, base, reserve=total - base, neck="mlp", neck_features=NECK)
+            holder = nn.Sequential(frame)
             self.net = learn_prototypes(holder)[0]  # type: ignore[index]
         elif method == "learned linear":
             self.net = nn.Linear(width, total)
 
+    def scaled(self, x: Tensor) -> Tensor:
+        """Features as the head takes them: each standardized by the base classes' images, raw for class means."""
+        return (x - self.shift) / self.scale
+
     def logits(self, x: Tensor, classes: int) -> Tensor:
+        """Of the first classes, from scaled features."""
         if self.net is None:
             return F.normalize(x, dim=1) @ F.normalize(self.means, dim=1).T
         return self.net(x)[:, :classes]
 
-    def fit_base(self, x: Tensor, y: Tensor, epochs: int = 10) -> None:
-        """Cross-entropy over the base classes' images, and their means for the memory."""
+    def fit_base(self, x: Tensor, y: Tensor) -> None:
+        """Cross-entropy over the base classes' images, ten epochs or 400 steps, and their means for the memory."""
+        if self.net is not None:
+            self.shift, self.scale = x.mean(0), x.std(0).clamp(min=1e-6)
+        x = self.scaled(x)
         self.means = means_of(x, y, self.base)
         if self.net is None:
             return
         order = torch.Generator().manual_seed(0)
-        optimizer = torch.optim.AdamW(self.net.parameters(), lr=1e-3, weight_decay=0.05)
+        rate = 1e-2 if self.method == "learned linear" else 1e-3
+        optimizer = torch.optim.AdamW(self.net.parameters(), lr=rate, weight_decay=0.05)
         count = max(1, len(x) // BATCH)
+        epochs = max(10, 400 // count)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * count)
         self.net.train()
         for _ in range(epochs):
@@ -220,6 +234,7 @@ class Head:
 
     def add(self, x: Tensor, y: Tensor, steps: int, rate: float) -> None:
         """A session: images of five classes that are numbered on."""
+        x = self.scaled(x)
         old, count = len(self.means), int(y.max()) + 1
         before, self.means = self.means, torch.cat([self.means, means_of(x, y - old, count - old)])
         if isinstance(self.net, FrameClassifier):
@@ -245,17 +260,28 @@ def means_of(x: Tensor, y: Tensor, count: int) -> Tensor:
 
 @torch.no_grad()
 def accuracy(head: Head, x: Tensor, y: Tensor, classes: int) -> float:
-    return 100 * (head.logits(x, classes).argmax(1) == y).float().mean().item()
+    return 100 * (head.logits(head.scaled(x), classes).argmax(1) == y).float().mean().item()
+
+
+def based(method: str, data: dict[str, Tensor], base: int, total: int, seed: int) -> Head:
+    """A head that knows the base classes."""
+    head = Head(method, data["train"].shape[1], base, total, seed)
+    rows = data["train_labels"] < base
+    head.fit_base(data["train"][rows], data["train_labels"][rows])
+    return head
 
 
 # ------------------------------------------------------------------------------------------------------------ protocol
 
 
-def run(data: dict[str, Tensor], head: Head, base: int, sessions: int, seed: int, *, steps: int, rate: float) -> Any:
-    """Top-1 on all classes seen, after the base session and after each other; and at the end on old and new classes."""
+def run(data: dict[str, Tensor], head: Head, sessions: int, seed: int, *, steps: int, rate: float) -> Any:
+    """Top-1 on all classes seen, of a head that knows the base classes and after each session; and at the end on both.
+
+    The head is left as it was.
+    """
+    head, base = copy.deepcopy(head), head.base
     generator = np.random.default_rng(seed)
     x, y, tested, truth = data["train"], data["train_labels"], data["test"], data["test_labels"]
-    head.fit_base(x[y < base], y[y < base])
     top1 = [accuracy(head, tested[truth < base], truth[truth < base], base)]
     for session in range(sessions):
         first = base + session * WAYS
@@ -274,7 +300,7 @@ def run(data: dict[str, Tensor], head: Head, base: int, sessions: int, seed: int
 
 
 def sets(folder: Path) -> Iterator[tuple[str, str, dict[str, Tensor]]]:
-    """Name of the data, of the backbone, and its features; standardized by the base classes' training images."""
+    """Name of the data, of the backbone, and its features."""
     for file in sorted(folder.glob("*.safetensors")):
         source, backbone = file.stem.split("-", 1)
         if source in PROTOCOLS:
@@ -299,13 +325,11 @@ def choose(folder: Path) -> None:
         base = PROTOCOLS[source].base
         part = choosing_part(data, base)
         for method in METHODS:
+            heads = {seed: based(method, part, base - 15, base, seed) for seed in TRIALS}
             scores = {}
             for steps, rate in GRID if method != "nearest mean" else GRID[:1]:
-                found = []
-                for seed in (100, 101):
-                    head = Head(method, part["train"].shape[1], base - 15, base, seed)
-                    found += run(part, head, base - 15, 3, seed, steps=steps, rate=rate)["top1"]
-                scores[steps, rate] = statistics.mean(found)
+                found = [run(part, head, 3, seed, steps=steps, rate=rate)["top1"] for seed, head in heads.items()]
+                scores[steps, rate] = statistics.mean(value for top1 in found for value in top1)
             steps, rate = max(scores, key=lambda key: scores[key])
             chosen[f"{source} {backbone} {method}"] = {
                 "steps": steps,
@@ -314,25 +338,23 @@ def choose(folder: Path) -> None:
             }
             print(source, backbone, method, chosen[f"{source} {backbone} {method}"], flush=True)
     RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / "chosen.json").write_text(json.dumps(chosen, indent=1) + "\n")
+    (RESULTS / "sessions_chosen.json").write_text(json.dumps(chosen, indent=1) + "\n")
 
 
 def sessions(folder: Path, seeds: int) -> None:
     """The protocol, by method and seed (of the images drawn and of the heads' start)."""
-    chosen = json.loads((RESULTS / "chosen.json").read_text())
-    (RESULTS / "cells.jsonl").unlink(missing_ok=True)
+    chosen = json.loads((RESULTS / "sessions_chosen.json").read_text())
+    (RESULTS / "sessions.jsonl").unlink(missing_ok=True)
     for source, backbone, data in sets(folder):
         protocol = PROTOCOLS[source]
         total = protocol.base + protocol.sessions * WAYS
         for method in METHODS:
             settings = chosen[f"{source} {backbone} {method}"]
             for seed in range(seeds):
-                head = Head(method, data["train"].shape[1], protocol.base, total, seed)
-                found = run(
-                    data, head, protocol.base, protocol.sessions, seed, steps=settings["steps"], rate=settings["rate"]
-                )
+                head = based(method, data, protocol.base, total, seed)
+                found = run(data, head, protocol.sessions, seed, steps=settings["steps"], rate=settings["rate"])
                 cell = {"data": source, "backbone": backbone, "method": method, "seed": seed, **found}
-                append(RESULTS / "cells.jsonl", cell)
+                append(RESULTS / "sessions.jsonl", cell)
                 print(cell, flush=True)
 
 
@@ -344,7 +366,7 @@ def append(file: Path, entry: dict[str, Any]) -> None:
 
 def table() -> str:
     """Means over seeds, and their standard deviation at the end."""
-    cells = [json.loads(line) for line in (RESULTS / "cells.jsonl").read_text().splitlines()]
+    cells = [json.loads(line) for line in (RESULTS / "sessions.jsonl").read_text().splitlines()]
     lines = ["| data, backbone | head | base | end | drop | average | base classes at the end | new ones | seeds |"]
     lines += ["|---" * 9 + "|"]
     for source, backbone in dict.fromkeys((c["data"], c["backbone"]) for c in cells):
@@ -383,7 +405,7 @@ def main() -> None:
     elif args.part == "sessions":
         sessions(args.features, args.seeds)
     if args.table:
-        (RESULTS / "table.md").write_text(table())
+        (RESULTS / "sessions.md").write_text(table())
         print(table())
 
 

@@ -209,6 +209,8 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "codes": codes,
     "collapse-speed": collapse_speed,
     "standing": standing,
+    "later-ood": _text("later", "ood.md"),
+    "later-retrieval": _text("later", "retrieval.md"),
 }
 
 

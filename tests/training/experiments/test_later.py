@@ -1,0 +1,60 @@
+"""Figures of the experiments on classes that come later, against plain loops."""
+
+import pytest
+import torch
+
+from etf_zoo.frames.numerics import unit
+from training.experiments.fscil import METHODS, based, choosing_part, run
+from training.experiments.later_ood import compared
+from training.experiments.later_retrieval import coordinates, ranked
+
+
+def test_ranking_is_what_a_loop_finds():
+    generator = torch.Generator().manual_seed(0)
+    queries, gallery = (unit(torch.randn(n, 5, generator=generator)) for n in (6, 20))
+    wanted, labels = torch.tensor([0, 1, 2, 0, 1, 9]), torch.arange(20) % 3  # there is none of class 9
+    precisions, first, ten = [], [], []
+    for query, k in zip(queries[:5], wanted[:5].tolist(), strict=True):
+        order = sorted(range(20), key=lambda i: -float(query @ gallery[i]))
+        hits = [labels[i] == k for i in order]
+        precisions.append(sum(sum(hits[: i + 1]) / (i + 1) for i, hit in enumerate(hits) if hit) / sum(hits))
+        first.append(float(hits[0]))
+        ten.append(float(any(hits[:10])))
+    found = ranked(queries, gallery, wanted, labels)
+    slow = {"map": precisions, "recall1": first, "recall10": ten}
+    assert found == {key: pytest.approx(20 * float(sum(values)), abs=0.01) for key, values in slow.items()}
+
+
+def test_logits_of_any_shift_and_scale_have_one_embedding():
+    logits = torch.randn(4, 7, generator=torch.Generator().manual_seed(0))
+    found = coordinates(logits)
+    torch.testing.assert_close(found, coordinates(3 * logits + 5), atol=1e-5, rtol=1e-4)
+    centered = unit(logits - logits.mean(1, keepdim=True))
+    torch.testing.assert_close(found @ found.T, centered @ centered.T, atol=1e-5, rtol=1e-4)
+
+
+def test_familiar_and_unfamiliar_are_compared_pair_by_pair():
+    generator = torch.Generator().manual_seed(0)
+    known, unknown = torch.randn(100, generator=generator) + 1, torch.randn(60, generator=generator)
+    found = compared(known, unknown)
+    assert found["auroc"] == pytest.approx(100 * (known[:, None] > unknown).float().mean().item(), abs=0.01)
+    limit = known.sort(descending=True).values[94]  # with it, 95 of 100 are taken
+    assert found["fpr95"] == pytest.approx(100 * (unknown >= limit).float().mean().item(), abs=0.01)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_protocol_knows_more_classes_each_session(method):
+    generator = torch.Generator().manual_seed(0)
+    centers = 3 * torch.randn(20, 16, generator=generator)
+    labels = torch.arange(20).repeat_interleave(12)
+    x, y = (centers[labels] + 0.3 * torch.randn(240, 16, generator=generator)).relu(), labels
+    data = {"train": x, "train_labels": y, "test": x, "test_labels": y}
+    head = based(method, data, 10, 20, 0)
+    first = run(data, head, 2, 0, steps=50, rate=1e-2)
+    assert len(first["top1"]) == 3
+    assert first["top1"][0] > 90
+    assert first == run(data, head, 2, 0, steps=50, rate=1e-2)  # the head was left as it was
+    assert first["new"] > 20  # chance is 5
+    part = choosing_part(data, 10)
+    assert (len(part["train"]), len(part["test"])) == (100, 20)
+    assert int(part["test_labels"].max()) == 9  # nothing of the classes to come
