@@ -41,6 +41,7 @@ from etf_zoo.trainer.data.resident import Split
 from etf_zoo.trainer.recipe.config import Augment, Data, Optim, Recipe
 from etf_zoo.trainer.run.run import Run
 from etf_zoo.trainer.tune.probes import backbone_features, fit_probe
+from training.experiments.transfer_report import markdown
 
 RESULTS = Path("training/results/kerdock")
 TRANSFER = {"flowers17": "test", "cub50": "test", "grocery": "test"}
@@ -182,34 +183,33 @@ def read(part: str) -> list[dict[str, Any]]:
     return [cell for cell in map(json.loads, lines) if cell["part"] == part]
 
 
-def table() -> str:
-    """Both tables, in Markdown."""
-    lines = ["# Does a Kerdock frame learn?", "", "Written by `python training/experiments/kerdock.py --table`."]
-    lines += ["", "## Instance discrimination", "", "One run a row: no interval can be given. Top-1 of linear probes."]
-    names = " | ".join(TRANSFER)
-    lines += ["", f"| head | network | d | classes | images | epochs | loss | training top-1 | {names} |"]
-    lines += ["|---|---|" + "--:|" * (6 + len(TRANSFER))]
+def instances_table() -> str:
+    """Instance discrimination, in Markdown."""
+    columns = ["head", "network", "d", "classes", "images", "epochs", "loss", "training top-1", *TRANSFER]
+    body = []
     for cell in read("instances"):
-        probe = " | ".join(f"{cell['probe'][name]:.1f}" for name in TRANSFER)
         loss, top1 = (f"{cell[k]:.2f}" if k in cell else "" for k in ("train_loss", "train_top1"))
-        lines.append(
-            f"| {cell['name']} | {cell['model']} | {cell['dim']} | {cell.get('classes', '')} | {cell['images']} | "
-            f"{cell['epochs']} | {loss} | {top1} | {probe} |"
-        )
-    lines += ["", "## 200 classes in few dimensions", "", "Mean over runs, and their range; n is how many there are."]
-    lines += ["", "| d | head | n | largest cosine | loss | validation top-1 |", "|--:|---|--:|--:|--:|--:|"]
+        row = [cell["name"], cell["model"], cell["dim"], cell.get("classes", ""), cell["images"], cell["epochs"]]
+        body.append([*map(str, row), loss, top1, *(f"{cell['probe'][name]:.1f}" for name in TRANSFER)])
+    return "\n".join(markdown(columns, body)) + "\n"
+
+
+def classes_table() -> str:
+    """200 classes in few dimensions, in Markdown."""
     groups: dict[tuple[int, str], list[dict[str, Any]]] = {}
     for cell in read("classes"):
         groups.setdefault((cell["dim"], cell["name"]), []).append(cell)
+    body = []
     for (dim, name), runs in sorted(groups.items()):
         cosine = ", ".join(f"{value:.3f}" for value in runs[0]["cosine"])
         top1 = [run["val_top1"] for run in runs]
+        shown = f"{statistics.mean(top1):.2f}"
+        if len(runs) > 1:
+            shown += f" ({min(top1):.2f} to {max(top1):.2f})"
         loss = statistics.mean(run["train_loss"] for run in runs)
-        lines.append(
-            f"| {dim} | {name} | {len(runs)} | {cosine} | {loss:.3f} | {statistics.mean(top1):.2f} "
-            f"({min(top1):.2f} to {max(top1):.2f}) |"
-        )
-    return "\n".join(lines) + "\n"
+        body.append([str(dim), name, str(len(runs)), cosine, f"{loss:.3f}", shown])
+    columns = ["d", "head", "runs", "largest cosine", "training loss", "validation top-1 (range)"]
+    return "\n".join(markdown(columns, body)) + "\n"
 
 
 def is_done(wanted: dict[str, Any]) -> bool:
@@ -235,7 +235,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of classes")
     parser.add_argument("--only", nargs="*", help="names of cells")
     parser.add_argument("--runs", type=Path, default=Path("runs/kerdock"))
-    parser.add_argument("--table", action="store_true", help="write table.md from the cells that are done")
+    parser.add_argument("--table", action="store_true", help="write the tables of the cells that are done")
     args = parser.parse_args()
     RESULTS.mkdir(parents=True, exist_ok=True)
     if args.part == "instances":
@@ -253,7 +253,8 @@ def main() -> None:
                     if not is_done(wanted):
                         keep({**wanted, **class_cell(name, dim, seed, data, args)})
     if args.table:
-        (RESULTS / "table.md").write_text(table(), encoding="utf-8")
+        (RESULTS / "instances.md").write_text(instances_table(), encoding="utf-8")
+        (RESULTS / "classes.md").write_text(classes_table(), encoding="utf-8")
 
 
 if __name__ == "__main__":

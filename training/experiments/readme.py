@@ -197,6 +197,42 @@ def collapse_speed(page: Path) -> str:
     return "\n".join(markdown(columns, body))
 
 
+def kerdock_step(page: Path) -> str:
+    """A training step over a million classes: time and memory of the head, beside a learned one."""
+    names = {"kerdock": "Kerdock frame", "stored": "fixed frame, stored", "linear": "`nn.Linear`, SGD with momentum"}
+    heads = _read(BENCHMARKS / "kerdock_step_cpu.json")["results"]["heads"]
+    body = [
+        [
+            label,
+            f"{heads[name]['classes']:,}",
+            f"{heads[name]['seconds_at_all_classes']:.2f}",
+            f"{heads[name]['times_of_first_at_all_classes']:.1f}",
+            f"{heads[name]['peak_bytes_at_all_classes'] / 1e6:,.0f}",
+        ]
+        for name, label in names.items()
+    ]
+    return "\n".join(markdown(["head", "measured at K", "seconds", "times the first", "memory (MB)"], body))
+
+
+def kerdock_auto(page: Path) -> str:
+    """A frame that is stored beside one that is computed, by the number of classes."""
+    body = [
+        [f"{r['dim']}", f"{r['classes']:,}", f"{r['stored_over_computed_time']:.1f}", f"{r['stored_megabytes']:.0f}"]
+        for r in _read(BENCHMARKS / "kerdock_auto_cpu.json")["results"]
+    ]
+    return "\n".join(markdown(["width", "classes", "stored / computed, time", "matrix (MB)"], body))
+
+
+def kerdock_code(page: Path) -> str:
+    """Cosines of Kerdock frames beside other arrangements and the bound."""
+    names = ["kerdock", "spherical code", "orthoplexes", "random"]
+    body = []
+    for r in _read(BENCHMARKS / "kerdock_code_cpu.json")["results"]:
+        cells = [f"{r[n]['largest_cosine']:.4f} ({r[n]['mean_nearest_cosine']:.4f})" if n in r else "" for n in names]
+        body.append([f"{r['dim']}", f"{r['classes']:,}", f"{r['levenshtein_bound']:.4f}", *cells])
+    return "\n".join(markdown(["width", "classes", "bound", *names], body))
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "results": source,
     "transfer": _text("transfer", "summary.md"),
@@ -208,6 +244,11 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "head-cost": head_cost,
     "codes": codes,
     "collapse-speed": collapse_speed,
+    "kerdock-step": kerdock_step,
+    "kerdock-auto": kerdock_auto,
+    "kerdock-code": kerdock_code,
+    "kerdock-instances": _text("kerdock", "instances.md"),
+    "kerdock-classes": _text("kerdock", "classes.md"),
     "standing": standing,
     "later-ood": _text("later", "ood.md"),
     "later-retrieval": _text("later", "retrieval.md"),
