@@ -11,7 +11,6 @@ from timm.models import get_pretrained_cfg
 
 from ..errors import EtfZooError
 from ..frames.describe import describe_frame
-from ..frames.report import frame_report, simplex_report
 from ..layers.classifier import FrameClassifier
 from ..models.convert import EXACT
 from ..models.find import find_model, load_model
@@ -102,8 +101,7 @@ def _model_and_weights(name: str) -> tuple[Any, str]:
 
 
 def _head(head: FrameClassifier) -> dict[str, Any]:
-    # an implicit head is a simplex of so many classes that its matrix is never formed
-    report = simplex_report(head.num_classes, head.dim) if head.implicit else frame_report(head.weight)
+    report = head.frame_report()
     digits = 9 if head.implicit else 6
     frame = describe_frame(head.frame, head.num_classes + head.reserve, head.dim)
     return {

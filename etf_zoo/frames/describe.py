@@ -31,6 +31,8 @@ def describe_frame(frame: str, num_classes: int, dim: int, *, orientation: str =
         text = f"{num_classes - dim} mutually orthogonal simplices of {size}, the most separated there are"
     elif frame in ("auto", "code"):
         text = f"spherical code of {size}"
+    elif frame == "kerdock":
+        text = f"Kerdock frame of {size}, cosines 0 and 1/sqrt(d) of either sign"
     elif frame == "random":
         text = f"independent random directions for {size}, the control for the geometry"
     elif frame == "hierarchy":

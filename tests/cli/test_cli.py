@@ -10,7 +10,8 @@ import pytest
 import timm
 from PIL import Image
 
-from etf_zoo import frame_heads
+from etf_zoo import FrameClassifier, frame_heads
+from etf_zoo.cli.models import _head
 from etf_zoo.frames import frame_report
 from etf_zoo.sharing.folder import save_folder
 from etf_zoo.weights.native import native_tags
@@ -225,3 +226,11 @@ def test_export(capsys, folder, tmp_path):
     assert main(["export", str(folder), str(tmp_path / "out"), "--format", "plain", "--half"]) == 0
     assert "same top-1 predictions, another softmax" in capsys.readouterr().out
     assert not frame_heads(timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True))
+
+
+def test_info_of_a_frame_of_a_million_classes():
+    """Closed forms: nothing of K x K, nor of K x d, is computed."""
+    found = _head(FrameClassifier(1024, 1_050_624, frame="kerdock"))
+    assert found["frame"].endswith("computed and not stored")
+    assert (found["largest cosine"], found["coherence"], found["tightness error"]) == (1 / 32, 1, 0)
+    assert found["Welch bound on the coherence"] == pytest.approx(1 / 32, abs=1e-4)
