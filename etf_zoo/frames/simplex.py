@@ -17,7 +17,7 @@ from .numerics import check_finite_matrix, seeded
 from .orientation import block_indicators, resolve_orientation
 from .polar import polar_factor
 
-MAX_SIZE = 10_000_000  # classes or dimensions; more fit no memory
+MAX_SIZE = 20_000_000  # classes or dimensions: more than the 16.8 million of the largest Kerdock frame fit no memory
 
 __all__ = ["simplex_etf", "nearest_simplex_etf", "helmert_basis", "helmert_coordinates", "haar_columns"]
 

@@ -59,13 +59,11 @@ class FrameClassifier(GuardedFrame):
         num_classes: Number of classes K.
         frame: `"auto"` (the best known arrangement: the simplex ETF where it fits), `"simplex"`, `"random"` (the
             control), `"code"`, `"kerdock"`, `"hierarchy"` (2303.05689, with `hierarchy`), or a tensor `(K, dim)` with
-            unit rows. A Kerdock frame of more than 4,096 classes is computed from d^2/2 sign bits, not stored: `weight`
-            is `(K, 0)`, `implicit` is true, and `losses.FrameCrossEntropy` trains it without holding the logits;
-            `"auto"` takes it above 16,384 classes. The
-            attribute `frame` then reads `"custom"`, which is accepted here on the meta device only, where a checkpoint
-            will bring the frame. `"helmert"`, with neck `"linear"` and norm `"none"`, is a converted classifier, see
-            `etf_zoo.models.convert`: above 4,096 classes its frame is computed, not stored, `weight` is `(K, 0)` and
-            `implicit` is true.
+            unit rows. The attribute `frame` then reads `"custom"`, which is accepted here on the meta device only,
+            where a checkpoint will bring the frame. `"helmert"`, with neck `"linear"` and norm `"none"`, is a converted
+            classifier, see `etf_zoo.models.convert`. Above 4,096 classes it and a Kerdock frame are computed, not
+            stored: `weight` is `(K, 0)` and `implicit` is true. `"auto"` is a Kerdock frame above 16,384 classes; see
+            `losses.FrameCrossEntropy` for its training.
         neck: None, `"mlp"`, `"residual"`, or a module whose output is `dim` wide (then pass the frame as a tensor
             or let its `out_features` say the width). See `etf_zoo.layers.necks` for why none is linear; `"linear"` and
             `"center"` are for converted classifiers.
