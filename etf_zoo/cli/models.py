@@ -14,9 +14,10 @@ from ..frames.describe import describe_frame
 from ..layers.classifier import FrameClassifier
 from ..models.convert import EXACT
 from ..models.find import find_model, load_model
-from ..models.names import frame_heads
-from ..models.tags import is_converted
+from ..models.names import base_name, frame_heads
+from ..models.tags import default_tag, is_converted
 from ..text import printable
+from ..weights.packages import find_packaged
 
 __all__ = ["list_models", "show_info"]
 
@@ -33,6 +34,7 @@ def list_models(args: argparse.Namespace) -> None:
         print("\n".join(names))
         return
     here = [name for name in names if getattr(get_pretrained_cfg(name), "file", None)]
+    here += [name for name in names if _package(name)]
     elsewhere = [name for name in names if name not in set(here)]
     shown = here + elsewhere if args.pattern else here
     width = max(map(len, shown), default=0)
@@ -48,7 +50,18 @@ def _where(name: str) -> str:
     if cfg is None or not cfg.has_weights:
         return "none yet"
     where = "embedded" if cfg.file else f"hf-hub:{cfg.hf_hub_id}" if cfg.hf_hub_id else str(cfg.url)
+    if package := _package(name):
+        where = f"the installed package {package}"
     return f"converted from {where}" if is_converted(cfg) else where
+
+
+def _package(name: str) -> str:
+    """The installed package that the weights of a tag are taken from; empty if from none."""
+    cfg = get_pretrained_cfg(name)
+    if cfg is None or not is_converted(cfg):
+        return ""
+    entry = find_packaged(f"{base_name(name)}.{cfg.tag}")
+    return entry.package if entry else ""
 
 
 def show_info(args: argparse.Namespace) -> None:
@@ -90,9 +103,14 @@ def _model_and_weights(name: str) -> tuple[Any, str]:
         model = load_model(name)
         return model, str(model.pretrained_cfg.get("tag") or "in the folder")
     tagged = get_pretrained_cfg(source.name)
+    if tagged is None or not is_converted(tagged):
+        full = f"{source.name}.{default_tag(source.name)}" if source.is_twin and "." not in source.name else ""
+        tagged = get_pretrained_cfg(full) if full and _package(full) else None
     if tagged is not None and is_converted(tagged):  # its head is known without a download
         kwargs = EXACT.saved()
-        return timm.create_model(name, **kwargs), _where(name)
+        model = timm.create_model(name, **kwargs)
+        model.pretrained_cfg["license"] = tagged.license
+        return model, _where(f"{tagged.architecture}.{tagged.tag}")
     if source.is_twin:
         converted = timm.list_pretrained(f"{name}.*") if "." not in name else []
         words = f"{len(converted)} converted, such as {converted[0]}" if converted else "none yet"

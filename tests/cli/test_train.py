@@ -1,8 +1,6 @@
 """Training by `etf-zoo`: in place, in processes, and what it says without the extra packages."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 
@@ -49,15 +47,13 @@ def test_without_the_extra(arguments, monkeypatch, capsys):
 
 def test_processes_go_through_the_launcher(monkeypatch):
     started = []
-    monkeypatch.setattr(subprocess, "run", lambda command, check: started.append(command) or subprocess.Popen)
-    monkeypatch.setattr(subprocess.Popen, "returncode", 7, raising=False)
+    monkeypatch.setattr("etf_zoo.trainer.run.launcher.launch", lambda command: started.append(command) or 7)
     assert main(["finetune", "--processes", "2", "--resume", "--data", "x"]) == 7
     command = started[0]
-    assert command[:3] == [sys.executable, "-m", "accelerate.commands.launch"]
     assert command[command.index("--num_processes") + 1] == "2"
     assert command[-6:] == ["-m", "etf_zoo.trainer", "finetune", "--resume", "--data", "x"]
     assert main(["evaluate", "m", "d", "--config_file", "f.yaml", "--split", "val"]) == 7
-    assert started[1][3:5] == ["--config_file", "f.yaml"]
+    assert started[1][:2] == ["--config_file", "f.yaml"]
     assert started[1][-6:] == ["--model", "m", "--data.source", "d", "--data.val_split", "val"]
 
 

