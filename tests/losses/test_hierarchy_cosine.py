@@ -10,7 +10,7 @@ from etf_zoo.frames import Hierarchy, hierarchy_cosines, hierarchy_frame
 from etf_zoo.losses import HierarchyCosineLoss
 
 TREE = Hierarchy({"a": "ab", "b": "ab", "c": "cd", "d": "cd", "ab": "root", "cd": "root"})
-DISTANCES = TREE.distances("abcd")
+DISTANCES = TREE.distances(list("abcd"))
 FRAME = hierarchy_frame(DISTANCES, 6, gamma=2.0).double()
 LABELS = torch.tensor([0, 2, 1, 3, 3])
 
