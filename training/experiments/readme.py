@@ -250,6 +250,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "kerdock-instances": _text("kerdock", "instances.md"),
     "kerdock-classes": _text("kerdock", "classes.md"),
     "standing": standing,
+    "later-sessions": _text("later", "sessions.md"),
     "later-ood": _text("later", "ood.md"),
     "later-retrieval": _text("later", "retrieval.md"),
 }
