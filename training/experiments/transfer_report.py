@@ -217,7 +217,7 @@ def summary(records: Sequence[Record], names: Names) -> str:
     cells: dict[tuple[str, str], dict[str, str]] = {}
     most = max(r["subsets"] for r in table)
     for r in table:
-        subsets = f" ({r['subsets']} subset)" if r["subsets"] < most else ""
+        subsets = f" ({r['subsets']} of {most} subsets)" if r["subsets"] < most else ""
         difference = f"; {_difference(r)}" if r["minus_images"] else ""
         cells.setdefault((r["data"], r["method"]), {})[r["weights"]] = f"{r['top1']:.2f}{subsets}{difference}"
     body = [[d, m, *(c.get(w, "") for w in names.order)] for (d, m), c in cells.items()]

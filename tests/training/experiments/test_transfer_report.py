@@ -99,7 +99,7 @@ def test_summary(records):
     a, b, c, d = row.split(" | ")[2:]
     assert a == "10.50"
     assert b.startswith("31.00; +20.50 [+")
-    assert c == "20.00 (1 subset)"
+    assert c == "20.00 (1 of 2 subsets)"
     assert d.endswith("(n = 1 x 1 x 200) |")
 
 
