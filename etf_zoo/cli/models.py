@@ -108,9 +108,9 @@ def _model_and_weights(name: str) -> tuple[Any, str]:
         tagged = get_pretrained_cfg(full) if full and _package(full) else None
     if tagged is not None and is_converted(tagged):  # its head is known without a download
         kwargs = EXACT.saved()
-        model = timm.create_model(name, **kwargs)
-        model.pretrained_cfg["license"] = tagged.license
-        return model, _where(f"{tagged.architecture}.{tagged.tag}")
+        rewritten: Any = timm.create_model(name, **kwargs)
+        rewritten.pretrained_cfg["license"] = tagged.license
+        return rewritten, _where(f"{tagged.architecture}.{tagged.tag}")
     if source.is_twin:
         converted = timm.list_pretrained(f"{name}.*") if "." not in name else []
         words = f"{len(converted)} converted, such as {converted[0]}" if converted else "none yet"
