@@ -5,17 +5,20 @@ from __future__ import annotations
 import itertools
 import re
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from etf_zoo.trainer.evaluate import Evaluation
 from etf_zoo.trainer.prepare import Preparation
 from etf_zoo.trainer.recipe.config import Recipe
 from etf_zoo.trainer.recipe.parsing import read_arguments
 from etf_zoo.trainer.tune.tuning import Finetune
-from etf_zoo_cli import SCRIPTS, build_parser
+from etf_zoo_cli import SCRIPTS, build_parser, main
 from training.experiments.comparison import Comparison
 from training.experiments.transfer_table import Table
 
@@ -87,6 +90,38 @@ def test_a_command_parses(words, monkeypatch):
     else:  # a script of argparse or without options
         text = (ROOT / script).read_text(encoding="utf-8")
         assert all(f'"{option}"' in text for option in options if option.startswith("--"))
+
+
+OFFLINE = ("list", "info", "evaluate", "predict", "export", "card", "embed", "search", "publish", "add-classes")
+# Files that a reader has and this repository has not, or what a command before would have left.
+ABSENT = ("hierarchy.json", "resnet50.a1_in1k", "my_test_photos")
+
+
+@pytest.mark.slow
+def test_commands_run_on_a_folder_of_photos(tmp_path, monkeypatch):
+    """Every command of the pages that needs no network, one after the other, as a reader with a few photos would."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    for folder, names in (("my_photos", ("red", "green")), ("new_photos", ("blue", "gray"))):
+        for tone, name in enumerate(names):
+            for split in ("train", "val") if folder == "my_photos" else ("",):
+                for i in range(24):
+                    file = Path(folder, split, name, f"{i}.jpg")
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    pixels = rng.integers(0, 90, (40, 40, 3)) + 120 * (np.arange(3) == tone + 1)
+                    Image.fromarray(pixels.astype(np.uint8)).save(file)
+    shutil.copy("my_photos/val/red/0.jpg", "PHOTO.jpg")
+    wanted = [words for program, *words in (param.values[0] for param in commands()) if program == "etf-zoo"]
+    wanted = [words for words in wanted if words[0] in OFFLINE and not any(word in ABSENT for word in words)]
+    wanted = [words for words in wanted if words[0] != "publish" or "--dry-run" in words]
+    assert len(wanted) > 10
+    tune = "finetune --data my_photos --model mobilenetv3_small_100_etf --epochs 1 --batch_size 8 --holdout 0.5"
+    for grows, more in ((False, []), (True, ["--reserve", "8"])):  # a model with room for classes has no plain form
+        shutil.rmtree("runs", ignore_errors=True)
+        assert main([*tune.split(), "--sizes", "[[0, 32]]", *more]) == 0
+        for words in wanted:
+            if (words[0] == "add-classes") == grows:
+                assert main(words) == 0, words
 
 
 def check_etf_zoo(words: list[str]) -> None:

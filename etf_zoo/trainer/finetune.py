@@ -10,6 +10,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from etf_zoo.text import printable
+
 from .recipe.config import parse
 from .run import checkpoint
 from .run.checkpoint import CHECKPOINTS
@@ -84,7 +86,7 @@ def main() -> None:
     results = {"top1": first.top1} if first.no_folder else first.export(folder, references, first.folder)
     if not process_state().is_main_process:
         return
-    print(f"\n{f'top-1 on {test.source}, {test.name}':<40}{'%':>8}")
+    print(f"\n{printable(f'top-1 on {test.source}, {test.name}'):<40}{'%':>8}")
     for name, values in {own: results, **figures}.items():
         print(f"{name:<40}{values['top1']:8.2f}")
     if first.probe is None:

@@ -13,6 +13,7 @@ import torch
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from etf_zoo.errors import EtfZooError
+from etf_zoo.text import printable
 
 __all__ = ["explain", "is_deliberate", "run_script"]
 
@@ -98,4 +99,5 @@ def run_script(main: Callable[[], None]) -> None:
             raise
         if os.environ.get("LOCAL_RANK", "0") != "0":  # the launcher ends this process once the first has said why
             time.sleep(PATIENCE)
-        raise SystemExit(f"error: {message}") from None
+        shown = "\n".join(printable(line) for line in message.splitlines())  # names in it are others' words
+        raise SystemExit(f"error: {shown}") from None

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from etf_zoo.errors import EtfZooError
+from etf_zoo.text import printable
 
 from ..data.batches import split_names
 from ..data.duplicates import group_rows
@@ -64,7 +65,7 @@ def load_data(settings: Recipe) -> Parts:
         parts = Parts(data, train, test, watched)
         is_photos = data.source != "digits"  # of which many look the same to a hash
         parts.groups = group_rows(train) if is_photos else None
-        parts.lines = _describe(settings, parts, is_photos)
+        parts.lines = [printable(line) for line in _describe(settings, parts, is_photos)]
     return parts
 
 

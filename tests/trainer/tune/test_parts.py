@@ -160,3 +160,10 @@ def test_terms_of_the_weights(model, pretrained, said):
     assert bool(note) == said
     if said:
         assert note[0].endswith("under CC-BY-NC-4.0, without commercial use; so is the result.")
+
+
+def test_names_of_classes_cannot_steer_a_terminal(tmp_path):
+    names = {"a\x1b[2J": 2, "b": 2}
+    lines = load(photos(tmp_path / "x", train=names, val=names)).lines
+    assert "\x1b" not in "".join(lines)
+    assert any(r"a\x1b[2J" in line for line in lines)
