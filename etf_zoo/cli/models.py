@@ -17,7 +17,7 @@ from ..models.find import find_model, load_model
 from ..models.names import base_name, frame_heads
 from ..models.tags import default_tag, is_converted
 from ..text import printable
-from ..weights.packages import find_packaged
+from ..weights.packages import PACKAGED, find_packaged, packaged_file
 
 __all__ = ["list_models", "show_info"]
 
@@ -57,10 +57,10 @@ def _where(name: str) -> str:
 
 def _package(name: str) -> str:
     """The installed package that the weights of a tag are taken from; empty if from none."""
-    cfg = get_pretrained_cfg(name)
-    if cfg is None or not is_converted(cfg):
+    theirs = f"{base_name(name)}.{name.partition('.')[2]}"
+    if theirs not in PACKAGED or packaged_file(PACKAGED[theirs]) is None:  # before anything is asked of 1,400 names
         return ""
-    entry = find_packaged(f"{base_name(name)}.{cfg.tag}")
+    entry = find_packaged(theirs)
     return entry.package if entry else ""
 
 

@@ -142,8 +142,11 @@ def test_sources(entry, monkeypatch):
 
 
 @needs_lite
-def test_the_command_line_says_which_package(capsys):
+@pytest.mark.parametrize("source", ["auto", "package"])
+def test_the_command_line_says_which_package(capsys, monkeypatch, source):
     from etf_zoo_cli import main
+
+    monkeypatch.setenv("ETF_ZOO_SOURCE", source)
 
     assert main(["list", "--pretrained"]) == 0
     assert f"{LITE}_etf.in1k" in capsys.readouterr().out

@@ -9,22 +9,12 @@ import torch
 from etf_zoo.errors import EtfZooError
 from etf_zoo.trainer.data.batches import view_batches
 from etf_zoo.trainer.data.stored import StoredInputs
-from etf_zoo.trainer.recipe.config import Augment, Data, Ema, Optim
+from etf_zoo.trainer.recipe.config import Augment, Ema, Optim
 from etf_zoo.trainer.tune.parts import load_data
-from etf_zoo.trainer.tune.tuning import Finetune, fine_tune
+from etf_zoo.trainer.tune.tuning import fine_tune
+from tests.trainer.tune.test_tuning import RECIPE as TUNING
 
-RECIPE = Finetune(
-    model="test_resnet_etf",
-    pretrained=False,
-    head="learned",
-    data=Data("digits", val_split="test", size=16),
-    augment=Augment(crop_scale=[1.0, 1.0], crop_ratio=[1.0, 1.0], flip=False),
-    optim=Optim(lr=5e-3),
-    epochs=2,
-    batch_size=64,
-    sizes=[[0, 16]],
-    tensorboard=False,
-)
+RECIPE = dataclasses.replace(TUNING, head="learned")
 
 
 @pytest.fixture(scope="module")
