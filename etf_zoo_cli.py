@@ -322,7 +322,7 @@ def _convert(commands) -> None:
 
 
 def _export(commands) -> None:
-    usage = "MODEL OUT --format plain|onnx [--half]"
+    usage = "MODEL OUT --format plain|onnx [--half] [--output features|top_k]"
     about = "write a model for stock timm, without this package, or as ONNX"
     command = _add(commands, "export", "share:export", usage, about)
     command.add_argument("model", metavar="MODEL", help=MODEL)
@@ -337,6 +337,12 @@ def _export(commands) -> None:
     command.add_argument("--plain", action="append_const", const="plain", dest="formats", help=argparse.SUPPRESS)
     command.add_argument("--onnx", action="append_const", const="onnx", dest="formats", help=argparse.SUPPRESS)
     command.add_argument("--half", action="store_true", help="store a plain checkpoint in float16")
+    command.add_argument(
+        "--output",
+        choices=("logits", "features", "top_k"),
+        help="what the ONNX file gives: all logits (default), the features before the head, or the best classes",
+    )
+    command.add_argument("--top", type=int, metavar="K", help="how many classes top_k gives (default 5)")
 
 
 def _card(commands) -> None:

@@ -18,6 +18,8 @@ from .evaluate import SplitImages
 
 __all__ = ["convert", "export", "publish_models", "write_cards"]
 
+GIVEN = {"logits": "logits", "features": "features", "top_k": "best classes and their logits"}
+
 
 def convert(args: argparse.Namespace) -> None:
     """Write a checkpoint with a fixed frame in the place of its learned classifier."""
@@ -52,12 +54,18 @@ def export(args: argparse.Namespace) -> None:
         raise EtfZooError("Say what to export: --format plain (a checkpoint for stock timm) or --format onnx.")
     if args.half and "onnx" in formats:
         raise EtfZooError("--half is for --format plain: an ONNX file keeps the model's precision. Leave it out.")
+    if args.output and "onnx" not in formats:
+        raise EtfZooError("--output is for --format onnx: a plain checkpoint is a whole model. Leave it out.")
+    if args.top is not None and args.output != "top_k":
+        raise EtfZooError("--top says how many classes --output top_k gives: add that, or leave --top out.")
     model = load_model(args.model)
     if "plain" in formats:
         same = export_plain(model, args.out, half=args.half)
         print(f"{args.out}: same top-1 predictions, {'the same' if same else 'another'} softmax")
     if "onnx" in formats:
-        print(f"{export_onnx(model, args.out)}: the same logits")
+        output = args.output or "logits"
+        file = export_onnx(model, args.out, output=output, k=5 if args.top is None else args.top)
+        print(f"{file}: the same {GIVEN[output]}")
 
 
 def write_cards(args: argparse.Namespace) -> None:

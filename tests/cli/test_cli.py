@@ -8,9 +8,11 @@ import datasets
 import numpy as np
 import pytest
 import timm
+import torch
 from PIL import Image
 
 from etf_zoo import FrameClassifier, frame_heads
+from etf_zoo.cli import share
 from etf_zoo.cli.models import _head
 from etf_zoo.frames import frame_report
 from etf_zoo.sharing.folder import save_folder
@@ -136,6 +138,9 @@ def test_predict_shows_label_names(capsys, folder, image):
         (["convert", "{folder}", "{folder}/out", "--center", "train"], "mean features of --data"),
         (["export", "{folder}", "{folder}/out"], "--format plain (a checkpoint for stock timm) or --format onnx"),
         (["export", "{folder}", "{folder}/out", "--onnx", "--half"], "--half is for --format plain"),
+        (["export", "{folder}", "{folder}/out", "--plain", "--output", "features"], "--output is for --format onnx"),
+        (["export", "{folder}", "{folder}/out", "--onnx", "--top", "3"], "--output top_k gives: add that"),
+        (["export", "{folder}", "{folder}/out", "--onnx", "--output", "top_k", "--top", "6"], "k lies between 1 and 5"),
         (["evaluate", "{folder}"], "Name the data to measure on"),
     ],
 )
@@ -144,6 +149,36 @@ def test_errors_are_one_line(arguments, message, folder, capsys):
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_export_of_the_best_of_many_classes(tmp_path, capsys):
+    """What a device can hold of a Kerdock head: neither all logits nor the frame."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model = timm.create_model("test_resnet_etf", num_classes=60_000, frame="kerdock", neck="mlp", neck_features=256)
+    save_folder(model.eval(), tmp_path / "model", half=False)
+    arguments = ["export", str(tmp_path / "model"), str(tmp_path), "--format", "onnx", "--output", "top_k"]
+    assert main([*arguments, "--top", "3"]) == 0
+    file = tmp_path / "model.onnx"
+    assert f"{file}: the same best classes" in capsys.readouterr().out
+    assert file.stat().st_size < 10_000_000  # the frame is 61 MB
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    images = torch.randn(2, *timm.data.resolve_data_config(model=model)["input_size"])
+    logits, classes = session.run(["logits", "classes"], {"images": images.numpy()})
+    with torch.no_grad():
+        expected = model(images).topk(3)
+    assert classes.tolist() == expected.indices.tolist()
+    torch.testing.assert_close(torch.from_numpy(logits), expected.values, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "given"),
+    [([], ("logits", 5)), (["--output", "features"], ("features", 5)), (["--output", "top_k"], ("top_k", 5))],
+)
+def test_what_an_export_is_asked_for(options, given, folder, monkeypatch):
+    asked = []
+    monkeypatch.setattr(share, "export_onnx", lambda model, out, *, output, k: asked.append((output, k)) or out)
+    assert main(["export", str(folder), "out", "--format", "onnx", *options]) == 0
+    assert asked == [given]
 
 
 @pytest.fixture
