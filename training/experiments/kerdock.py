@@ -1,18 +1,20 @@
 """Does a Kerdock frame learn? Real images, beside a learned matrix and random unit vectors.
 
-    python training/experiments/kerdock.py --part instances
-    python training/experiments/kerdock.py --part instances --model test_resnet --dim 64 --images 2000 --epochs 20
-    python training/experiments/kerdock.py --part classes --seeds 0 1 2
+    python training/experiments/kerdock.py --part choose
+    python training/experiments/kerdock.py --part instances --seeds 0 1
+    python training/experiments/kerdock.py --part features --seeds 0 1 2
+    python training/experiments/kerdock.py --part classes
     python training/experiments/kerdock.py --table
 
 `instances`: every training image is a class of its own, which is a self-supervised pretraining; the backbone's features
-are then probed on the transfer sets, beside those of supervised pretraining on the same images for as many steps, and
-of the untrained network. `classes`: the 200 classes of Tiny ImageNet in 16 and 64 dimensions, where no simplex fits: an
-MLP neck and a head are trained on the features of a trained model, which saw these classes; so the figures say
-how well the dimensions serve the classes, not how well a backbone learns. Top-1 on 5,000 validation images.
+are then probed, beside those of supervised pretraining on the same images for as many steps, and of the untrained
+network. `choose` finds rate and scale for it on fewer images, by nearest neighbors among training images that nothing
+was trained on. `features`: the 200 classes of Tiny ImageNet in 16 and 64 dimensions, where no simplex fits: an MLP
+neck and a head are trained on the features of a trained model, which saw these classes; so the figures say how well the
+dimensions serve the classes, not how well a backbone learns. `classes`: the same in 16 dimensions, with the backbone
+trained too, on a quarter of the images.
 
-Each cell is one training run, appended to `cells.jsonl`; cells that are there are not run again. Optimizer and rate are
-the same for all heads: nothing was chosen by looking at these figures.
+Each cell is one training run, appended to `cells.jsonl`; cells that are there are not run again.
 """
 
 from __future__ import annotations
@@ -44,29 +46,52 @@ from etf_zoo.trainer.tune.probes import backbone_features, fit_probe
 from training.experiments.transfer_report import markdown
 
 RESULTS = Path("training/results/kerdock")
-TRANSFER = {"flowers17": "test", "cub50": "test", "grocery": "test"}
-PROBE_SIZE = 64
+SETS = {"flowers17": 64, "cub50": 64, "grocery": 64, "tiny_imagenet": 32, "cifar100": 32}  # size they are probed at
+BY_PROBE = {"linear_probe": ("flowers17", "cub50", "grocery"), "knn_20": tuple(SETS)}
+HELD_OUT = {"tiny_imagenet": "validation"}  # elsewhere `test`
 STRENGTH = 1e-2  # scikit-learn's C, for all models and sets alike
+BANK, JUDGED = range(80_000, 90_000), range(94_000, 100_000)  # training images, shuffled, that nothing is trained on
 
-MODELS = {"resnet10t": {"channels": (32, 64, 128, 256)}, "test_resnet": {}}  # half of resnet10t's, for a busy CPU
-ZOO = "local-dir:model_cards/resnet18_control.e23_tiny"  # whose features the heads of `classes` are trained on
+MODEL = "resnet18"
+ZOO = "local-dir:model_cards/resnet18_control.e23_tiny"  # whose features the heads of `features` are trained on
 FEATURE_IMAGES, VAL_IMAGES = 20_000, 5_000
 
 BASE = Recipe(
+    model=MODEL,
+    model_args={"channels": (32, 64, 128, 256)},  # half as wide, for a busy CPU
     data=Data(source="tiny_imagenet", size=64),
     augment=Augment(crop_scale=[0.2, 1.0], color_jitter=[0.4, 0.4, 0.4, 0.1]),
-    optim=Optim(name="adamw", lr=1e-3, weight_decay=0.05, warmup_epochs=1),
-    batch_size=128,
+    optim=Optim(name="muon", lr=0.01, weight_decay=0.05, warmup_epochs=2),
+    batch_size=256,
     sizes=[[0, 32]],
+    precision="bf16",
     label_smoothing=0.0,
     tensorboard=False,
 )
+DEFAULTS: dict[str, dict[str, int]] = {
+    "choose": {"dim": 256, "images": 2_048, "epochs": 20},
+    "instances": {"dim": 256, "images": 10_000, "epochs": 25},
+    "features": {"epochs": 5},
+    "classes": {"dim": 16, "images": 25_000, "epochs": 6},
+}
+GRID: dict[str, list[tuple[float, float | str | None]]] = {
+    "Kerdock": [(0.005, 10.0), (0.01, 10.0), (0.02, 10.0), (0.01, "auto")],
+    "learned": [(0.005, None), (0.01, None), (0.02, None)],
+    "supervised": [(0.005, None), (0.01, None), (0.02, None)],
+}
 INSTANCES: dict[str, dict[str, Any]] = {
     "Kerdock": {"head": "frame", "model_args": {"frame": "kerdock"}},
-    "random": {"head": "random"},
     "learned": {"head": "learned"},
+    "random": {"head": "random"},
     "supervised": {"head": "learned"},
     "untrained": {"head": "learned"},
+}
+CLASSES: dict[str, dict[str, Any]] = {
+    "learned": {"head": "learned"},
+    "learned cosine": {"head": "learned_cosine", "model_args": {"frame": "random"}},
+    "random": {"head": "random"},
+    "Kerdock": {"head": "frame", "model_args": {"frame": "kerdock"}},
+    "spherical code": {"head": "frame", "model_args": {"frame": "spherical_code"}},
 }
 HEADS: dict[str, Callable[[int, int, int], nn.Module]] = {
     "learned": lambda dim, k, seed: nn.Sequential(mlp_neck(512, dim), nn.Linear(dim, k)),
@@ -87,58 +112,96 @@ def as_instances(split: Split) -> Split:
     return replace(split, labels=np.arange(len(split)), label_names=[str(i) for i in range(len(split))])
 
 
-def recipe_of(head: dict[str, Any], folder: Path, args: argparse.Namespace) -> Recipe:
+def recipe_of(head: dict[str, Any], folder: Path, args: argparse.Namespace, **changes: Any) -> Recipe:
     """The common recipe with a head behind an MLP neck of some width."""
+    head_args = {**head.get("model_args", {}), "neck": "mlp", "neck_features": args.dim}
     return replace(
         BASE,
-        model=args.model,
-        head=head.get("head", "frame"),
-        model_args={**MODELS[args.model], **head.get("model_args", {}), "neck": "mlp", "neck_features": args.dim},
+        head=head["head"],
+        model_args={**BASE.model_args, **head_args, **changes.pop("model_args", {})},
         epochs=args.epochs,
         eval_every=args.epochs,
         save_every=args.epochs,
-        seed=args.seed,
         output=str(folder),
+        **changes,
     )
 
 
 def train(recipe: Recipe, train_split: Any, val_split: Any) -> tuple[Any, dict[str, Any]]:
     """A trained model, and what is told of its training."""
     run = Run(recipe, train_split, val_split)
-    if recipe.epochs and not run.fit():
+    if not run.fit():
         raise SystemExit("The time budget ended a run.")
     lines = (run.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     last = {k: v for k, v in json.loads(lines[-1]).items() if k in ("train_loss", "train_top1", "val_top1", "val_loss")}
-    return run.plain_model(), {**last, "steps": run.step, "seconds": round(run.seconds())}
+    return run.plain_model().eval(), {**last, "steps": run.step, "seconds": round(run.seconds())}
 
 
-def probed(model: Any) -> dict[str, float]:
-    """Top-1 in percent of logistic regression on the features, by transfer set."""
-    found = {}
-    for name, held_out in TRANSFER.items():
-        splits: list[Any] = [load_split(Data(source=name, size=PROBE_SIZE), split) for split in ("train", held_out)]
-        features = [backbone_features(model, split, size=PROBE_SIZE) for split in splits]
+def top1(method: str, model: Any, fit: Any, judged: Any, size: int) -> float:
+    """Accuracy in percent of a probe of the backbone's features."""
+    features = [backbone_features(model, split, size=size) for split in (fit, judged)]
+    labels = [torch.from_numpy(split.labels) for split in (fit, judged)]
+    return score(method, features, labels, fit.label_names)
+
+
+def score(method: str, features: list[Tensor], labels: list[Tensor], names: list[str]) -> float:
+    """Accuracy in percent of a probe, fitted to the first and judged on the second."""
+    strength = STRENGTH if method == "linear_probe" else 0.0
+    probe = fit_probe(method, features[0], labels[0], names, strength=strength)
+    return 100 * float((probe.predict(features[1].numpy()) == labels[1].numpy()).mean())
+
+
+def probed(model: Any, shuffled: Any) -> dict[str, dict[str, float]]:
+    """Accuracy in percent of each probe, by data set; `shuffled` are Tiny ImageNet's training images."""
+    found: dict[str, dict[str, float]] = {method: {} for method in BY_PROBE}
+    for name, size in SETS.items():
+        data = Data(source=name, size=64 if name == "tiny_imagenet" else size)
+        judged = limited(load_split(data, HELD_OUT.get(name, "test")), 5000, 0)
+        fit = (
+            shuffled.subset(np.array(BANK))
+            if name == "tiny_imagenet"
+            else limited(load_split(data, "train"), 10_000, 0)
+        )
+        splits: list[Any] = [fit, judged]
+        features = [backbone_features(model, split, size=size) for split in splits]
         labels = [torch.from_numpy(split.labels) for split in splits]
-        probe = fit_probe("linear_probe", features[0], labels[0], splits[0].label_names, strength=STRENGTH)
-        found[name] = 100 * float((probe.predict(features[1].numpy()) == labels[1].numpy()).mean())
+        for method, names in BY_PROBE.items():
+            if name in names:
+                found[method][name] = score(method, features, labels, splits[0].label_names)
     return found
 
 
-def instance_cell(name: str, args: argparse.Namespace) -> dict[str, Any]:
+def instance_cell(name: str, wanted: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
     """One pretraining, and its probes."""
-    images: Any = limited(load_split(BASE.data, "train"), args.images, args.seed)
-    folder = args.runs / f"instances-{name}-{args.model}-{args.dim}-{args.images}-{args.epochs}-{args.seed}"
-    recipe = recipe_of(INSTANCES[name], folder, args)
+    shuffled: Any = limited(load_split(BASE.data, "train"), 100_000, 0)
+    images = shuffled.subset(np.arange(wanted["images"]))
+    torch.manual_seed(wanted["seed"])
     if name == "untrained":
-        torch.manual_seed(args.seed)
-        shape: dict[str, Any] = {"num_classes": len(images.label_names), **MODELS[args.model]}
-        model, told = timm.create_model(recipe.model, **shape), {}
+        model, told = timm.create_model(MODEL, num_classes=200, **BASE.model_args).eval(), {}
     else:
+        folder = args.runs / "-".join(str(value) for value in wanted.values())
+        scaled = {} if wanted["scale"] is None else {"logit_scale": wanted["scale"]}
+        optim = replace(BASE.optim, lr=wanted["lr"])
+        recipe = recipe_of(INSTANCES[name], folder, args, optim=optim, seed=wanted["seed"], model_args=scaled)
         own = images if name == "supervised" else as_instances(images)
         model, told = train(recipe, own, own.subset(np.arange(min(2000, len(own)))))
         told["classes"] = len(own.label_names)
-        told["cosine"] = [head.frame_report().largest_cosine for head in frame_heads(model).values()]
-    return {**told, "probe": probed(model.eval())}
+    if wanted["part"] == "choose":
+        held_out = [shuffled.subset(np.array(rows)) for rows in (BANK, JUDGED)]
+        return {**told, "held_out_knn": top1("knn_20", model, *held_out, 32)}
+    return {**told, "probe": probed(model, shuffled)}
+
+
+def chosen(name: str) -> tuple[float, float | str | None]:
+    """Rate and scale of an arm: the best by held-out training images; random vectors are trained as the frame is."""
+    if name == "untrained":
+        return 0.0, None
+    name = "Kerdock" if name == "random" else name
+    cells = [cell for cell in read("choose") if cell["name"] == name]
+    if not cells:
+        raise SystemExit("Choose first: --part choose.")
+    best = max(cells, key=lambda cell: cell["held_out_knn"])
+    return best["lr"], best["scale"]
 
 
 def zoo_features() -> list[tuple[Tensor, Tensor]]:
@@ -151,7 +214,7 @@ def zoo_features() -> list[tuple[Tensor, Tensor]]:
     return found
 
 
-def class_cell(name: str, dim: int, seed: int, data: list[tuple[Tensor, Tensor]], args: Any) -> dict[str, Any]:
+def feature_cell(name: str, dim: int, seed: int, data: list[tuple[Tensor, Tensor]], args: Any) -> dict[str, Any]:
     """A neck and a head, trained on features; accuracy on the validation images."""
     torch.manual_seed(seed)
     (x, y), (val_x, val_y) = data
@@ -176,6 +239,17 @@ def class_cell(name: str, dim: int, seed: int, data: list[tuple[Tensor, Tensor]]
     return {"dim": dim, "train_loss": sum(last) / len(last), "val_top1": 100 * right, "cosine": cosine}
 
 
+def class_cell(name: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
+    """A backbone, a neck and a head, trained on a quarter of the images; accuracy on the validation images."""
+    images: Any = limited(load_split(BASE.data, "train"), args.images, 0)
+    val: Any = limited(load_split(BASE.data, "validation"), VAL_IMAGES, 0)
+    folder = args.runs / f"classes-{name}-{args.dim}-{args.images}-{args.epochs}-{seed}"
+    augment = replace(BASE.augment, crop_scale=[0.35, 1.0], color_jitter=[])
+    model, told = train(recipe_of(CLASSES[name], folder, args, augment=augment, seed=seed), images, val)
+    told["cosine"] = [head.frame_report().largest_cosine for head in frame_heads(model).values()]
+    return told
+
+
 def read(part: str) -> list[dict[str, Any]]:
     """The cells of a part that are done."""
     file = RESULTS / "cells.jsonl"
@@ -183,31 +257,61 @@ def read(part: str) -> list[dict[str, Any]]:
     return [cell for cell in map(json.loads, lines) if cell["part"] == part]
 
 
-def instances_table() -> str:
-    """Instance discrimination, in Markdown."""
-    columns = ["head", "network", "d", "classes", "images", "epochs", "loss", "training top-1", *TRANSFER]
-    body = []
-    for cell in read("instances"):
-        loss, top1 = (f"{cell[k]:.2f}" if k in cell else "" for k in ("train_loss", "train_top1"))
-        row = [cell["name"], cell["model"], cell["dim"], cell.get("classes", ""), cell["images"], cell["epochs"]]
-        body.append([*map(str, row), loss, top1, *(f"{cell['probe'][name]:.1f}" for name in TRANSFER)])
+def spread(values: list[float], digits: int = 1) -> str:
+    """Mean, and the range of several."""
+    shown = f"{statistics.mean(values):.{digits}f}"
+    return shown + (f" ({min(values):.{digits}f} to {max(values):.{digits}f})" if len(values) > 1 else "")
+
+
+def grouped(part: str, *keys: str) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
+    """Cells of a part that differ by nothing but the seed."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for cell in read(part):
+        groups.setdefault(tuple(cell[key] for key in keys), []).append(cell)
+    return groups
+
+
+def choose_table() -> str:
+    """Rates and scales, in Markdown."""
+    columns = ["head", "rate", "scale", "loss", "training top-1", "held-out kNN"]
+    body = [
+        [cell["name"], f"{cell['lr']:g}", "" if cell["scale"] is None else f"{cell['scale']}"]
+        + [f"{cell[key]:.2f}" for key in ("train_loss", "train_top1", "held_out_knn")]
+        for cell in read("choose")
+    ]
     return "\n".join(markdown(columns, body)) + "\n"
 
 
-def classes_table() -> str:
-    """200 classes in few dimensions, in Markdown."""
-    groups: dict[tuple[int, str], list[dict[str, Any]]] = {}
-    for cell in read("classes"):
-        groups.setdefault((cell["dim"], cell["name"]), []).append(cell)
+def instances_table() -> str:
+    """Instance discrimination, in Markdown."""
+    columns = ["head", "d", "images", "epochs", "runs", "loss", "training top-1"]
+    columns += [
+        f"{name}, {short}"
+        for short, names in (("linear", "linear_probe"), ("kNN", "knn_20"))
+        for name in BY_PROBE[names]
+    ]
     body = []
-    for (dim, name), runs in sorted(groups.items()):
-        cosine = ", ".join(f"{value:.3f}" for value in runs[0]["cosine"])
-        top1 = [run["val_top1"] for run in runs]
-        shown = f"{statistics.mean(top1):.2f}"
-        if len(runs) > 1:
-            shown += f" ({min(top1):.2f} to {max(top1):.2f})"
+    for (name, dim, images, epochs), runs in grouped("instances", "name", "dim", "images", "epochs").items():
+        trained = name != "untrained"
+        row = [name, *((str(dim), str(images), str(epochs)) if trained else ("", "", "")), str(len(runs))]
+        row += [
+            f"{statistics.mean(run[k] for run in runs):.2f}" if trained else "" for k in ("train_loss", "train_top1")
+        ]
+        for method, names in BY_PROBE.items():
+            row += [spread([run["probe"][method][name] for run in runs]) for name in names]
+        body.append(row)
+    return "\n".join(markdown(columns, body)) + "\n"
+
+
+def classes_table(part: str) -> str:
+    """200 classes in few dimensions, in Markdown."""
+    body = []
+    for (dim, name), runs in sorted(grouped(part, "dim", "name").items()):
+        cosine = spread([value for run in runs for value in run["cosine"]], 3) if runs[0]["cosine"] else ""
         loss = statistics.mean(run["train_loss"] for run in runs)
-        body.append([str(dim), name, str(len(runs)), cosine, f"{loss:.3f}", shown])
+        body.append(
+            [str(dim), name, str(len(runs)), cosine, f"{loss:.3f}", spread([run["val_top1"] for run in runs], 2)]
+        )
     columns = ["d", "head", "runs", "largest cosine", "training loss", "validation top-1 (range)"]
     return "\n".join(markdown(columns, body)) + "\n"
 
@@ -224,37 +328,47 @@ def keep(cell: dict[str, Any]) -> None:
     print(json.dumps(cell), flush=True)
 
 
+def instances(args: argparse.Namespace) -> None:
+    """Cells of `choose` and of `instances`."""
+    for seed in args.seeds:
+        for name in args.only or (GRID if args.part == "choose" else INSTANCES):
+            for lr, scale in GRID[name] if args.part == "choose" else [chosen(name)]:
+                wanted = {"part": args.part, "name": name, "dim": args.dim, "images": args.images}
+                wanted |= {"epochs": args.epochs, "seed": seed, "lr": lr, "scale": scale}
+                if not is_done(wanted):
+                    keep({**wanted, **instance_cell(name, wanted, args)})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=("instances", "classes"))
-    parser.add_argument("--model", choices=tuple(MODELS), default="resnet10t", help="of instances")
-    parser.add_argument("--dim", type=int, default=256, help="of instances")
-    parser.add_argument("--images", type=int, default=20_000, help="of instances")
-    parser.add_argument("--epochs", type=int, default=5)
-    parser.add_argument("--seed", type=int, default=0, help="of instances")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of classes")
+    parser.add_argument("--part", choices=tuple(DEFAULTS))
+    parser.add_argument("--dim", type=int, help="where it is not both of `features`")
+    parser.add_argument("--images", type=int)
+    parser.add_argument("--epochs", type=int)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--only", nargs="*", help="names of cells")
     parser.add_argument("--runs", type=Path, default=Path("runs/kerdock"))
     parser.add_argument("--table", action="store_true", help="write the tables of the cells that are done")
     args = parser.parse_args()
     RESULTS.mkdir(parents=True, exist_ok=True)
-    if args.part == "instances":
-        for name in args.only or INSTANCES:
-            wanted = {"part": args.part, "name": name, "model": args.model, "dim": args.dim}
-            wanted |= {"images": args.images, "epochs": args.epochs, "seed": args.seed}
-            if not is_done(wanted):
-                keep({**wanted, **instance_cell(name, args)})
-    if args.part == "classes":
-        data = zoo_features()
-        for seed in args.seeds:
-            for dim in (16, 64):
-                for name in args.only or HEADS:
-                    wanted = {"part": args.part, "name": name, "dim": dim, "epochs": args.epochs, "seed": seed}
-                    if not is_done(wanted):
-                        keep({**wanted, **class_cell(name, dim, seed, data, args)})
+    for name, value in DEFAULTS.get(args.part, {}).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.part in ("choose", "instances"):
+        instances(args)
+    if args.part in ("features", "classes"):
+        data = zoo_features() if args.part == "features" else []
+        for seed, dim in ((seed, dim) for seed in args.seeds for dim in ([args.dim] if args.dim else (16, 64))):
+            for name in args.only or CLASSES:
+                wanted = {"part": args.part, "name": name, "dim": dim, "epochs": args.epochs, "seed": seed}
+                if not is_done(wanted):
+                    cell = feature_cell(name, dim, seed, data, args) if data else class_cell(name, seed, args)
+                    keep({**wanted, **cell})
     if args.table:
-        (RESULTS / "instances.md").write_text(instances_table(), encoding="utf-8")
-        (RESULTS / "classes.md").write_text(classes_table(), encoding="utf-8")
+        tables = {"choose": choose_table(), "instances": instances_table()}
+        tables |= {part: classes_table(part) for part in ("features", "classes")}
+        for part, text in tables.items():
+            (RESULTS / f"{part}.md").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
