@@ -137,37 +137,29 @@ def train(recipe: Recipe, train_split: Any, val_split: Any) -> tuple[Any, dict[s
     return run.plain_model().eval(), {**last, "steps": run.step, "seconds": round(run.seconds())}
 
 
-def top1(method: str, model: Any, fit: Any, judged: Any, size: int) -> float:
-    """Accuracy in percent of a probe of the backbone's features."""
+def scores(methods: list[str], model: Any, fit: Any, judged: Any, size: int) -> dict[str, float]:
+    """Accuracy in percent of probes of the backbone's features, fitted to some images and judged on others."""
     features = [backbone_features(model, split, size=size) for split in (fit, judged)]
     labels = [torch.from_numpy(split.labels) for split in (fit, judged)]
-    return score(method, features, labels, fit.label_names)
-
-
-def score(method: str, features: list[Tensor], labels: list[Tensor], names: list[str]) -> float:
-    """Accuracy in percent of a probe, fitted to the first and judged on the second."""
-    strength = STRENGTH if method == "linear_probe" else 0.0
-    probe = fit_probe(method, features[0], labels[0], names, strength=strength)
-    return 100 * float((probe.predict(features[1].numpy()) == labels[1].numpy()).mean())
+    found = {}
+    for method in methods:
+        strength = STRENGTH if method == "linear_probe" else 0.0
+        probe = fit_probe(method, features[0], labels[0], fit.label_names, strength=strength)
+        found[method] = 100 * float((probe.predict(features[1].numpy()) == labels[1].numpy()).mean())
+    return found
 
 
 def probed(model: Any, shuffled: Any) -> dict[str, dict[str, float]]:
-    """Accuracy in percent of each probe, by data set; `shuffled` are Tiny ImageNet's training images."""
-    found: dict[str, dict[str, float]] = {method: {} for method in BY_PROBE}
+    """Accuracy in percent by data set and probe; `shuffled` are Tiny ImageNet's training images."""
+    found = {}
     for name, size in SETS.items():
-        data = Data(source=name, size=64 if name == "tiny_imagenet" else size)
+        label = "fine_label" if name == "cifar100" else "label"
+        data = Data(source=name, label_column=label, size=64 if name == "tiny_imagenet" else size)
         judged = limited(load_split(data, HELD_OUT.get(name, "test")), 5000, 0)
-        fit = (
-            shuffled.subset(np.array(BANK))
-            if name == "tiny_imagenet"
-            else limited(load_split(data, "train"), 10_000, 0)
-        )
-        splits: list[Any] = [fit, judged]
-        features = [backbone_features(model, split, size=size) for split in splits]
-        labels = [torch.from_numpy(split.labels) for split in splits]
-        for method, names in BY_PROBE.items():
-            if name in names:
-                found[method][name] = score(method, features, labels, splits[0].label_names)
+        own = name == "tiny_imagenet"
+        fit = shuffled.subset(np.array(BANK)) if own else limited(load_split(data, "train"), 10_000, 0)
+        methods = [method for method, names in BY_PROBE.items() if name in names]
+        found[name] = scores(methods, model, fit, judged, size)
     return found
 
 
@@ -187,8 +179,8 @@ def instance_cell(name: str, wanted: dict[str, Any], args: argparse.Namespace) -
         model, told = train(recipe, own, own.subset(np.arange(min(2000, len(own)))))
         told["classes"] = len(own.label_names)
     if wanted["part"] == "choose":
-        held_out = [shuffled.subset(np.array(rows)) for rows in (BANK, JUDGED)]
-        return {**told, "held_out_knn": top1("knn_20", model, *held_out, 32)}
+        bank, judged = (shuffled.subset(np.array(rows)) for rows in (BANK, JUDGED))
+        return {**told, "held_out_knn": scores(["knn_20"], model, bank, judged, 32)["knn_20"]}
     return {**told, "probe": probed(model, shuffled)}
 
 
@@ -298,7 +290,7 @@ def instances_table() -> str:
             f"{statistics.mean(run[k] for run in runs):.2f}" if trained else "" for k in ("train_loss", "train_top1")
         ]
         for method, names in BY_PROBE.items():
-            row += [spread([run["probe"][method][name] for run in runs]) for name in names]
+            row += [spread([run["probe"][name][method] for run in runs]) for name in names]
         body.append(row)
     return "\n".join(markdown(columns, body)) + "\n"
 
