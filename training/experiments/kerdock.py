@@ -62,29 +62,29 @@ BASE = Recipe(
     data=Data(source="tiny_imagenet", size=64),
     augment=Augment(crop_scale=[0.2, 1.0], color_jitter=[0.4, 0.4, 0.4, 0.1]),
     optim=Optim(name="muon", lr=0.01, weight_decay=0.05, warmup_epochs=2),
-    batch_size=256,
+    batch_size=128,
     sizes=[[0, 32]],
     precision="bf16",
     label_smoothing=0.0,
     tensorboard=False,
 )
 DEFAULTS: dict[str, dict[str, int]] = {
-    "choose": {"dim": 256, "images": 2_048, "epochs": 20},
-    "instances": {"dim": 256, "images": 10_000, "epochs": 25},
+    "choose": {"dim": 256, "images": 2_048, "epochs": 15},
+    "instances": {"dim": 256, "images": 8_000, "epochs": 25},
     "features": {"epochs": 5},
     "classes": {"dim": 16, "images": 25_000, "epochs": 6},
 }
 GRID: dict[str, list[tuple[float, float | str | None]]] = {
-    "Kerdock": [(0.005, 10.0), (0.01, 10.0), (0.02, 10.0), (0.01, "auto")],
-    "learned": [(0.005, None), (0.01, None), (0.02, None)],
-    "supervised": [(0.005, None), (0.01, None), (0.02, None)],
+    "Kerdock": [(0.01, 10.0), (0.02, 10.0), (0.01, "auto"), (0.005, 10.0)],
+    "learned": [(0.01, None), (0.02, None), (0.005, None)],
+    "supervised": [(0.01, None), (0.02, None), (0.005, None)],
 }
 INSTANCES: dict[str, dict[str, Any]] = {
     "Kerdock": {"head": "frame", "model_args": {"frame": "kerdock"}},
     "learned": {"head": "learned"},
-    "random": {"head": "random"},
-    "supervised": {"head": "learned"},
     "untrained": {"head": "learned"},
+    "supervised": {"head": "learned"},
+    "random": {"head": "random"},
 }
 CLASSES: dict[str, dict[str, Any]] = {
     "learned": {"head": "learned"},

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from etf_zoo import FrameClassifier, attach_frame, frame_heads
 from etf_zoo.errors import EtfZooError
 from etf_zoo.frames import spherical_code
-from etf_zoo.layers.cosine import learn_prototypes
+from etf_zoo.layers.cosine import LearnedCosineClassifier, learn_prototypes
 from etf_zoo.layers.logit_scale import smoothed_probability
 from etf_zoo.layers.necks import build_neck
 from etf_zoo.models import find as models
@@ -182,7 +182,7 @@ def _output_layers(model: nn.Module) -> list[str]:
     for name in timm_classifier_names(model):
         classifier = model.get_submodule(name)
         if isinstance(classifier, FrameClassifier):  # whose prototypes, where learned, are parameters of its own
-            patterns += [f"{name}.weight"] if isinstance(classifier.weight, nn.Parameter) else []
+            patterns += [f"{name}.prototypes"] if isinstance(classifier, LearnedCosineClassifier) else []
             continue
         inner = [n for n, m in classifier.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
         patterns += [f"{name}.{inner[-1]}".rstrip(".") + ".*"] if inner else []

@@ -43,7 +43,8 @@ def prepare(recipe: Recipe, accelerator: Accelerator, model: nn.Module) -> tuple
     if accelerator.device.type == "cpu":
         use_products(model)
     # DDP would send these buffers to every process at every step; they never change
-    model._ddp_params_and_buffers_to_ignore = [f"{name}.weight" for name in frame_heads(model)]  # type: ignore
+    fixed = ("weight", "signs", "rotation")
+    model._ddp_params_and_buffers_to_ignore = [f"{name}.{own}" for name in frame_heads(model) for own in fixed]  # type: ignore
     return accelerator.prepare(model, make_optimizer(recipe.optim, model))
 
 

@@ -296,6 +296,7 @@ def test_muon_leaves_the_output_layer_to_adamw_and_takes_a_neck():
 
     assert by_adamw("learned") == {"classifier.weight"}
     assert by_adamw("frame") == set()
+    assert by_adamw("learned_cosine") == {"classifier.prototypes"}
     neck = {"model": "resnet10t_etf", "model_args": {"neck": "mlp"}}
     assert by_adamw("frame", **neck) == set()
     assert by_adamw("learned", **neck) == {"fc.1.weight"}
