@@ -1,8 +1,13 @@
 """What depends on the launch: precision, and batches in step."""
 
+import pytest
+import timm
 import torch
 
+import etf_zoo  # noqa: F401  registers the twins
+from etf_zoo.trainer.recipe.config import Recipe
 from etf_zoo.trainer.run.launching import Repeatable, in_step, make_accelerator
+from etf_zoo.trainer.run.stepper import prepare
 
 
 def test_one_precision_after_another():
@@ -40,3 +45,15 @@ def test_batches_in_step():
     assert batches[2][0].shape == (0, 3, 4, 4)
     again = Repeatable(lambda: own)
     assert len(list(again)) == len(list(again)) == 1
+
+
+@pytest.mark.parametrize(("classes", "width"), [(9, None), (5000, 300)])
+def test_processes_send_nothing_of_a_frame(classes, width):
+    """All that DDP would broadcast of a fixed head is its scale: neither matrix nor sign bits nor rotation."""
+    model = timm.create_model("test_resnet_etf", num_classes=classes, frame="kerdock", neck="mlp", neck_features=width)
+    prepared, _ = prepare(Recipe(), make_accelerator("fp32"), model)
+    kept = set(prepared._ddp_params_and_buffers_to_ignore)
+    head = {name: b for name, b in prepared.named_buffers() if name.startswith("fc.") and ".neck." not in name}
+    assert {"fc.signs", "fc.rotation", "fc.weight", "fc.logit_scale"} <= set(head)
+    assert set(head) - kept == {"fc.logit_scale"}
+    assert not any(name in kept for name, _ in prepared.named_parameters())
