@@ -9,14 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from etf_zoo.errors import EtfZooError
 from etf_zoo.trainer.data.near_duplicates import grouped_folds, near_duplicates
 from etf_zoo.trainer.data.sealed import choosing
-from etf_zoo.trainer.data.subsets import Images, load_images
+from etf_zoo.trainer.data.subsets import Images, load_images, training_rows
 from etf_zoo.trainer.recipe.config import Data
 from etf_zoo.trainer.run.model import make_model
 from etf_zoo.trainer.tune.probes import PROBES
 from etf_zoo.trainer.tune.tuning import Finetune, features_of, fine_tune, strip_head
+from training.experiments.frozen import frozen_features, stored_inputs, tune_stored
 from training.experiments.grid import Record, Results, digest, settings_digest
 
 __all__ = ["CHOICES", "Candidate", "Choice", "TrainingImages", "choose", "held_out_figures", "read_choices"]
@@ -141,19 +144,19 @@ class Candidate:
 
 def held_out_figures(work: str, candidate: Candidate) -> Record:
     """Accuracy of a candidate on held-out training images."""
-    return {
-        **{name: getattr(candidate, name) for name in ("weights", "data", "method", "value")},
-        **choose(candidate.settings, TrainingImages(candidate.settings.data), Path(work) / digest(candidate.key)),
-    }
+    folder = Path(work) / "choices" / digest(candidate.key)
+    names = {name: getattr(candidate, name) for name in ("weights", "data", "method", "value")}
+    return {**names, **choose(candidate.settings, TrainingImages(candidate.settings.data), folder, Path(work))}
 
 
-def choose(settings: Finetune, images: TrainingImages, work: Path) -> Record:
+def choose(settings: Finetune, images: TrainingImages, work: Path, frozen: Path | None = None) -> Record:
     """Train on three quarters of the training images, and measure on the others; near-duplicates stay together.
 
     Args:
         settings: What to try.
         images: The training images; nothing else is opened.
         work: Folder of the run while it lasts.
+        frozen: Folder to keep what frozen layers give in; None not to.
 
     Returns:
         `top1` in percent, `fitted` and `held_out`: numbers of images.
@@ -167,13 +170,23 @@ def choose(settings: Finetune, images: TrainingImages, work: Path) -> Record:
     shutil.rmtree(work, ignore_errors=True)  # of a run that was killed
     with choosing():
         train = images.load()
-        frozen = strip_head(settings)
-        groups = near_duplicates(features_of(frozen, make_model(frozen, len(train.label_names)), train))
-        kept, held = next(grouped_folds(train.labels, groups, FOLDS, settings.seed))
-        tuned = fine_tune(settings, train.subset(kept), train.subset(held))
-        if tuned is None:
-            raise EtfZooError("time_budget has no place in a choice: each value is run to its end.")
-        top1 = tuned.figures()["top1"]
+        backbone = strip_head(settings)
+        if frozen:
+            features = frozen_features(backbone, train, frozen)
+        else:
+            features = features_of(backbone, make_model(backbone, len(train.label_names)), train)
+        kept, held = next(grouped_folds(train.labels, near_duplicates(features), FOLDS, settings.seed))
+        if frozen and settings.cache_views:
+            some = training_rows(train.labels[kept], train.label_names, shots=settings.shots, seed=settings.seed)[0]
+            fitted = stored_inputs(settings, train, frozen, settings.cache_views).subset(kept[some])
+            judged = stored_inputs(settings, train, frozen).subset(held)
+            correct, _, _ = tune_stored(settings, fitted, judged, features[torch.from_numpy(kept[some])])
+            top1 = 100 * float(correct.mean())
+        else:
+            tuned = fine_tune(settings, train.subset(kept), train.subset(held))
+            if tuned is None:
+                raise EtfZooError("time_budget has no place in a choice: each value is run to its end.")
+            top1 = tuned.figures()["top1"]
     shutil.rmtree(work, ignore_errors=True)
     return {"top1": top1, "fitted": len(kept), "held_out": len(held)}
 

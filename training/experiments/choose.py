@@ -48,7 +48,7 @@ def main() -> None:
     refuse_processes()
     table = parse(Table)
     folder, locks = Path(table.results), Path(table.work) / "locks"
-    measure = partial(held_out_figures, str(Path(table.work) / "choices"))
+    measure = partial(held_out_figures, table.work)
     failed = run_grid(candidates(table), measure, Results(folder / CHOICES, locks), locks, table.jobs)
     if failed:
         raise EtfZooError(f"{len(failed)} trials failed, see above: {', '.join(failed)}.")

@@ -10,8 +10,6 @@ next one that no other holds; `--jobs 2` starts two of them, each on its share o
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import os
 import shutil
 import sys
 from collections.abc import Mapping
@@ -21,13 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.torch
 import torch
 
 from etf_zoo.errors import EtfZooError
 from etf_zoo.metrics import NeuralCollapse, mean_energy_share, participation_ratio
-from etf_zoo.trainer.data.augment import colors_of
-from etf_zoo.trainer.data.batches import eval_batches
 from etf_zoo.trainer.data.subsets import (
     Images,
     check_classes,
@@ -36,17 +31,16 @@ from etf_zoo.trainer.data.subsets import (
     load_images,
     training_rows,
 )
-from etf_zoo.trainer.recipe.config import Data, final_size, parse
+from etf_zoo.trainer.recipe.config import Data, parse
 from etf_zoo.trainer.recipe.parsing import parse_entries
-from etf_zoo.trainer.run.launching import make_accelerator, refuse_processes
-from etf_zoo.trainer.run.locks import acquire
+from etf_zoo.trainer.run.launching import refuse_processes
 from etf_zoo.trainer.run.model import find_model, make_model
 from etf_zoo.trainer.run.script import run_script
-from etf_zoo.trainer.tune.depth import stage_features
 from etf_zoo.trainer.tune.probes import PROBES, backbone_size, fit_probe
-from etf_zoo.trainer.tune.tuning import Finetune, Tuned, features_of, fine_tune, strip_head
+from etf_zoo.trainer.tune.tuning import Finetune, features_of, fine_tune, strip_head
 from training.experiments.choices import Choice, Trials, read_choices
-from training.experiments.grid import CELLS, Results, digest, lock_file, run_grid, settings_digest, weights_digest
+from training.experiments.frozen import frozen_features, hits, stored_inputs, tune_stored
+from training.experiments.grid import CELLS, Results, digest, run_grid, settings_digest, weights_digest
 from training.experiments.intervals import pack
 from training.experiments.transfer_report import Names, write_report
 
@@ -71,7 +65,9 @@ class Table:
         methods: Name -> fields of a fine-tuning recipe, `method` being the name itself by default; and `weights`,
             `data`, `seeds`: which of them, all by default; `control`: the method that this one is compared with, on
             the same weights; `choose`: see `training/experiments/choose.py`; `stage`: of a probe, the stage of the
-            backbone whose pooled output it is fitted to, such as `layer3`, instead of the last features.
+            backbone whose pooled output it is fitted to, such as `layer3`, instead of the last features. A list of
+            `shots` stands for a method each, `<name> <n>-shot`, or the name alone for all images (0); a map
+            {"shots": fields} also says what differs between them.
         seeds: Seeds. A seed chooses its `share` of the training images and is that of the fine-tuning.
         share: Share of each class's training images that a seed trains on, so that seeds differ in methods without
             chance of their own; 1 for all.
@@ -93,6 +89,7 @@ class Table:
     report_only: bool = False
 
     def __post_init__(self):
+        self.methods = dict(one for name, entry in self.methods.items() for one in _by_shots(name, entry))
         if not (self.weights and self.data and self.methods and self.seeds) or self.jobs < 1 or not 0 < self.share <= 1:
             raise EtfZooError("A table needs weights, data, methods and seeds; jobs positive, share in (0, 1].")
         for what, entries in (("weights", self.weights), ("methods", self.methods)):
@@ -104,6 +101,21 @@ class Table:
             for key, known in (("weights", self.weights), ("data", self.data)):
                 if unknown := set(entry.get(key, [])) - set(known):
                     raise EtfZooError(f"Method {name!r} names {key} that there are not: {', '.join(sorted(unknown))}.")
+
+
+def _by_shots(name: str, entry: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """A method, or one for each number of images a class that its entry lists."""
+    shots = entry.get("shots", 0)
+    if isinstance(shots, int):
+        return [(name, entry)]
+    found = []
+    for number in shots:
+        own = {"method": name, **entry, "shots": int(number), **(shots[number] if isinstance(shots, dict) else {})}
+        suffix = f" {number}-shot" if int(number) else ""
+        if control := entry.get("control"):
+            own["control"] = f"{control}{suffix}"
+        found.append((f"{name}{suffix}", own))
+    return found
 
 
 def names_of(table: Table) -> Names:
@@ -246,7 +258,7 @@ def run_cell(work: str, cell: Cell) -> dict[str, Any]:
     names = {"weights": cell.weights, "data": cell.data, "method": cell.method, "seed": cell.seed}
     test = _load(settings.data, settings.data.val_split)
     if not cell.method:
-        return {**names, **_nature(_cached(cell, test, Path(work)), test)}
+        return {**names, **_nature(frozen_features(settings, test, Path(work)), test)}
     train = _load(settings.data, settings.data.train_split)
     check_classes(train, test)
     if cell.per_class:
@@ -254,6 +266,8 @@ def run_cell(work: str, cell: Cell) -> dict[str, Any]:
     rows = np.arange(len(train)) if cell.share == 1 else holdout_indices(train.labels, 1 - cell.share, cell.seed)[0]
     if settings.method in PROBES:
         found = _probed(cell, train, rows, test, Path(work))
+    elif settings.cache_views:
+        found = _tuned_stored(cell, train, rows, test, Path(work))
     else:
         found = _tuned(cell, train.subset(rows), test, Path(work))
     correct = found.pop("correct")
@@ -272,13 +286,29 @@ def _probed(cell: Cell, train: Images, rows: np.ndarray, test: Images, work: Pat
         limit=settings.data.limit,
         seed=cell.seed,
     )
-    features, fitted = _cached(cell, train, work)[torch.from_numpy(rows[chosen])], train.subset(rows[chosen])
+    features, fitted = (
+        frozen_features(settings, train, work, cell.stage)[torch.from_numpy(rows[chosen])],
+        train.subset(rows[chosen]),
+    )
     labels = torch.from_numpy(fitted.labels)
     probe = fit_probe(settings.method, features, labels, fitted.label_names, seed=cell.seed, strength=settings.strength)
-    predicted = probe.predict(_cached(cell, test, work).numpy())
+    predicted = probe.predict(frozen_features(settings, test, work, cell.stage).numpy())
     found = {"correct": predicted == test.labels, "tuned": probe.tuned, "chosen": probe.chosen, **probe.details}
     found["total"] = _backbone_size(settings) + probe.tuned
     return {**found, "images": len(fitted), **_nature(features, fitted)}
+
+
+def _tuned_stored(cell: Cell, train: Images, rows: np.ndarray, test: Images, work: Path) -> dict[str, Any]:
+    """Figures of a training on what the frozen layers gave, once for all cells, for some rows of the images."""
+    settings = dataclasses.replace(cell.settings, output=str(work / "runs" / digest(cell.key)))
+    shutil.rmtree(settings.output, ignore_errors=True)  # of a cell that was killed
+    labels, names = train.labels[rows], train.label_names
+    chosen = rows[training_rows(labels, names, shots=settings.shots, seed=cell.seed)[0]]
+    fitted = stored_inputs(settings, train, work, settings.cache_views).subset(chosen)
+    features = frozen_features(settings, train, work)[torch.from_numpy(chosen)]
+    correct, tuned, total = tune_stored(settings, fitted, stored_inputs(settings, test, work), features)
+    shutil.rmtree(settings.output, ignore_errors=True)
+    return {"correct": correct, "tuned": tuned, "total": total, "images": len(fitted)}
 
 
 def _tuned(cell: Cell, train: Images, test: Images, work: Path) -> dict[str, Any]:
@@ -287,22 +317,11 @@ def _tuned(cell: Cell, train: Images, test: Images, work: Path) -> dict[str, Any
     tuned = fine_tune(dataclasses.replace(cell.settings, output=str(output)), train, test)
     if tuned is None:
         raise EtfZooError("time_budget has no place in a table: a cell is run to its end.")
-    correct, fitted = hits(tuned), tuned.train
+    correct, fitted = hits(tuned.model, cell.settings, tuned.test), tuned.train
     features = features_of(cell.settings, tuned.model, fitted)
     shutil.rmtree(output, ignore_errors=True)
     found = {"correct": correct, "tuned": tuned.tuned, "total": tuned.total, "images": len(fitted)}
     return {**found, **_nature(features, fitted)}
-
-
-@torch.no_grad()
-def hits(tuned: Tuned) -> np.ndarray:
-    """For each test image whether a fine-tuned model is right, in float32 as probes are."""
-    device = make_accelerator().device
-    model = tuned.model.to(device).eval()
-    batches = eval_batches(
-        tuned.test, size=final_size(tuned.settings), batch_size=256, colors=colors_of(model), device=device
-    )
-    return torch.cat([model(images).argmax(1).eq(labels).cpu() for images, labels in batches]).numpy()
 
 
 def _backbone_size(settings: Finetune) -> int:
@@ -317,33 +336,6 @@ def _nature(features: torch.Tensor, split: Images) -> dict[str, float]:
     found = {name: value for name, value in collapse.compute().items() if name in WHAT_IT_IS}
     shares = {"mean_energy_share": mean_energy_share(features), "participation_ratio": participation_ratio(features)}
     return {**found, **shares}
-
-
-def _cached(cell: Cell, split: Images, work: Path) -> torch.Tensor:
-    """Features of a split, computed once; two processes do not compute the same."""
-    settings = strip_head(cell.settings)
-    source = find_model(settings.model, settings.pretrained)
-    parts = [split.digest, final_size(settings), settings.model_args, source.architecture, source.identity]
-    parts += [
-        weights_digest(settings.model) if settings.pretrained else settings.seed,
-        *(["stages"] * bool(cell.stage)),
-    ]
-    file = work / "features" / f"{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}.safetensors"
-    with acquire(lock_file(work / "locks", file.name), wait=True):
-        if not file.is_file():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            model = make_model(settings, len(split.label_names))
-            if cell.stage:
-                features = stage_features(model, split, size=final_size(settings), device=make_accelerator().device)
-            else:
-                features = {"features": features_of(settings, model, split)}
-            features = {name: value.contiguous() for name, value in features.items()}
-            safetensors.torch.save_file(features, file.with_suffix(".new"))
-            os.replace(file.with_suffix(".new"), file)
-    found = safetensors.torch.load_file(file)
-    if (cell.stage or "features") not in found:
-        raise EtfZooError(f"{settings.model} has no stage {cell.stage!r}, only {', '.join(found)}.")
-    return found[cell.stage or "features"]
 
 
 def newest(wanted: list[Cell], done: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:

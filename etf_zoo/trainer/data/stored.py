@@ -18,13 +18,19 @@ class StoredInputs:
     Args:
         images: The split.
         inputs: `(views, N, ...)`: the evaluation view of each image, then augmented ones.
+        rows: `(len(images),)`, which of the N the images of the split are; None for all.
     """
 
-    def __init__(self, images: Any, inputs: np.ndarray):
-        self.images, self.inputs = images, inputs
+    def __init__(self, images: Any, inputs: np.ndarray, rows: np.ndarray | None = None):
+        self.images, self.inputs, self.rows = images, inputs, rows
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def subset(self, rows: np.ndarray) -> StoredInputs:
+        """Some of the images, by their numbers; what is stored of them is read when it is needed."""
+        at = rows if self.rows is None else self.rows[rows]
+        return StoredInputs(self.images.subset(rows), self.inputs, at)
 
     def __getattr__(self, name: str) -> Any:  # labels, names of classes, digest, class counts
         return getattr(self.images, name)
@@ -43,5 +49,6 @@ class StoredInputs:
             yield self._take(part, views, device)
 
     def _take(self, rows: np.ndarray, views: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
-        inputs = torch.from_numpy(self.inputs[views, rows]).to(device, non_blocking=True).float()
+        at = rows if self.rows is None else self.rows[rows]
+        inputs = torch.from_numpy(self.inputs[views, at]).to(device, non_blocking=True).float()
         return inputs, torch.from_numpy(self.images.labels[rows]).to(device, non_blocking=True)

@@ -37,7 +37,9 @@ from .probes import PROBES, Probe, backbone_features, backbone_size, copy_linear
 from .rates import search_rate
 from .trunk import frozen_once
 
-__all__ = ["Finetune", "Tuned", "strip_head", "features_of", "fine_tune", "load_data"]
+__all__ = ["Finetune", "Tuned", "strip_head", "features_of", "fine_tune", "load_data", "start_head"]
+
+WARM_HEADS = ("warm", "warm_learned")  # which know the classes before any training
 
 
 @dataclass
@@ -76,7 +78,7 @@ class Finetune(Recipe):
             itself: the same model from random weights, and a learned head on the same weights.
     """
 
-    heads: ClassVar[tuple[str, ...]] = (*HEADS, "warm", "warm_learned")
+    heads: ClassVar[tuple[str, ...]] = (*HEADS, *WARM_HEADS)
 
     output: str = "runs/finetune"
     model: str = "mobilenetv3_small_100_etf"
@@ -282,13 +284,8 @@ def features_of(settings: Finetune, model: nn.Module, split: Images) -> torch.Te
 def _train(settings: Finetune, train: Images, held: Images | None, test: Images) -> Tuned | None:
     names = train.label_names
     model = make_model(settings, len(names), frame_tree(settings, names))
-    if settings.head == "warm":
-        features = features_of(settings, model, train)
-        warm_head(model, features, torch.from_numpy(train.labels), names, settings.model_args)
-        fit_scales(model, settings)
-    elif settings.head == "warm_learned":
-        features, labels = features_of(settings, model, train), torch.from_numpy(train.labels)
-        warm_learned_head(model, features, labels, names, seed=settings.seed, strength=settings.strength)
+    if settings.head in WARM_HEADS:
+        start_head(model, settings, features_of(settings, model, train), torch.from_numpy(train.labels), names)
     frozen_to = first_tuned(model, settings.method, settings.layer) if settings.cache_views else ""
     prepare(model, settings.method, settings.layer)
     tuned, total = tuned_share(model)
@@ -298,7 +295,7 @@ def _train(settings: Finetune, train: Images, held: Images | None, test: Images)
     with frozen_once(settings, model, frozen_to, splits) if frozen_to else nullcontext(splits) as (fitted, watched):
         run = Run(settings, fitted, watched, model, best=best)
         start = None
-        if settings.head in ("warm", "warm_learned") and run.step == 0:
+        if settings.head in WARM_HEADS and run.step == 0:
             on, what = (fitted, "training") if held is None else (watched, "held-out")
             start = run.evaluate(on)["top1"], f"{what} images"
             run.accelerator.print(f"Before any training: {start[0]:.2f} % of the {start[1]}.")
@@ -306,6 +303,28 @@ def _train(settings: Finetune, train: Images, held: Images | None, test: Images)
         finished = run.fit()
     run.train_split, run.val_split = splits  # from here on it is measured on images
     return Tuned(settings, run.plain_model(), train, test, tuned, total, run, held, start) if finished else None
+
+
+def start_head(
+    model: nn.Module, settings: Finetune, features: torch.Tensor, labels: torch.Tensor, names: list[str]
+) -> None:
+    """Give a model the head that its recipe starts from, in place; heads that know no images stay as they are.
+
+    Args:
+        model: As `make_model` made it.
+        settings: The recipe.
+        features: Of the frozen backbone, `(N, d)`.
+        labels: `(N,)`.
+        names: Of the K classes.
+
+    Raises:
+        EtfZooError: See `warm_head` and `warm_learned_head`.
+    """
+    if settings.head == "warm":
+        warm_head(model, features, labels, names, settings.model_args)
+        fit_scales(model, settings)
+    elif settings.head == "warm_learned":
+        warm_learned_head(model, features, labels, names, seed=settings.seed, strength=settings.strength)
 
 
 def _probe(settings: Finetune, train: Images, test: Images) -> Tuned:
