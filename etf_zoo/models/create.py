@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.error import URLError
 
+import timm
 import torch
 from timm.models import PretrainedCfg, get_pretrained_cfg, model_entrypoint
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from ..layers.whitening import WHITENING_ARGS, whiten_last_norm
 from ..timm_compat import hf_split, update_model_args
 from ..weights.config import without_sources
 from ..weights.download import check_cached, hub_errors, pin
-from ..weights.packages import PACKAGED, find_packaged, read_packaged
+from ..weights.packages import PACKAGED, PackagedWeights, find_packaged, read_packaged
 from .attach import attach_frame, become_twin, replace_leaves
 from .convert import convert_classifier
 from .head_config import HEAD_ARGS, HeadConfig, read_switch, same_value, split_head_args
@@ -28,7 +29,7 @@ from .names import as_names, base_name, frame_heads, narrowest, split_head
 from .stand_in import stand_in, take_back_stand_in
 from .tags import default_tag, is_converted
 
-__all__ = ["ReadWeights", "SavedArgs", "create_twin", "whiten"]
+__all__ = ["ReadWeights", "SavedArgs", "create_plain", "create_twin", "whiten"]
 
 ReadWeights = Callable[[Mapping[str, Any], Any], dict[str, Tensor]]
 SavedArgs = Mapping[str, Mapping[str, Any]]
@@ -216,11 +217,39 @@ def _read_package(request: _Request) -> dict[str, Tensor] | None:
     """timm's own weights from an installed package that has them; None where timm's loader is to get them."""
     base = base_name(request.name)
     entry = find_packaged(f"{base}.{request.cfg.tag}")
-    if entry is None:
-        return None
+    return None if entry is None else _read_for(base, entry)
+
+
+def _read_for(architecture: str, entry: PackagedWeights) -> dict[str, Tensor]:
     with torch.device("meta"):
-        shapes = {key: value.shape for key, value in model_entrypoint(base)().state_dict().items()}
+        shapes = {key: value.shape for key, value in model_entrypoint(architecture)().state_dict().items()}
     return read_packaged(entry, shapes)
+
+
+def create_plain(name: str, **kwargs: Any) -> Any:
+    """`timm.create_model`, whose pretrained weights come from an installed package where one has them.
+
+    Args:
+        name: As timm takes it.
+        kwargs: Likewise.
+
+    Raises:
+        LoadError: See `read_packaged`.
+
+    Example:
+        >>> create_plain("tf_efficientnet_lite0.in1k", pretrained=True, num_classes=5).num_classes  # doctest: +SKIP
+        5
+    """
+    architecture = name.partition(".")[0]
+    is_own = kwargs.get("pretrained") and ":" not in name and timm.is_model(architecture)
+    cfg = get_pretrained_cfg(name) if is_own else None
+    entry = find_packaged(f"{architecture}.{cfg.tag}") if cfg and not architecture.endswith("_etf") else None
+    if entry is None:
+        return timm.create_model(name, **kwargs)
+    overlay = {**(kwargs.pop("pretrained_cfg_overlay", None) or {}), "state_dict": _read_for(architecture, entry)}
+    model: Any = timm.create_model(name, pretrained_cfg_overlay=overlay, **kwargs)
+    model.pretrained_cfg.pop("state_dict")
+    return model
 
 
 def _check_whitening(request: _Request, *, has_some: bool) -> None:

@@ -18,6 +18,7 @@ from ..timm_compat import load_model_config_from_path
 from ..weights.config import read_config
 from ..weights.download import hub_errors, pin
 from ..weights.native import CONFIG_NAME, cards_folder
+from .create import create_plain
 from .tags import default_tag
 
 __all__ = ["Source", "find_model", "load_model", "model_folder"]
@@ -141,7 +142,7 @@ def load_model(model: str, pretrained: bool = True, **kwargs: Any) -> Any:
     source = find_model(model, pretrained)
     hub_id = source.name.removeprefix(_HUB)
     with nullcontext() if source.folder else hub_errors(hub_id):
-        built = timm.create_model(source.name, pretrained=pretrained, **kwargs).eval()
+        built = create_plain(source.name, pretrained=pretrained, **kwargs).eval()
     if hub_id != source.name and not source.is_twin:  # twins say it themselves
         pin(hub_id, cache_dir=kwargs.get("cache_dir"))
     return built

@@ -9,7 +9,10 @@ import torch
 
 from etf_zoo import frame_heads
 from etf_zoo.errors import LoadError
-from etf_zoo.models.names import class_names
+from etf_zoo.models.find import load_model
+from etf_zoo.models.names import class_names, split_head
+from etf_zoo.trainer.run.model import make_model
+from etf_zoo.trainer.tune.tuning import Finetune
 from etf_zoo.weights import packages
 from etf_zoo.weights.download import sha256
 from etf_zoo.weights.packages import PACKAGED, PackagedWeights, find_packaged, packaged_file, read_packaged
@@ -126,6 +129,24 @@ def test_another_number_of_classes_gets_a_fresh_frame():
     (head,) = frame_heads(model).values()
     assert head.weight.shape == (7, 1280)
     assert class_names(model) == [str(i) for i in range(7)]
+
+
+@needs_lite
+@pytest.mark.parametrize("name", [LITE, f"{LITE}.in1k"])
+def test_timms_own_name_takes_the_package_too(monkeypatch, name):
+    monkeypatch.setenv("ETF_ZOO_SOURCE", "package")  # so that nothing asks the Hub
+    twin, plain = timm.create_model(f"{LITE}_etf", pretrained=True).eval(), load_model(name)
+    images = torch.rand(2, 3, 96, 96)
+    with torch.inference_mode():
+        torch.testing.assert_close(plain(images).softmax(1), twin(images).softmax(1), rtol=1e-3, atol=1e-6)
+    assert "state_dict" not in plain.pretrained_cfg
+    for head in ("learned", "frame", "warm_learned"):
+        recipe = Finetune(model=name, head=head, sizes=[[0, 64]])
+        backbone = split_head(make_model(recipe, 3).state_dict(), ["classifier"])[0]
+        wanted = split_head(plain.state_dict(), ["classifier"])[0]
+        assert all(torch.equal(backbone[key], value) for key, value in wanted.items())
+    with pytest.raises(LoadError, match=r"no package has the weights resnet18\.a1_in1k"):
+        load_model("resnet18")
 
 
 def test_sources(entry, monkeypatch):

@@ -18,7 +18,7 @@ from etf_zoo.layers.cosine import LearnedCosineClassifier, learn_prototypes
 from etf_zoo.layers.logit_scale import smoothed_probability
 from etf_zoo.layers.necks import build_neck
 from etf_zoo.models import find as models
-from etf_zoo.models.create import whiten
+from etf_zoo.models.create import create_plain, whiten
 from etf_zoo.models.find import Source
 from etf_zoo.models.head_config import split_head_args
 from etf_zoo.models.names import SKIP_CONNECTION, base_name, leaf_of, split_head, timm_classifier_names
@@ -100,7 +100,7 @@ def _make_model(recipe: Recipe, num_classes: int, hierarchy: Tensor | None) -> n
     whitening = args.pop("whitening", False)
     head_args, args = split_head_args(args)
     neck, width = head_args.get("neck"), head_args.get("neck_features")
-    plain = _plain_model(source, args) if learned else timm.create_model(source.name, **args)
+    plain = _plain_model(source, args) if learned else create_plain(source.name, **args)
     whiten(plain, whitening)
     if not learned:
         return attach_frame(plain, **head_args)
@@ -127,7 +127,7 @@ def _plain_model(source: Source, args: dict[str, Any]) -> nn.Module:
     timm's random ones are so large for some architectures that fine-tuning on few images ends where they began.
     """
     if not source.is_twin:
-        model: Any = timm.create_model(source.name, **args)
+        model = create_plain(source.name, **args)
         if not args["pretrained"] or model.pretrained_cfg.get("num_classes") != args["num_classes"]:
             _zero_classifiers(model)
         return model
