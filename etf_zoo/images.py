@@ -22,6 +22,7 @@ __all__ = ["UnreadableImageError", "image_extensions", "read_image", "to_rgb"]
 # What Pillow's decoders are seen to raise on damaged files.
 _DAMAGED = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error)
 _WHITE_16 = 65_535
+_LONGEST = 64  # times the short side
 
 
 class UnreadableImageError(EtfZooError):
@@ -72,8 +73,21 @@ def _from_float(pixels: np.ndarray) -> Image.Image:
     return Image.fromarray((pixels * 255).round().astype(np.uint8)).convert("RGB")
 
 
+def _middle(image: Image.Image) -> Image.Image:
+    """The middle of a strip, all that a model's square crop shows of one.
+
+    Brought to a model's size by its short side, an image of one pixel by 20,000 would take gigabytes.
+    """
+    most = _LONGEST * min(image.size)
+    if max(image.size) <= most:
+        return image
+    width, height = (min(side, most) for side in image.size)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
 def read_image(file: str | Path | bytes) -> Image.Image:
-    """An image file as 8-bit RGB, see `to_rgb`.
+    """An image file as 8-bit RGB, see `to_rgb`; of one more than 64 times as long as wide, the middle.
 
     Args:
         file: Path, or the bytes of a file.
@@ -84,7 +98,7 @@ def read_image(file: str | Path | bytes) -> Image.Image:
     """
     try:
         with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
-            return to_rgb(image)
+            return _middle(to_rgb(image))
     except UnreadableImageError:
         raise
     except UnidentifiedImageError:

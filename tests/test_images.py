@@ -101,6 +101,18 @@ def test_turned_upright_by_exif(mode):
     assert [got.getpixel(at) for at in ((0, 0), (1, 0))] == [(0, 0, 0), (255, 255, 255)]
 
 
+@pytest.mark.parametrize("size", [(1, 5000), (5000, 1)])
+def test_the_middle_of_a_strip(size):
+    image = Image.new("L", size)
+    middle = tuple(side // 2 for side in size)
+    image.putpixel(middle, 255)
+    got = read_image(_file(image, "PNG"))
+    assert sorted(got.size) == [1, 64]
+    assert got.getpixel(tuple(side // 2 for side in got.size)) == (255,) * 3
+    for kept in ((1, 64), (1, 1), (300, 200)):
+        assert read_image(_file(Image.new("L", kept), "PNG")).size == kept
+
+
 def test_first_frame_of_an_animation(tmp_path):
     frames = [Image.new("RGB", (4, 4), color) for color in ("red", "blue")]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])

@@ -74,6 +74,13 @@ def test_a_bad_file_loses_nothing_else(capsys, folder, photos):
         assert one["probability"] == pytest.approx(other["probability"], abs=1e-5)
 
 
+@pytest.mark.parametrize("size", [(1, 1), (1, 30_000), (30_000, 1)])
+def test_an_image_one_pixel_wide(capsys, folder, tmp_path, size):
+    Image.new("RGB", size, "green").save(tmp_path / "strip.png")
+    (entry,) = json.loads(predicted(capsys, folder, tmp_path / "strip.png", "--json").out)
+    assert sum(one["probability"] for one in entry["predictions"]) > 0
+
+
 def test_many_bad_files_are_named_up_to_twenty(capsys, folder, tmp_path):
     shown = predicted(capsys, folder, *[tmp_path / f"{i}.png" for i in range(25)], status=1)
     assert len(shown.err.splitlines()) == 1 + 20 + 1
