@@ -275,21 +275,25 @@ def run_cell(work: str, cell: Cell) -> dict[str, Any]:
     return {**names, **top1, **found}
 
 
+def _chosen(cell: Cell, train: Images, rows: np.ndarray) -> np.ndarray:
+    """Of some rows of the training images those that a cell is fitted to."""
+    found, _ = training_rows(
+        train.labels[rows],
+        train.label_names,
+        shots=cell.settings.shots,
+        long_tail=cell.settings.data.long_tail,
+        limit=cell.settings.data.limit,
+        seed=cell.seed,
+    )
+    return rows[found]
+
+
 def _probed(cell: Cell, train: Images, rows: np.ndarray, test: Images, work: Path) -> dict[str, Any]:
     """Figures of a probe on some rows of the training images."""
     settings = cell.settings
-    chosen, _ = training_rows(
-        train.labels[rows],
-        train.label_names,
-        shots=settings.shots,
-        long_tail=settings.data.long_tail,
-        limit=settings.data.limit,
-        seed=cell.seed,
-    )
-    features, fitted = (
-        frozen_features(settings, train, work, cell.stage)[torch.from_numpy(rows[chosen])],
-        train.subset(rows[chosen]),
-    )
+    chosen = _chosen(cell, train, rows)
+    features = frozen_features(settings, train, work, cell.stage)[torch.from_numpy(chosen)]
+    fitted = train.subset(chosen)
     labels = torch.from_numpy(fitted.labels)
     probe = fit_probe(settings.method, features, labels, fitted.label_names, seed=cell.seed, strength=settings.strength)
     predicted = probe.predict(frozen_features(settings, test, work, cell.stage).numpy())
@@ -302,8 +306,7 @@ def _tuned_stored(cell: Cell, train: Images, rows: np.ndarray, test: Images, wor
     """Figures of a training on what the frozen layers gave, once for all cells, for some rows of the images."""
     settings = dataclasses.replace(cell.settings, output=str(work / "runs" / digest(cell.key)))
     shutil.rmtree(settings.output, ignore_errors=True)  # of a cell that was killed
-    labels, names = train.labels[rows], train.label_names
-    chosen = rows[training_rows(labels, names, shots=settings.shots, seed=cell.seed)[0]]
+    chosen = _chosen(cell, train, rows)
     fitted = stored_inputs(settings, train, work, settings.cache_views).subset(chosen)
     features = frozen_features(settings, train, work)[torch.from_numpy(chosen)]
     correct, tuned, total = tune_stored(settings, fitted, stored_inputs(settings, test, work), features)

@@ -10,6 +10,8 @@ from torch import nn
 
 from etf_zoo import add_skip
 from etf_zoo.errors import EtfZooError
+from etf_zoo.trainer.data.resident import Split
+from etf_zoo.trainer.data.stored import StoredInputs
 from etf_zoo.trainer.tune.trunk import layer_input, replayed, store_inputs
 
 # architecture, layer, side in pixels
@@ -79,6 +81,17 @@ def test_stored_inputs(tmp_path):
     for view, pictures in enumerate((images, images.flip(3))):
         wanted = layer_input(model, "layer4", pictures)
         torch.testing.assert_close(torch.from_numpy(stored[view]).float(), wanted, rtol=2e-3, atol=1e-3)
+
+
+def test_subsets_of_stored_inputs():
+    images = Split(np.zeros((6, 1, 1, 3), np.uint8), np.arange(6), list("abcdef"), "made")
+    stored = StoredInputs(images, np.arange(12.0).reshape(2, 6, 1))
+    some = stored.subset(np.array([5, 1, 3])).subset(np.array([2, 0]))
+    assert len(some) == 2
+    ((inputs, labels),) = some.batches([np.arange(2)], torch.device("cpu"))
+    assert inputs.flatten().tolist() == labels.tolist() == [3, 5]
+    ((inputs, _),) = some.train_batches([np.arange(2)], seed=0, epoch=0, start=0, device=torch.device("cpu"))
+    assert {value % 6 for value in inputs.flatten().tolist()} == {3, 5}
 
 
 def test_images_that_cannot_be_read(tmp_path):

@@ -54,6 +54,14 @@ def test_what_chooses_opens_the_training_split_alone(tmp_path, monkeypatch):
     assert not (tmp_path / "work").exists()
 
 
+def test_stored_inputs_change_no_choice(tmp_path):
+    recipe = settings(method="head", head="warm_learned", cache_views=1, shots=5, epochs=3, batch_size=16)
+    found = [choices.choose(recipe, TrainingImages(DATA), tmp_path / "a", frozen) for frozen in (None, tmp_path / "b")]
+    assert found[0]["held_out"] == found[1]["held_out"]
+    assert found[0]["top1"] == pytest.approx(found[1]["top1"], abs=1)
+    assert found[0]["top1"] > 20  # chance is 10
+
+
 @pytest.mark.parametrize("known", [None, DATA])
 def test_a_recipe_that_looks_for_test_images_while_choosing_fails(tmp_path, monkeypatch, known):
     """By the name that it was given, or by one that it knows otherwise."""

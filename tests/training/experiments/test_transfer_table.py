@@ -12,6 +12,7 @@ from etf_zoo.trainer.data.batches import limited_rows
 from etf_zoo.trainer.data.long_tail import long_tail_counts
 from etf_zoo.trainer.data.subsets import few_shot_indices, load_images
 from etf_zoo.trainer.run.locks import acquire
+from etf_zoo.trainer.tune.tuning import fine_tune
 from training.experiments import transfer_table
 from training.experiments.grid import CELLS, Results, lock_file
 from training.experiments.transfer_table import Table, cells, newest, run_cell
@@ -238,6 +239,33 @@ def test_a_training_reports_the_images_that_it_was_given(tmp_path, monkeypatch):
     monkeypatch.setattr(transfer_table, "_nature", lambda features, split: seen.append(len(features)) or {})
     found = run_cell(str(tmp_path), one_cell("head", base={**TABLE["base"], "holdout": 0.5}))
     assert [found["images"]] == seen == [100]
+
+
+def test_stored_inputs_give_what_a_training_on_images_gives(tmp_path):
+    """With one view nothing is augmented: the same steps on the same numbers, up to their 16 bits."""
+    fields = {"method": "layer", "layer": "layer4", "head": "warm_learned", "cache_views": 1, "shots": 5, "epochs": 3}
+    cell = one_cell("ncm", methods={"layer": {**fields, "weights": ["other"]}})
+    found = run_cell(str(tmp_path), cell)
+    train, test = (load_images(cell.settings.data, split) for split in ("train", "test"))
+    train = train.subset(few_shot_indices(train.labels, 20, 0, train.label_names))
+    tuned = fine_tune(dataclasses.replace(cell.settings, output=str(tmp_path / "run")), train, test)
+    assert found["images"] == len(tuned.train) == 50
+    assert (found["tuned"], found["total"]) == (tuned.tuned, tuned.total)
+    assert found["top1"] == pytest.approx(tuned.figures()["top1"], abs=1)
+    assert found["top1"] > 30  # chance is 10
+    assert run_cell(str(tmp_path), cell)["top1"] == found["top1"]  # from what is stored
+
+
+def test_a_method_for_each_number_of_images():
+    entry = {"method": "ncm", "shots": {"1": {"seeds": [1]}, "5": {}, "0": {"batch_size": 8}}, "control": "knn"}
+    knn = {"shots": [1, 5, 0]}
+    table = Table(**{**TABLE, "methods": {"mean": entry, "knn": knn}})
+    assert list(table.methods) == ["mean 1-shot", "mean 5-shot", "mean", "knn 1-shot", "knn 5-shot", "knn"]
+    wanted = {"method": "ncm", "shots": 1, "control": "knn 1-shot", "seeds": [1]}
+    assert table.methods["mean 1-shot"] == wanted
+    assert table.methods["mean"] == {"method": "ncm", "shots": 0, "control": "knn", "batch_size": 8}
+    shots = {cell.method: cell.settings.shots for cell in cells(table) if cell.method}
+    assert shots == {"mean 1-shot": 1, "mean 5-shot": 5, "mean": 0, "knn 1-shot": 1, "knn 5-shot": 5, "knn": 0}
 
 
 def test_cells_of_several_precisions(tmp_path):
