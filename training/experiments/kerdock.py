@@ -70,14 +70,14 @@ BASE = Recipe(
 )
 DEFAULTS: dict[str, dict[str, int]] = {
     "choose": {"dim": 256, "images": 2_048, "epochs": 15},
-    "instances": {"dim": 256, "images": 8_000, "epochs": 25},
+    "instances": {"dim": 256, "images": 6_000, "epochs": 25},
     "features": {"epochs": 5},
     "classes": {"dim": 16, "images": 25_000, "epochs": 6},
 }
 GRID: dict[str, list[tuple[float, float | str | None]]] = {
-    "Kerdock": [(0.01, 10.0), (0.02, 10.0), (0.01, "auto"), (0.005, 10.0)],
-    "learned": [(0.01, None), (0.02, None), (0.005, None)],
-    "supervised": [(0.01, None), (0.02, None), (0.005, None)],
+    "Kerdock": [(0.01, 10.0), (0.02, 10.0), (0.01, "auto")],
+    "learned": [(0.01, None), (0.02, None)],
+    "supervised": [(0.01, None), (0.02, None)],
 }
 INSTANCES: dict[str, dict[str, Any]] = {
     "Kerdock": {"head": "frame", "model_args": {"frame": "kerdock"}},
