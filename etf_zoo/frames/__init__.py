@@ -10,6 +10,7 @@ from .polar import polar_factor
 from .report import FrameReport, frame_report
 from .simplex import nearest_simplex_etf, simplex_etf
 from .spherical import spherical_code
+from .subspaces import hierarchical_subspaces
 
 __all__ = [
     "simplex_etf",
@@ -22,6 +23,7 @@ __all__ = [
     "Hierarchy",
     "hierarchy_cosines",
     "hierarchy_frame",
+    "hierarchical_subspaces",
     "kerdock_frame",
     "levenshtein_bound",
     "imbalanced_frame",

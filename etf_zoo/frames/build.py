@@ -13,14 +13,27 @@ from .hierarchy import check_gamma, check_hierarchy_fits, check_matrix, hierarch
 from .kerdock import check_kerdock_fits, kerdock_frame
 from .orientation import resolve_orientation, turn_to_blocks
 from .simplex import check_simplex_fits, check_sizes, helmert_basis, simplex_etf
+from .subspaces import check_subspaces_fit, hierarchical_subspaces
 
-__all__ = ["BUILDERS", "CUSTOM", "FRAMES", "HELMERT", "build_frame", "check_frame", "check_unit_rows"]
+__all__ = [
+    "BUILDERS",
+    "CUSTOM",
+    "FRAMES",
+    "HELMERT",
+    "OF_A_TREE",
+    "SUBSPACES",
+    "build_frame",
+    "check_frame",
+    "check_unit_rows",
+]
 
 # Functions (num_classes, dim, *, seed) -> frame, by name; they are turned to blocks, or not, as the others are.
 BUILDERS: dict[str, Callable[..., Tensor]] = {"random": random_frame, "code": quick_code, "kerdock": kerdock_frame}
 # What such a frame raises where it does not fit, without computing.
 _CHECKS: dict[str, Callable[[int, int], None]] = {"simplex": check_simplex_fits, "kerdock": check_kerdock_fits}
-FRAMES = ("auto", "simplex", *BUILDERS, "hierarchy")
+SUBSPACES = "subspaces"  # of a tree's nodes, scored by projections: `layers.subspaces`
+OF_A_TREE = ("hierarchy", SUBSPACES)
+FRAMES = ("auto", "simplex", *BUILDERS, *OF_A_TREE)
 CUSTOM = "custom"  # name of a frame that was given as a tensor
 # Simplex ETF in the Helmert basis, K - 1 wide: what softmax-preserving conversion puts behind its linear neck.
 HELMERT = "helmert"
@@ -49,17 +62,21 @@ def check_frame(
         ValueError: On an unknown name, a frame that does not fit, or a tensor of wrong shape or without unit rows.
     """
     check_sizes(num_classes, dim)
-    if (hierarchy is not None) != (isinstance(frame, str) and frame == "hierarchy"):
+    if (hierarchy is not None) != (isinstance(frame, str) and frame in OF_A_TREE):
+        name = frame if isinstance(frame, str) and frame in OF_A_TREE else "hierarchy"
         raise EtfZooError(
-            "frame='hierarchy' and hierarchy=D, the distances between classes (K, K), go together: "
+            f"frame={name!r} and hierarchy=D, the distances between classes (K, K), go together: "
             "D = etf_zoo.frames.Hierarchy.from_json(path).distances(class_names)."
         )
     if hierarchy is not None:
         check_matrix(hierarchy)
         if len(hierarchy) != num_classes:
             raise EtfZooError(f"hierarchy has shape {tuple(hierarchy.shape)} for {num_classes} classes.")
-        check_hierarchy_fits(num_classes, dim)
-        check_gamma(gamma)
+        if frame == SUBSPACES:
+            check_subspaces_fit(hierarchy, dim)
+        else:
+            check_hierarchy_fits(num_classes, dim)
+            check_gamma(gamma)
     if isinstance(frame, Tensor):
         if frame.shape != (num_classes, dim):
             raise EtfZooError(f"The frame has shape {tuple(frame.shape)}, the head needs ({num_classes}, {dim}).")
@@ -91,13 +108,14 @@ def build_frame(
     """Frame by name, or a checked copy of the one given.
 
     Args:
-        frame: `"auto"`, `"simplex"`, `"random"`, `"code"`, `"kerdock"`, `"hierarchy"`, or a tensor `(num_classes,
-            dim)` with unit rows.
+        frame: `"auto"`, `"simplex"`, `"random"`, `"code"`, `"kerdock"`, `"hierarchy"`, `"subspaces"`, or a tensor
+            `(num_classes, dim)` with unit rows.
         num_classes: K.
         dim: Width of the features that meet the frame.
         orientation: See `simplex_etf`; the other frames are turned alike, see `turn_to_blocks`.
         seed: Seed of the frame.
-        hierarchy: Distances between classes `(K, K)`; for `"hierarchy"` and only for it, see `hierarchy_frame`.
+        hierarchy: Distances between classes `(K, K)`; for `"hierarchy"` (see `hierarchy_frame`) and `"subspaces"` (see
+            `hierarchical_subspaces`), and only for them.
         gamma: Of `hierarchy_frame`.
 
     Returns:
@@ -120,6 +138,8 @@ def build_frame(
         return best_frame(num_classes, dim, orientation=orientation, seed=seed)
     if frame == "simplex":
         return simplex_etf(num_classes, dim, orientation=orientation, seed=seed)
+    if hierarchy is not None and frame == SUBSPACES:
+        return hierarchical_subspaces(hierarchy, dim)  # its coordinates are the nodes, so it is not turned
     if hierarchy is not None:
         found = hierarchy_frame(hierarchy, dim, gamma=gamma, seed=seed)
     else:

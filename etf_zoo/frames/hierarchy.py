@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import EtfZooError
 from .simplex import check_room, haar_columns
 
-__all__ = ["Hierarchy", "hierarchy_cosines", "hierarchy_frame"]
+__all__ = ["Hierarchy", "checked_distances", "hierarchy_cosines", "hierarchy_frame"]
 
 MIN_GAMMA = 1e-6
 
@@ -244,7 +244,7 @@ def check_matrix(distance: Tensor) -> None:
 def _solve(distance: Tensor, gamma: float) -> tuple[Tensor, Tensor, float]:
     """Null vector `(K,)` of S, S `(K, K)` and s*."""
     check_gamma(gamma)
-    d = _checked(distance)
+    d = checked_distances(distance)
     e = torch.exp(-float(gamma) * d / d.max())
     lower, info = torch.linalg.cholesky_ex(e)
     if info != 0:
@@ -258,7 +258,8 @@ def _solve(distance: Tensor, gamma: float) -> tuple[Tensor, Tensor, float]:
     return null, (1 - offset) * e + offset, offset
 
 
-def _checked(distance: Tensor) -> Tensor:
+def checked_distances(distance: Tensor) -> Tensor:
+    """Distances as float64 on the CPU; EtfZooError unless they are symmetric, zero on the diagonal, positive beside."""
     check_matrix(distance)
     if not isinstance(distance, Tensor) or distance.is_complex() or distance.dtype == torch.bool:
         raise EtfZooError(f"distance holds numbers, got {distance.dtype}.")

@@ -1,7 +1,6 @@
 """FrameClassifier: the one module that turns features into logits against a fixed frame."""
 
-import math  # no `from __future__ import annotations` here: TorchScript cannot read the class's as strings
-from collections import OrderedDict
+from collections import OrderedDict  # no `from __future__ import annotations`: TorchScript cannot read the class's so
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -11,7 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..errors import EtfZooError
 from ..frames.build import CUSTOM, HELMERT, build_frame, check_frame
-from ..frames.kerdock import kerdock_capacity, kerdock_core, kerdock_rotation, kerdock_signs, kerdock_width
+from ..frames.kerdock import kerdock_capacity, kerdock_core, kerdock_width
 from ..frames.numerics import at_least_float32, unit
 from ..frames.report import FrameReport, frame_report, kerdock_report, simplex_report
 from ..frames.simplex import check_sizes
@@ -81,6 +80,9 @@ class FrameClassifier(GuardedFrame):
         gamma: How fast the hierarchy frame's cosines fall with the distance, see `hierarchy_frame`.
         reserve: Prototypes for classes to come: the frame has `num_classes + reserve` rows, logits are those of the
             first `num_classes`. See `add_classes`.
+        lengths: Lengths of the prototypes `(K,)`, which multiply the logits; the frame stays one of unit rows, and a
+            scale that is solved for knows no lengths. See `frames.imbalanced_frame`. True, on the meta device, for
+            those of a checkpoint.
         device: Where to put it. On the meta device nothing is computed.
 
     Raises:
@@ -102,6 +104,7 @@ class FrameClassifier(GuardedFrame):
     signs: Tensor
     rotation: Tensor
     logit_scale: Tensor
+    lengths: Tensor
 
     def __init__(
         self,
@@ -119,6 +122,7 @@ class FrameClassifier(GuardedFrame):
         hierarchy: Tensor | None = None,
         gamma: float = 2.0,
         reserve: int = 0,
+        lengths: Tensor | bool | None = None,
         device: torch.device | str | None = None,
     ):
         super().__init__()
@@ -165,7 +169,8 @@ class FrameClassifier(GuardedFrame):
         else:
             weight = build_frame(frame, rows, self.dim, seed=seed, **built_from).to(device)
         self.register_buffer("weight", weight)
-        self._register_kerdock(seed, device)
+        self.register_kerdock(seed, device)
+        self.register_lengths(lengths, device)
         self.remember({**built_from, "seed": seed}, logit_scale)
         scale = torch.tensor(self.initial_scale(), dtype=torch.float32, device=device)
         if logit_scale == "learnable":
@@ -173,29 +178,14 @@ class FrameClassifier(GuardedFrame):
         else:
             self.register_buffer("logit_scale", scale)
 
-    def _register_kerdock(self, seed: int, device: torch.device) -> None:
-        """Buffers of a Kerdock frame that is not stored; empty, and in no state dict, with any other."""
-        signs, rotation = torch.empty(0, dtype=torch.uint8), None
-        if kerdock := self.implicit and self.frame == "kerdock":
-            core = kerdock_core(self.dim)
-            if device.type == "meta":
-                signs = torch.empty(core // 2, math.ceil(core / 8), dtype=torch.uint8, device=device)
-                rotation = None if core == self.dim else torch.empty(core, self.dim, device=device)
-            else:
-                signs, rotation = kerdock_signs(core, seed=seed), kerdock_rotation(self.dim, seed=seed)
-        self.register_buffer("signs", signs.to(device), persistent=kerdock)
-        empty = torch.empty(0, device=device)
-        self.register_buffer(
-            "rotation", empty if rotation is None else rotation.to(device), persistent=rotation is not None
-        )
-
     @torch.jit.unused
     @torch.no_grad()
     def build_again(self) -> None:
         if self.implicit:
-            self._register_kerdock(self.built_from["seed"], self.weight.device)
+            self.register_kerdock(self.built_from["seed"], self.weight.device)
         else:
             self.weight.copy_(build_frame(self.frame, len(self.weight), self.dim, **self.built_from))
+            self.fill_lengths()
 
     @torch.jit.unused
     def store_frame(self) -> None:
@@ -205,7 +195,7 @@ class FrameClassifier(GuardedFrame):
         """
         self.frame, self.implicit = CUSTOM, False
         self.weight = torch.empty(self.num_classes, self.dim, device=self.weight.device)
-        self._register_kerdock(0, self.weight.device)
+        self.register_kerdock(0, self.weight.device)
 
     @property
     def seen_weight(self) -> Tensor:
@@ -268,7 +258,8 @@ class FrameClassifier(GuardedFrame):
             if self.frame == "kerdock":
                 return kerdock_logits(x, self.rotation, self.signs, self.scale(), self.num_classes)
             return helmert_product(x, self.scale())
-        return scaled_product(x, self.seen_weight, self.scale())
+        logits = scaled_product(x, self.seen_weight, self.scale())
+        return logits * self.lengths.to(logits.dtype) if self.has_lengths else logits
 
     @torch.jit.unused
     @torch.no_grad()
@@ -294,7 +285,8 @@ class FrameClassifier(GuardedFrame):
             return self.project(embeddings).topk(k)
         with torch.autocast(x.device.type, enabled=False):
             rows = into_core(embeddings * self.scale(), self.rotation).flatten(0, -2)
-            logits, classes = highest_classes(rows, self.seen_weight, self.signs, self.num_classes, k)
+            weight = self.seen_weight * self.lengths[:, None] if self.has_lengths else self.seen_weight
+            logits, classes = highest_classes(rows, weight, self.signs, self.num_classes, k)
         return logits.view(*x.shape[:-1], k), classes.view(*x.shape[:-1], k)
 
     @torch.jit.unused

@@ -14,6 +14,7 @@ from ..frames.build import build_frame
 from ..frames.numerics import unit
 from .classifier import FrameClassifier
 from .moving import MovingFrameClassifier
+from .subspaces import SubspaceClassifier
 
 __all__ = ["LearnedCosineClassifier", "fix_prototypes", "learn_prototypes"]
 
@@ -66,8 +67,9 @@ def learn_prototypes(model: nn.Module) -> nn.Module:
     if not heads:
         raise EtfZooError(f"{type(model).__name__} has no frame whose rows could be learned: attach one first.")
     for head in heads:
-        if isinstance(head, MovingFrameClassifier) or head.implicit:
-            kind = "moves" if isinstance(head, MovingFrameClassifier) else "is computed, not stored"
+        kinds = {MovingFrameClassifier: "moves", SubspaceClassifier: "holds the axes of a tree"}
+        kind = next((words for other, words in kinds.items() if isinstance(head, other)), "")
+        if kind := kind or ("is computed, not stored" if head.implicit else ""):
             raise EtfZooError(f"Learned prototypes start from a frame that is a fixed matrix; this one {kind}.")
         if isinstance(head, LearnedCosineClassifier):
             continue

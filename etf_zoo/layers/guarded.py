@@ -11,9 +11,21 @@ from torch.fx import Proxy
 
 from ..errors import EtfZooError
 from ..frames.build import CUSTOM, check_unit_rows
+from ..frames.kerdock import kerdock_core, kerdock_rotation, kerdock_signs
 from .logit_scale import kerdock_logit_scale, solve_logit_scale
 
-__all__ = ["GuardedFrame"]
+__all__ = ["GuardedFrame", "check_lengths"]
+
+
+def check_lengths(lengths: Tensor, num_classes: int) -> Tensor:
+    """Lengths of prototypes as float32 on the CPU; EtfZooError unless there is a positive one for each class."""
+    found = lengths.detach().float().cpu()
+    if found.shape != (num_classes,) or not bool((torch.isfinite(found) & (found > 0)).all()):
+        raise EtfZooError(
+            f"lengths has one positive number for each of the {num_classes} classes; got {tuple(lengths.shape)}, from "
+            f"{found.min().item() if found.numel() else 0:.4g}. Frames with a zero row have no direction there."
+        )
+    return found
 
 
 class GuardedFrame(nn.Module):
@@ -30,6 +42,8 @@ class GuardedFrame(nn.Module):
     signs: Tensor
     rotation: Tensor
     logit_scale: Tensor
+    lengths: Tensor
+    _lengths_asked = None  # by the constructor
     if TYPE_CHECKING:  # of the classifier; annotations that exist are TorchScript's to read
         frame: str
         implicit: bool
@@ -43,6 +57,47 @@ class GuardedFrame(nn.Module):
         self.built_from, self.scale_asked, self.probability = built_from, scale_asked, 0.999
         self._checked = (0, 0)  # the frame that `check_intact` saw last: its id and version
         self._unfilled = self.weight.is_meta
+
+    @torch.jit.unused
+    def register_kerdock(self, seed: int, device: torch.device) -> None:
+        """Buffers of a Kerdock frame that is not stored; empty, and in no state dict, with any other."""
+        signs, rotation = torch.empty(0, dtype=torch.uint8), None
+        if kerdock := self.implicit and self.frame == "kerdock":
+            core = kerdock_core(self.dim)
+            if device.type == "meta":
+                signs = torch.empty(core // 2, math.ceil(core / 8), dtype=torch.uint8, device=device)
+                rotation = None if core == self.dim else torch.empty(core, self.dim, device=device)
+            else:
+                signs, rotation = kerdock_signs(core, seed=seed), kerdock_rotation(self.dim, seed=seed)
+        self.register_buffer("signs", signs.to(device), persistent=kerdock)
+        empty = torch.empty(0, device=device)
+        self.register_buffer(
+            "rotation", empty if rotation is None else rotation.to(device), persistent=rotation is not None
+        )
+
+    @torch.jit.unused
+    def register_lengths(self, lengths: Tensor | bool | None, device: torch.device) -> None:
+        """Buffer of the prototypes' lengths; empty, and in no state dict, without any."""
+        self.has_lengths = lengths is not None and lengths is not False
+        if not self.has_lengths:
+            self.register_buffer("lengths", torch.empty(0, device=device), persistent=False)
+            return
+        if len(self.weight) > self.num_classes or self.implicit:
+            raise EtfZooError("lengths are of prototypes that are stored, and of all of them: leave reserve out.")
+        if isinstance(lengths, Tensor):
+            self._lengths_asked = check_lengths(lengths, self.num_classes)
+        elif lengths is not True or device.type != "meta":
+            raise EtfZooError(f"lengths are a tensor ({self.num_classes},) of positive numbers, got {lengths!r}.")
+        self.register_buffer("lengths", torch.empty(self.num_classes, dtype=torch.float32, device=device))
+        if device.type != "meta":
+            self.fill_lengths()
+
+    @torch.jit.unused
+    @torch.no_grad()
+    def fill_lengths(self) -> None:
+        """Put the lengths that the constructor had into their buffer, if it had any."""
+        if self._lengths_asked is not None:
+            self.lengths.copy_(self._lengths_asked)
 
     @torch.jit.unused
     def build_again(self) -> None:
@@ -178,16 +233,24 @@ class GuardedFrame(nn.Module):
             except EtfZooError as error:
                 errors.append(f"{prefix}weight in the checkpoint is not a frame. {error}")
                 return
-        # A scale is right for its frame only: without that it stays the model's own, and is reported as missing.
+        lengths = state_dict.get(prefix + "lengths")
+        if lengths is not None and not lengths.is_meta and self.has_lengths:
+            try:
+                check_lengths(lengths, self.num_classes)
+            except EtfZooError as error:
+                errors.append(f"{prefix}lengths in the checkpoint: {error}")
+                return
+        # Scale and lengths are right for their frame only: without it they stay the model's own, reported as missing.
         scale = prefix + "logit_scale"
-        alone = weight is None and scale in state_dict
-        if alone and isinstance(self.logit_scale, nn.Parameter):
+        own = (scale, prefix + "lengths")
+        alone = weight is None and any(key in state_dict for key in own)
+        if alone and scale in state_dict and isinstance(self.logit_scale, nn.Parameter):
             warnings.warn(
                 f"{scale} in the checkpoint was trained with a frame that the checkpoint lacks, so it is not loaded. "
                 f"Save {prefix}weight beside it: the whole state_dict().",
                 stacklevel=2,
             )
-        given = {key: value for key, value in state_dict.items() if key != scale} if alone else state_dict
+        given = {key: value for key, value in state_dict.items() if key not in own} if alone else state_dict
         super()._load_from_state_dict(given, prefix, local_metadata, strict, missing, unexpected, errors)
         if weight is not None and scale not in state_dict and not self.weight.is_meta:
             self.reset_scale()

@@ -8,7 +8,9 @@ from torch import nn
 from .center_collapse import CenterCollapseLoss
 from .dot_regression import DotRegressionLoss
 from .frame_cross_entropy import FrameCrossEntropy
+from .hierarchical_subspaces import HierarchicalSubspaceLoss
 from .hierarchy_cosine import HierarchyCosineLoss
+from .logit_adjustment import logit_adjustment
 from .separating_cone import SeparatingConeLoss
 from .squared import SquaredLoss
 from .variance_covariance import VarianceCovarianceLoss
@@ -17,6 +19,8 @@ __all__ = [
     "FrameCrossEntropy",
     "DotRegressionLoss",
     "HierarchyCosineLoss",
+    "HierarchicalSubspaceLoss",
+    "logit_adjustment",
     "SeparatingConeLoss",
     "SquaredLoss",
     "CenterCollapseLoss",
@@ -28,6 +32,7 @@ __all__ = [
 LOSSES: dict[str, type[nn.Module]] = {
     "dot_regression": DotRegressionLoss,
     "hierarchy_cosine": HierarchyCosineLoss,
+    "hierarchical_subspaces": HierarchicalSubspaceLoss,
     "separating_cone": SeparatingConeLoss,
     "squared": SquaredLoss,
 }

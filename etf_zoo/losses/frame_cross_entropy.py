@@ -11,6 +11,7 @@ from ..errors import EtfZooError
 from ..frames.numerics import at_least_float32
 from ..layers.classifier import FrameClassifier
 from ..layers.implicit import frame_blocks, into_core, kerdock_sum, kerdock_vectors
+from ..layers.subspaces import SubspaceClassifier
 from ._common import check_labels, without_autocast
 
 __all__ = ["FrameCrossEntropy"]
@@ -121,6 +122,8 @@ class FrameCrossEntropy(nn.Module):
             raise EtfZooError(f"FrameCrossEntropy takes a FrameClassifier, got {type(head).__name__}.")
         if head.implicit and head.frame == "helmert":
             raise EtfZooError("A converted classifier has no blocks of classes: use F.cross_entropy(head(x), y).")
+        if head.has_lengths or isinstance(head, SubspaceClassifier):
+            raise EtfZooError("Blocks of classes are of unit rows and their cosines: use F.cross_entropy(head(x), y).")
         if not 0 <= label_smoothing < 1:
             raise EtfZooError(f"label_smoothing lies in [0, 1), got {label_smoothing}.")
         if not 0 <= angular_margin < math.pi / 2 or not 0 <= cosine_margin < 1:

@@ -50,6 +50,8 @@ def attach_frame(
     gamma: float = 2.0,
     reserve: int = 0,
     moving: bool | Mapping[str, Any] = False,
+    subspaces: bool = False,
+    lengths: Tensor | bool | None = None,
     classifier: str | Iterable[str] | None = None,
 ) -> nn.Module:
     """Put a fixed frame in the place of a model's classifier, in place.
@@ -73,6 +75,8 @@ def attach_frame(
         reserve: See `FrameClassifier`.
         moving: Whether the frame follows the class means (2411.01248), or the `momentum`, `update_every` and `delta` of
             `MovingFrameClassifier`; the others, `{}` all of them, have their defaults.
+        subspaces: Whether a class is scored as `SubspaceClassifier` does; `frame="subspaces"` implies it.
+        lengths: See `FrameClassifier`; they serve their own number of classes, as a frame given as a tensor does.
         classifier: Name(s) of the linear layer(s) to replace; for timm models known.
 
     Returns:
@@ -100,6 +104,8 @@ def attach_frame(
         gamma=gamma,
         reserve=reserve,
         moving=moving,
+        subspaces=subspaces,
+        lengths=lengths,
     )
     if classifier is None and isinstance(getattr(model, "pretrained_cfg", None), dict):
         return _attach_to_timm_model(model, num_classes, config)

@@ -17,6 +17,7 @@ from timm.models import PretrainedCfg, get_pretrained_cfg, model_entrypoint
 from torch import Tensor, nn
 
 from ..errors import EtfZooError, LoadError
+from ..layers.classifier import FrameClassifier
 from ..layers.whitening import WHITENING_ARGS, whiten_last_norm
 from ..timm_compat import hf_split, update_model_args
 from ..weights.config import without_sources
@@ -384,8 +385,14 @@ def _install_head(model: Any, request: _Request, weights: _Weights) -> nn.Module
         config = config.refitted(num_classes, narrowest(model, names), request.asked)
     if num_classes > 0:
         replace_leaves(model, num_classes, names, config, weights.head)
-    if config.is_custom:  # from here on the head is where this frame can be found
-        heads = frame_heads(model).values()
-        config = replace(config, frame=next(iter(heads)).weight.clone() if heads else "auto")
+    if config.is_custom or config.lengths is True:  # from here on the head is where this frame can be found
+        config = _with_own_frame(config, list(frame_heads(model).values()))
     update_model_args(model, **split_head_args(request.saved)[1])
     return become_twin(model, config, names)
+
+
+def _with_own_frame(config: HeadConfig, heads: list[FrameClassifier]) -> HeadConfig:
+    if not heads:
+        return replace(config, frame="auto", subspaces=False, lengths=None)
+    lengths = heads[0].lengths.clone() if heads[0].has_lengths else None
+    return replace(config, frame=heads[0].weight.clone() if config.is_custom else config.frame, lengths=lengths)

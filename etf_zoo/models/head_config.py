@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import EtfZooError
-from ..frames.build import CUSTOM, HELMERT
+from ..frames.build import CUSTOM, HELMERT, SUBSPACES
 from ..frames.orientation import resolve_orientation
+from ..frames.subspaces import subspace_axes
 from ..layers.classifier import FrameClassifier
 from ..layers.moving import MOVING_ARGS, MovingFrameClassifier
+from ..layers.subspaces import SubspaceClassifier
 
 __all__ = ["HEAD_ARGS", "HeadConfig", "read_switch", "same_value", "split_head_args"]
 
@@ -25,6 +27,8 @@ _STRUCTURE = (
     "feature_norm",
     "moving",
     "reserve",
+    "subspaces",
+    "lengths",
 )  # arguments that say which tensors a head has
 
 
@@ -75,6 +79,9 @@ class HeadConfig:
         gamma: See `FrameClassifier`.
         reserve: See `FrameClassifier`.
         moving: Whether the frame follows the class means, or the arguments of `MovingFrameClassifier`.
+        subspaces: Whether the head is a `SubspaceClassifier`, as it is for `frame="subspaces"`.
+        lengths: See `FrameClassifier`; like a frame given as a tensor, they serve their own number of classes. True for
+            those that only the weights hold.
 
     Example:
         >>> config = HeadConfig(frame="random", seed=3)
@@ -95,10 +102,18 @@ class HeadConfig:
     gamma: float = 2.0
     reserve: int = 0
     moving: bool | Mapping[str, Any] = False
+    subspaces: bool = False
+    lengths: Tensor | bool | None = None
 
     def __post_init__(self):
         if isinstance(self.neck, str) and self.neck == "none":
             object.__setattr__(self, "neck", None)
+        if same_value(self.frame, SUBSPACES):
+            object.__setattr__(self, "subspaces", True)
+            if isinstance(self.neck, str) and self.neck_features is None and self.hierarchy is not None:
+                object.__setattr__(self, "neck_features", subspace_axes(self.hierarchy))
+        if self.subspaces and (self.moving or not isinstance(self.subspaces, bool)):
+            raise EtfZooError("subspaces is True or False, and the axes of a tree do not move: leave moving out.")
         object.__setattr__(self, "moving", read_switch("moving", self.moving, MOVING_ARGS))
 
     @property
@@ -116,9 +131,16 @@ class HeadConfig:
         if self.is_conversion:
             return HeadConfig()
         rows = num_classes + self.reserve
-        if any(isinstance(matrix, Tensor) and len(matrix) != rows for matrix in (self.frame, self.hierarchy)):
-            return replace(self, frame="auto", hierarchy=None)
+        given = (self.frame, self.hierarchy, self.lengths)
+        if any(isinstance(matrix, Tensor) and len(matrix) != rows for matrix in given):
+            return self._plain()
         return self
+
+    def _plain(self) -> HeadConfig:
+        """With `auto` in the place of a frame of other classes, and without what belongs to that."""
+        if not self.subspaces:
+            return replace(self, frame="auto", hierarchy=None, lengths=None)
+        return replace(self, frame="auto", hierarchy=None, lengths=None, subspaces=False, neck_features=None)
 
     def refitted(self, num_classes: int, width: int, asked: Collection[str]) -> HeadConfig:
         """What the config of weights becomes for a fresh head on their backbone: what need not fit is dropped.
@@ -132,7 +154,9 @@ class HeadConfig:
         if "frame" not in asked and config.is_conversion:
             config = HeadConfig(**{key: getattr(self, key) for key in HEAD_ARGS if key in asked})
         if "frame" not in asked and config.is_custom:
-            config = replace(config, frame="auto")
+            config = config._plain()
+        if "lengths" not in asked:  # they were for other classes
+            config = replace(config, lengths=None)
         if "orientation" not in asked and num_classes + config.reserve > width:
             config = replace(config, orientation="auto")
         return config
@@ -153,6 +177,8 @@ class HeadConfig:
             own, saved = getattr(self, key), getattr(stored, key)
             if key == "moving":  # how it moves on is no part of the weights
                 return bool(own) != bool(saved)
+            if key == "lengths":
+                return isinstance(own, Tensor) or bool(own) != bool(saved)
             if key == "orientation" and own != saved:
                 return resolve_orientation(own, *shape) != resolve_orientation(saved, *shape)
             if key == "logit_scale" and own == "learnable":  # trains the stored scale on
@@ -169,12 +195,13 @@ class HeadConfig:
         args = {field.name: getattr(self, field.name) for field in fields(self)}
         if self.hierarchy is None:
             del args["gamma"]
-        elif same_value(self.frame, "hierarchy"):
+        elif same_value(self.frame, "hierarchy") or self.subspaces:
             args["frame"] = CUSTOM
         if isinstance(self.frame, Tensor):
             args["frame"] = CUSTOM
         del args["hierarchy"]
-        unused = [key for key in ("moving", "reserve") if not args[key]]
+        args["lengths"] = self.lengths is not None and self.lengths is not False
+        unused = [key for key in ("moving", "reserve", "subspaces", "lengths") if not args[key]]
         return {key: value for key, value in args.items() if value is not None and key not in unused}
 
     def build(
@@ -191,7 +218,8 @@ class HeadConfig:
             EtfZooError: See `FrameClassifier` and `MovingFrameClassifier`.
         """
         moving = self.moving if isinstance(self.moving, Mapping) else {}
-        return (MovingFrameClassifier if self.moving else FrameClassifier)(
+        kind = MovingFrameClassifier if self.moving else SubspaceClassifier if self.subspaces else FrameClassifier
+        return kind(
             in_features,
             num_classes,
             frame=self.frame,
@@ -204,6 +232,7 @@ class HeadConfig:
             hierarchy=self.hierarchy,
             gamma=self.gamma,
             reserve=self.reserve,
+            lengths=self.lengths,
             channels_first=channels_first,
             device=device,
             **moving,

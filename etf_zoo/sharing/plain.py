@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..errors import EtfZooError, LoadError
 from ..layers.classifier import FrameClassifier
 from ..layers.necks import Center
+from ..layers.subspaces import SubspaceClassifier
 from ..layers.whitening import Whitening
 from ..models.head_config import split_head_args
 from ..models.names import SKIP_CONNECTION, base_name, frame_heads, split_head
@@ -60,6 +61,11 @@ def fold_head(head: FrameClassifier) -> nn.Linear | nn.Conv2d:
         True
     """
     dim = head.in_features
+    if isinstance(head, SubspaceClassifier):
+        raise EtfZooError(
+            "Lengths of projections on subspaces are not linear, so no plain classifier has the same predictions. "
+            "Export with --format onnx, or load the model with etf_zoo imported."
+        )
     if head.neck is None:
         matrix, offset = torch.eye(dim, dtype=torch.float64), torch.zeros(dim, dtype=torch.float64)
     elif isinstance(head.neck, nn.Linear):

@@ -256,7 +256,7 @@ def test_meta_device_computes_nothing(monkeypatch):
     [
         (
             {"frame": "etf"},
-            r"Unknown frame 'etf'. Choose one of auto, .*, hierarchy, or pass a tensor",
+            r"Unknown frame 'etf'. Choose one of auto, .*, hierarchy, subspaces, or pass a tensor",
         ),
         ({"frame": "simplex", "num_classes": 10}, "at least 9 dimensions, got 8.*frame='auto'"),
         ({"frame": torch.eye(4)}, r"frame has shape \(4, 4\), the head needs \(5, 8\)"),

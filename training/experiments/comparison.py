@@ -21,7 +21,9 @@ import torch
 from torch import nn
 
 from etf_zoo.errors import EtfZooError
-from etf_zoo.trainer.data.batches import AnySplit, find_source, limited, load_hierarchy, load_split
+from etf_zoo.metrics.shots import accuracy_by_shots
+from etf_zoo.trainer.data.batches import AnySplit, eval_batches, find_source, limited, load_hierarchy, load_split
+from etf_zoo.trainer.data.holdout import holdout_indices
 from etf_zoo.trainer.data.long_tail import long_tail_indices
 from etf_zoo.trainer.recipe.config import Data, Recipe, final_size, parse
 from etf_zoo.trainer.recipe.parsing import merged, parse_entries
@@ -53,6 +55,8 @@ class Comparison:
         passes: What to run, in order: `labels` (a label column), `seed`, and `only` (variants; all by default).
         probe_labels: After training on other labels than these, a linear probe of the frozen features for these.
         probe_strength: scikit-learn's C of that probe, on standardized features.
+        holdout: Share of the training images to measure on in the place of `val_split`, for choices; 0 for none.
+        crm: Variants whose figures after conditional risk minimization have a row of their own.
         jobs: Processes that run cells.
         table_only: Write the table from what is there, run nothing.
     """
@@ -64,6 +68,8 @@ class Comparison:
     passes: list[dict[str, Any]] = field(default_factory=list)
     probe_labels: str = ""
     probe_strength: float = 0.01
+    holdout: float = 0.0
+    crm: list[str] = field(default_factory=list)
     jobs: int = 1
     table_only: bool = False
 
@@ -105,12 +111,13 @@ def cells(settings: Comparison) -> list[Cell]:
 
 def with_digests(settings: Comparison, wanted: list[Cell]) -> list[Cell]:
     """The cells with digests of their recipes and images in their keys."""
+    held = settings.holdout
     images = {
-        labels: [load_split(data, split).digest for split in (data.train_split, data.val_split)]
+        labels: [load_split(data, split).digest for split in (data.train_split, data.val_split)[: 1 if held else 2]]
         for labels in {cell.labels for cell in wanted}
         for data in [dataclasses.replace(settings.base.data, label_column=labels)]
     }
-    shared = [PROTOCOL, settings.stem, settings.probe_labels, settings.probe_strength]
+    shared = [PROTOCOL, settings.stem, settings.probe_labels, settings.probe_strength, *([held] if held else [])]
     found = []
     for cell in wanted:
         recipe = recipe_of(settings, cell)
@@ -141,13 +148,18 @@ def small_stem(model: nn.Module) -> None:
 def run_cell(settings: Comparison, cell: Cell) -> dict[str, Any]:
     """Train one cell and measure it."""
     recipe = recipe_of(settings, cell)
-    train, val = (load_split(recipe.data, split) for split in (recipe.data.train_split, recipe.data.val_split))
+    train: Any = load_split(recipe.data, recipe.data.train_split)
+    if settings.holdout:
+        stays, held = holdout_indices(train.labels, settings.holdout, 0)
+        train, val = train.subset(stays), train.subset(held)
+    else:
+        val = load_split(recipe.data, recipe.data.val_split)
     rows = np.arange(len(train))
     if recipe.data.long_tail:
         rows = long_tail_indices(train.labels, recipe.data.long_tail, recipe.seed)
         train = train.subset(rows)
     tree = _tree(recipe.data, val)
-    model = make_model(recipe, len(train.label_names), tree)
+    model = make_model(recipe, len(train.label_names), tree, train.class_counts())
     if settings.stem == "3x3":
         # a neck drew random numbers: draw the stem after what all backbones drew, so that all get the same
         make_model(dataclasses.replace(recipe, head="learned", model_args={}), len(train.label_names))
@@ -155,6 +167,8 @@ def run_cell(settings: Comparison, cell: Cell) -> dict[str, Any]:
     run = Run(recipe, train, val, model, distances=tree)
     run.fit()
     figures = last_figures(run)
+    if recipe.data.long_tail:
+        figures |= accuracy_by_shots(*_predicted(run), train.class_counts())
     if settings.probe_labels and settings.probe_labels != cell.labels:
         data = dataclasses.replace(recipe.data, label_column=settings.probe_labels)
         figures["probe_top1"] = probe(run, data, rows, settings.probe_strength)
@@ -166,6 +180,17 @@ def last_figures(run: Run) -> dict[str, float]:
     """What the run's evaluation after its last epoch gave."""
     figures = run.records[-1]
     return {name.removeprefix("val_"): value for name, value in figures.items() if name.startswith("val_")}
+
+
+@torch.no_grad()
+def _predicted(run: Run) -> tuple[torch.Tensor, torch.Tensor]:
+    """Predicted classes of the images that the run was evaluated on, and the true ones."""
+    model = run.plain_model().eval()
+    size, batch = final_size(run.recipe), run.eval_batch_size
+    batches = eval_batches(run.val_split, size=size, batch_size=batch, colors=run.colors, device=run.accelerator.device)
+    pairs = [(model(images).argmax(1).cpu(), labels.cpu()) for images, labels in batches]
+    predictions, labels = (torch.cat(part) for part in zip(*pairs, strict=True))
+    return predictions, labels
 
 
 def _tree(data: Data, split: AnySplit) -> torch.Tensor | None:
@@ -207,6 +232,11 @@ def table(settings: Comparison, records: Iterable[Record]) -> str:
         "NC1 (CDNV)": "nc1_cdnv",
         "severity": "severity",
         "hier. dist@5": "hier_dist@5",
+        "HOPS": "hops",
+        "HOPS@20": "hops@20",
+        "many": "many",
+        "medium": "medium",
+        "few": "few",
         "probe": "probe_top1",
     }
     lines = []
@@ -216,11 +246,11 @@ def table(settings: Comparison, records: Iterable[Record]) -> str:
         body = []
         for name in settings.variants:
             mine = [cell for cell in some if cell["variant"] == name]
-            results = [cell["results"] for cell in mine]
-            if mine:
+            for prefix, words in (("", ""), ("crm_", ", CRM"))[: 1 + (name in settings.crm)] if mine else ():
+                results = [_shown(cell["results"], prefix) for cell in mine]
                 values = [_mean([r[k] for r in results if k in r], each=k.endswith("top1")) for k in shown.values()]
                 old = " †" if any(cell["protocol"] != PROTOCOL for cell in mine) else ""
-                body.append([f"{name}{old}", str(len(mine)), *values])
+                body.append([f"{name}{words}{old}", str(len(mine)), *values])
         lines += [f"Trained on `{labels}`:", "", *markdown(["variant", "seeds", *shown], body)]
         planned = [cell for cell in cells(settings) if cell.labels == labels]
         have = {(cell["variant"], cell["seed"]) for cell in some}
@@ -232,6 +262,13 @@ def table(settings: Comparison, records: Iterable[Record]) -> str:
         lines += ["", f"Not run: {'; '.join(left)}." if left else "", ""]
     text = "\n".join(lines).strip()
     return f"{text}\n\n{OLD}\n" if "†" in text else f"{text}\n"
+
+
+def _shown(results: dict[str, float], prefix: str) -> dict[str, float]:
+    """Figures with a prefix, shares in percent."""
+    found = {name.removeprefix(prefix): value for name, value in results.items() if name.startswith(prefix)}
+    shares = [name for name in found if name.startswith("hops") or (prefix and name == "top1")]
+    return found | {name: 100 * found[name] for name in shares}
 
 
 def _mean(values: list[float], each: bool) -> str:

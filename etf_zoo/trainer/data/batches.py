@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from etf_zoo.errors import EtfZooError
 from etf_zoo.frames import Hierarchy
+from etf_zoo.frames.build import OF_A_TREE
 
 from ..data import loader
 from ..recipe.config import Augment, Data, Recipe
@@ -115,8 +116,9 @@ def load_hierarchy(data: Data, label_names: list[str]) -> Tensor:
 
 
 def frame_tree(recipe: Recipe, label_names: list[str]) -> Tensor | None:
-    """Distances `(K, K)` that a recipe's `frame: hierarchy` is made from; None for any other frame."""
-    return load_hierarchy(recipe.data, label_names) if recipe.model_args.get("frame") == "hierarchy" else None
+    """Distances `(K, K)` that a recipe's `frame: hierarchy` or `subspaces` is made from; None for any other frame."""
+    of_a_tree = recipe.model_args.get("frame") in OF_A_TREE
+    return load_hierarchy(recipe.data, label_names) if of_a_tree else None
 
 
 def _digits(size: int, split: str) -> Split:

@@ -237,10 +237,11 @@ class Loss(Fields):
     """What is minimized.
 
     Attributes:
-        name: `cross_entropy`, `dot_regression`, `hierarchy_cosine`, `separating_cone` or `squared`; all but the first
-            need a fixed frame. Where a loss has a logit scale of its own it is the head's, unless given.
+        name: `cross_entropy`, `dot_regression`, `hierarchy_cosine`, `hierarchical_subspaces`, `separating_cone` or
+            `squared`; all but the first need a fixed frame. A logit scale of a loss's own is the head's, unless given.
         args: Arguments of the loss, see `etf_zoo.losses`.
         class_weights: Weigh each class in the cross-entropy by the inverse of its number of training images.
+        logit_adjustment: Strength of `etf_zoo.losses.logit_adjustment` in the cross-entropy; 1 is theory's, 0 none.
         class_scaling: Dot regression's prototype lengths from the class counts of the training images.
         variance_covariance: Weight of the variance-covariance penalty on the backbone's features; 0 for none.
         penalty_args: Arguments of that penalty.
@@ -251,6 +252,7 @@ class Loss(Fields):
     name: str = "cross_entropy"
     args: dict[str, Any] = field(default_factory=dict)
     class_weights: bool = False
+    logit_adjustment: Weight = 0.0
     class_scaling: bool = False
     variance_covariance: Weight = 0.0
     penalty_args: dict[str, Any] = field(default_factory=dict)
@@ -266,8 +268,8 @@ class Recipe(Fields):
         head: `frame` (an `_etf` model as it is; any other gets a frame), or a control: `random` (the same with
             independent random directions, drawn by the seed), `learned` (a plain trained classifier on the same
             backbone, from zeros), `learned_cosine` (the frame, its norm and scale, but its rows train).
-        model_args: Keyword arguments for the model, such as `orientation` or `moving: true`. `frame: hierarchy` takes
-            its tree from the data's `hierarchy.json`; `frame: spherical_code` optimizes what `code` only starts.
+        model_args: Keyword arguments for the model. `frame: hierarchy` and `subspaces` take the data's `hierarchy.json`,
+            `imbalanced` and `seli` the class counts (`trainer.run.imbalance`); `spherical_code` optimizes `code`.
         pretrained: Start from the tag's weights.
         data: The data.
         augment: Augmentation.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import timm
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from etf_zoo import FrameClassifier, attach_frame, frame_heads
 from etf_zoo.errors import EtfZooError
 from etf_zoo.frames import spherical_code
+from etf_zoo.frames.build import OF_A_TREE
 from etf_zoo.layers.cosine import LearnedCosineClassifier, learn_prototypes
 from etf_zoo.layers.logit_scale import smoothed_probability
 from etf_zoo.layers.necks import build_neck
@@ -24,6 +26,7 @@ from etf_zoo.models.head_config import split_head_args
 from etf_zoo.models.names import SKIP_CONNECTION, base_name, leaf_of, split_head, timm_classifier_names
 
 from ..recipe.config import Optim, Recipe
+from .imbalance import COUNTED, DECAYS, attach_counted_frame
 
 __all__ = ["LEARNED_HEADS", "Source", "find_model", "fit_scales", "make_model", "make_optimizer"]
 
@@ -44,19 +47,22 @@ def find_model(model: str, pretrained: bool = True) -> Source:
     return source
 
 
-def make_model(recipe: Recipe, num_classes: int, hierarchy: Tensor | None = None) -> nn.Module:
+def make_model(
+    recipe: Recipe, num_classes: int, hierarchy: Tensor | None = None, class_counts: Sequence[int] = ()
+) -> nn.Module:
     """The recipe's model and head; the seed gives a twin and its controls the same backbone.
 
     Args:
         recipe: The recipe.
         num_classes: Number of classes K.
-        hierarchy: Distances between the classes `(K, K)`, for `frame: hierarchy`.
+        hierarchy: Distances between the classes `(K, K)`, for `frame: hierarchy` and `frame: subspaces`.
+        class_counts: Training images of each class, for `frame: imbalanced` and `frame: seli`; empty if not known.
 
     Raises:
         ValueError: If there is no such model, or it does not take its `model_args`.
     """
     try:
-        model = _make_model(recipe, num_classes, hierarchy)
+        model = _make_model(recipe, num_classes, hierarchy, class_counts)
         brought: Any = model.pretrained_cfg  # weights for these very classes bring the scale with the frame
         if not (recipe.pretrained and brought.get("num_classes") == num_classes and find_model(recipe.model).is_twin):
             fit_scales(model, recipe)
@@ -78,23 +84,25 @@ def fit_scales(model: nn.Module, recipe: Recipe) -> None:
         head.reset_scale()
 
 
-def _make_model(recipe: Recipe, num_classes: int, hierarchy: Tensor | None) -> nn.Module:
+def _make_model(recipe: Recipe, num_classes: int, hierarchy: Tensor | None, class_counts: Sequence[int]) -> nn.Module:
     if recipe.head == "learned_cosine":
         args = {key: value for key, value in recipe.model_args.items() if key != "moving"}
         frame = dataclasses.replace(recipe, head="frame", model_args=args)
-        return learn_prototypes(_make_model(frame, num_classes, hierarchy))
+        return learn_prototypes(_make_model(frame, num_classes, hierarchy, class_counts))
     set_seed(recipe.seed)
     source = find_model(recipe.model, recipe.pretrained)
     args: dict[str, Any] = {"pretrained": recipe.pretrained, "num_classes": num_classes, **recipe.model_args}
-    if args.get("frame") == "hierarchy":
+    if args.get("frame") in OF_A_TREE:
         args.setdefault("hierarchy", hierarchy)
     if recipe.head == "random":  # which knows no tree, and stays where it is; each seed draws another
-        kept = {k: v for k, v in args.items() if k not in ("hierarchy", "gamma", "moving")}
+        kept = {k: v for k, v in args.items() if k not in ("hierarchy", "gamma", "moving", "subspaces", "lengths")}
         head_args, args = split_head_args(kept)
         args |= {"seed": recipe.seed, **head_args, "frame": "random"}
     learned = recipe.head in LEARNED_HEADS
     if args.get("frame") == "spherical_code" and not learned:
         return _with_spherical_code(recipe, args)
+    if args.get("frame") in COUNTED and not learned:
+        return _with_counted_frame(recipe, args, class_counts)
     if not learned and source.is_twin:
         return timm.create_model(source.name, **args)
     whitening = args.pop("whitening", False)
@@ -119,6 +127,13 @@ def _with_spherical_code(recipe: Recipe, args: dict[str, Any]) -> nn.Module:
     head_args = {key: value for key, value in split_head_args(args)[0].items() if key != "orientation"}
     code = spherical_code(*shapes.pop(), seed=head_args.get("seed", 0))
     return attach_frame(model, **{**head_args, "frame": code})
+
+
+def _with_counted_frame(recipe: Recipe, args: dict[str, Any], class_counts: Sequence[int]) -> nn.Module:
+    """The model with a frame that the class counts ask for: only with the model is its width known."""
+    plain_args = {k: v for k, v in recipe.model_args.items() if k not in DECAYS}
+    model = make_model(dataclasses.replace(recipe, model_args={**plain_args, "frame": "auto"}), args["num_classes"])
+    return attach_counted_frame(model, args["frame"], class_counts, args, recipe.optim.weight_decay)
 
 
 def _plain_model(source: Source, args: dict[str, Any]) -> nn.Module:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from etf_zoo import FrameClassifier, frame_heads, losses
 from etf_zoo.errors import EtfZooError
 from etf_zoo.layers.moving import MovingFrameClassifier
+from etf_zoo.layers.subspaces import SubspaceClassifier
 from etf_zoo.losses import LOSSES
 
 from ..recipe.config import Loss
@@ -43,14 +44,21 @@ class Objective:
         self.head = heads[0] if len(heads) == 1 else None
         self.classifier: Any = self.head or model.get_classifier()  # type: ignore[operator]
         self.label_smoothing = label_smoothing
-        if (settings.class_weights or settings.class_scaling) and not class_counts:
+        if (settings.class_weights or settings.class_scaling or settings.logit_adjustment) and not class_counts:
             raise EtfZooError(
-                "loss.class_weights and loss.class_scaling need the class counts, which a stream does not have."
+                "loss.class_weights, loss.class_scaling and loss.logit_adjustment need the class counts, which a "
+                "stream does not have."
             )
         self.class_weights = (
             _class_weights(class_counts, next(model.parameters()).device) if settings.class_weights else None
         )
         self.loss = self._build(settings, class_counts)
+        self.adjustment = None
+        if settings.logit_adjustment:
+            if self.loss is not None:
+                raise EtfZooError(f"loss.logit_adjustment is for cross_entropy on stored frames, not {settings.name}.")
+            added = losses.logit_adjustment(class_counts, settings.logit_adjustment)
+            self.adjustment = added.to(next(model.parameters()).device)
         self.penalty = _penalty(settings)
         self.penalty_weight = settings.variance_covariance
         self.moving = self.head if isinstance(self.head, MovingFrameClassifier) else None
@@ -85,6 +93,13 @@ class Objective:
             )
         if self.head.logit_scale.requires_grad:
             raise EtfZooError(f"A learnable logit scale learns from cross_entropy alone, not from {settings.name}.")
+        if (settings.name == "hierarchical_subspaces") != isinstance(self.head, SubspaceClassifier):
+            raise EtfZooError(
+                f"loss.name hierarchical_subspaces and model_args.frame subspaces go together, or cross_entropy with "
+                f"the latter; not {settings.name} with a {type(self.head).__name__}."
+            )
+        if self.head.has_lengths:
+            raise EtfZooError(f"{settings.name} compares with unit rows; a frame with lengths needs cross_entropy.")
         args = dict(settings.args)
         raw = self.head.feature_norm == "none"  # whose scale is meant for raw features, not for their cosines
         if settings.name in _SCALED and not raw:
@@ -140,6 +155,8 @@ class Objective:
 
     def _of_logits(self, logits: Tensor, seen: dict[str, Tensor], labels: Tensor) -> Tensor:
         if self.loss is None:
+            if self.adjustment is not None:
+                logits = logits + self.adjustment
             # not `mean`, which divides by the weights of these very images, however few they are
             each = F.cross_entropy(
                 logits, labels, self.class_weights, label_smoothing=self.label_smoothing, reduction="none"

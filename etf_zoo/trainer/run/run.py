@@ -119,7 +119,7 @@ class Run:
         recipe = self.recipe
         if model is None:
             names = self.train_split.label_names
-            model = make_model(recipe, len(names), frame_tree(recipe, names))
+            model = make_model(recipe, len(names), frame_tree(recipe, names), self._class_counts())
         self.colors = colors_of(model)
         set_seed(recipe.seed, device_specific=True)  # what is drawn in training, such as dropout, differs by process
         self.whole = WholeModel(self.accelerator, model)
@@ -130,8 +130,12 @@ class Run:
             self.model,
             self.optimizer,
             steps_per_epoch=self.steps_per_epoch,
-            class_counts=limited(self.train_split, recipe.data.limit, recipe.seed).class_counts(),
+            class_counts=self._class_counts(),
         )
+
+    def _class_counts(self) -> list[int]:
+        """Training images of each class; empty if not known."""
+        return limited(self.train_split, self.recipe.data.limit, self.recipe.seed).class_counts()
 
     def save(self) -> None:
         """Write a checkpoint, unless this step has one."""

@@ -283,7 +283,7 @@ def features_of(settings: Finetune, model: nn.Module, split: Images) -> torch.Te
 
 def _train(settings: Finetune, train: Images, held: Images | None, test: Images) -> Tuned | None:
     names = train.label_names
-    model = make_model(settings, len(names), frame_tree(settings, names))
+    model = make_model(settings, len(names), frame_tree(settings, names), train.class_counts())
     if settings.head in WARM_HEADS:
         start_head(model, settings, features_of(settings, model, train), torch.from_numpy(train.labels), names)
     frozen_to = first_tuned(model, settings.method, settings.layer) if settings.cache_views else ""
