@@ -268,7 +268,7 @@ class Recipe(Fields):
         head: `frame` (an `_etf` model as it is; any other gets a frame), or a control: `random` (the same with
             independent random directions, drawn by the seed), `learned` (a plain trained classifier on the same
             backbone, from zeros), `learned_cosine` (the frame, its norm and scale, but its rows train).
-        model_args: Keyword arguments for the model. `frame: hierarchy` and `subspaces` take the data's `hierarchy.json`,
+        model_args: Keyword arguments for the model. `frame: hierarchy` and `subspaces` take `hierarchy.json`,
             `imbalanced` and `seli` the class counts (`trainer.run.imbalance`); `spherical_code` optimizes `code`.
         pretrained: Start from the tag's weights.
         data: The data.
