@@ -54,7 +54,7 @@ class SubspaceClassifier(FrameClassifier):
         EtfZooError: As `FrameClassifier`; on another norm, or a reserve of classes.
 
     Example:
-        >>> tree = Hierarchy({"cat": "pet", "dog": "pet", "pet": "root", "bus": "root"})
+        >>> tree = etf_zoo.frames.Hierarchy({"cat": "pet", "dog": "pet", "pet": "root", "bus": "root"})
         >>> head = SubspaceClassifier(8, 3, hierarchy=tree.distances(["cat", "dog", "bus"]), neck="residual")
         >>> head(torch.randn(2, 8)).shape, head.dim
         (torch.Size([2, 3]), 4)

@@ -20,7 +20,7 @@ TREE = 1 - torch.eye(5)
 @pytest.mark.parametrize("function", [FrameClassifier, attach_frame])
 def test_arguments_and_defaults_are_the_same_everywhere(function):
     theirs = inspect.signature(function).parameters
-    shared = [name for name in HEAD_ARGS if name != "moving" or function is attach_frame]
+    shared = [name for name in HEAD_ARGS if name not in ("moving", "subspaces") or function is attach_frame]
     assert {name: theirs[name].default for name in shared} == {name: getattr(HeadConfig(), name) for name in shared}
 
 
