@@ -209,11 +209,11 @@ def _base_model(config: dict[str, Any], metrics: dict[str, Any]) -> str | None:
 
 def _made(config: dict[str, Any], metrics: dict[str, Any]) -> str:
     """How the weights came about, in words."""
-    training = metrics.get("training")
+    training, grown = metrics.get("training"), " ".join(map(_grown, metrics.get("added", [])))
     if training is None:
         source = metrics.get("source") or config.get("source") or config.get("base_model") or "a trained checkpoint"
         description = markdown(config["pretrained_cfg"].get("description", "converted"))
-        return f"{description}. Source: `{code(source)}`. Nothing was trained."
+        return f"{description}. Source: `{code(source)}`. {grown or 'Nothing was trained.'}"
     recipe = training["recipe"]
     start = f"From the weights of `{code(recipe['model'])}`: " if recipe.get("pretrained") else ""
     processes = f" in {training['processes']} processes" if training.get("processes", 1) > 1 else ""
@@ -221,7 +221,27 @@ def _made(config: dict[str, Any], metrics: dict[str, Any]) -> str:
     return (
         f"{start}{training['steps']} steps on {training['train_images']} images in {training['hours']} hours on "
         f"{markdown(training['device'])}{processes}{commit}. {markdown(recipe.get('notes', ''))}".rstrip()
+        + f" {grown}".rstrip()
     )
+
+
+def _grown(session: dict[str, Any]) -> str:
+    """How classes were added, in words."""
+    names = session["classes"]
+    shown = ", ".join(map(markdown, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    text = (
+        f"Then {len(names)} classes were added from {session['images']} images: {shown}. The neck alone was fitted, "
+        f"{session['steps']} steps at a rate of {session['rate']:g}, to these and to the mean of each class before."
+    )
+    if session["before"] is not None:
+        text += (
+            f" Top-1 on test images of the classes that were there: {session['before']:.2f} % before, "
+            f"{session['old']:.2f} % after"
+        )
+        text += f"; of the new ones {session['new']:.2f} %." if session["new"] is not None else "."
+    if not session["rejects"]:
+        text += " No threshold of familiarity was fitted: no held-out images were there."
+    return text
 
 
 def _settings(recipe: dict[str, Any]) -> str:

@@ -1,173 +1,40 @@
 """Classes that come later: base classes, then sessions of five classes with five images each (2302.03004's protocol).
 
-    python training/experiments/fscil.py --part base --features FOLDER [--loss cross_entropy] [--seed 0]
-    python training/experiments/fscil.py --part photos --features FOLDER
-    python training/experiments/fscil.py --part choose --features FOLDER
-    python training/experiments/fscil.py --part sessions --features FOLDER
-    python training/experiments/fscil.py --table
-
-`base` trains a small backbone on the first 60 classes of CIFAR-100, whose split is our data's own and not the official
-one, and writes its features. `photos` writes those of EfficientNet-lite0 with ImageNet weights for `cub50` and
-`grocery`; the backbone then knows more than the base classes. `choose` picks the rate of each method on base
-classes alone: fifteen of them take the part of new ones, and images held out of training judge. `sessions` draws five
-images of each new class by seed and fits each head, all on the same frozen features and with one mean of each class
-seen before for a memory. Results go to `training/results/later/`.
+What `training/incremental.py` runs. All heads are fitted on the same frozen features, and have one mean of each class
+seen before for a memory. One more, "frame, with its backbone", is the head that the backbone was trained with.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
+import math
 import statistics
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
-from timm.models.resnet import BasicBlock, ResNet
+from safetensors.torch import load_file
+from scipy import stats
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from etf_zoo import FrameClassifier
 from etf_zoo.layers.cosine import learn_prototypes
-from etf_zoo.losses import DotRegressionLoss
-from etf_zoo.models.find import load_model
-from etf_zoo.trainer.data.batches import load_split
-from etf_zoo.trainer.data.resident import Split
-from etf_zoo.trainer.recipe.config import Data
 from etf_zoo.trainer.tune.incremental import fit_neck
-from training.experiments.later_features import features_of
-from training.experiments.later_features import open_rows as open_images
+from training.experiments.fscil_features import BATCH, PROTOCOLS, RESULTS, append
 
-RESULTS = Path("training/results/later")
+__all__ = ["METHODS", "best_rate", "choose", "run", "sessions", "table"]
+
 SHOTS, WAYS = 5, 5
-EPOCHS, BATCH = 4, 128
+STEPS = 100  # of a session
 NECK = 256  # features between neck and prototypes
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """Which classes are there from the start, and how many sessions of five follow."""
-
-    base: int
-    sessions: int
-
-
-PROTOCOLS = {"cifar100": Protocol(60, 8), "cub50": Protocol(30, 4), "grocery": Protocol(51, 6)}
-GRID = [(100, rate) for rate in (1e-3, 3e-3, 1e-2)]  # steps and rate of a session
 TRIALS = (100, 101)  # seeds that are chosen by
-METHODS = ("frame", "nearest mean", "learned linear", "learned cosine")
-
-
-# ------------------------------------------------------------------------------------------------- features, once a set
-
-
-class SmallNet(ResNet):
-    """A ResNet of four blocks, 32 to 256 channels, with a 3x3 stem of stride 2: what two cores can train."""
-
-    def __init__(self):
-        block: Any = BasicBlock
-        super().__init__(block, (1, 1, 1, 1), num_classes=0, channels=(32, 64, 128, 256), stem_width=32)
-        self.conv1 = nn.Conv2d(3, 32, 3, stride=2, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(32)
-        self.maxpool = nn.Identity()
-        self.layer1 = nn.Sequential(BasicBlock(32, 32))
-
-
-def prepared(images: np.ndarray | Tensor) -> Tensor:
-    """uint8 `(B, H, W, 3)` to `(B, 3, H, W)` floats about zero."""
-    x = torch.as_tensor(images).permute(0, 3, 1, 2).float()
-    return ((x - 127.5) / 64).contiguous(memory_format=torch.channels_last)
-
-
-def augmented(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image shifted by up to four pixels, half of them mirrored."""
-    size, x = x.shape[-1], F.pad(x, (4, 4, 4, 4))
-    shifts = torch.randint(0, 9, (len(x), 2), generator=generator).tolist()
-    mirrored = (torch.rand(len(x), generator=generator) < 0.5).tolist()
-    rows = [image[:, i : i + size, j : j + size] for image, (i, j) in zip(x, shifts, strict=True)]
-    rows = [row.flip(-1) if flip else row for row, flip in zip(rows, mirrored, strict=True)]
-    return torch.stack(rows).contiguous(memory_format=torch.channels_last)
-
-
-def train_base(loss_name: str, seed: int, folder: Path) -> None:
-    """Train the backbone on the base classes, behind a neck and a frame with room; write features of all images."""
-    data = Data(source="cifar100", label_column="fine_label", size=32)
-    train, test = (load_split(data, split) for split in ("train", "test"))
-    if not isinstance(train, Split) or not isinstance(test, Split):
-        raise TypeError("CIFAR-100 fits memory.")
-    torch.manual_seed(seed)
-    generator = torch.Generator().manual_seed(seed)
-    net: Any = SmallNet().to(memory_format=torch.channels_last)
-    base, total = PROTOCOLS["cifar100"].base, 100
-    head = FrameClassifier(256, base, reserve=total - base, neck="mlp")
-    rows = np.flatnonzero(train.labels < base)
-    parameters = [*net.parameters(), *head.parameters()]
-    steps = EPOCHS * (len(rows) // BATCH)
-    optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.15)
-    regression, started = DotRegressionLoss(feature_length=10.0), time.time()
-    for epoch in range(EPOCHS):
-        order = torch.from_numpy(rows)[torch.randperm(len(rows), generator=generator)].numpy()
-        right = seen = 0
-        net.train()
-        head.train()
-        for first in range(0, len(order) - BATCH + 1, BATCH):
-            batch = order[first : first + BATCH]
-            images, labels = augmented(prepared(train.images[batch]), generator), torch.from_numpy(train.labels[batch])
-            embeddings = head.embed(net(images))
-            logits = head.scale() * embeddings @ head.weight.T  # of all directions, those in reserve too
-            if loss_name == "cross_entropy":
-                loss = F.cross_entropy(logits, labels, label_smoothing=0.0)
-            else:
-                loss = regression(embeddings, labels, head.weight)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            right, seen = right + int((logits[:, :base].argmax(1) == labels).sum()), seen + len(labels)
-        print(f"epoch {epoch + 1}: {100 * right / seen:.1f} % in training, {time.time() - started:.0f} s", flush=True)
-    net.eval()
-    head.eval()
-
-    @torch.inference_mode()
-    def features(images: np.ndarray) -> Tensor:
-        return torch.cat([net(prepared(images[i : i + 500])) for i in range(0, len(images), 500)])
-
-    found = {
-        "train": features(train.images),
-        "train_labels": torch.from_numpy(train.labels),
-        "test": features(test.images),
-        "test_labels": torch.from_numpy(test.labels),
-    }
-    with torch.inference_mode():
-        known = found["test_labels"] < base
-        top1 = (head(found["test"][known]).argmax(1) == found["test_labels"][known]).float().mean()
-    print(f"base classes, as trained: {100 * top1:.2f} %")
-    save_file(found, folder / f"cifar100-{loss_name}-{seed}.safetensors")
-    about = {"loss": loss_name, "seed": seed, "epochs": EPOCHS, "base_top1": 100 * top1.item()}
-    append(RESULTS / "sessions_base.jsonl", {**about, "minutes": round((time.time() - started) / 60, 1)})
-
-
-def photo_features(folder: Path) -> None:
-    """Features of a pretrained backbone for the sets of photographs."""
-    model = load_model("tf_efficientnet_lite0_etf", pretrained=True)
-    model.pretrained_cfg["input_size"] = (3, 160, 160)
-    for source in ("cub50", "grocery"):
-        file = folder / f"{source}-imagenet-0.safetensors"
-        if file.is_file():
-            continue
-        found = {}
-        for split in ("train", "test"):
-            part = features_of(model, open_images(Data(source=source), split, resident=True))
-            found |= {split: part["features"], f"{split}_labels": part["labels"]}
-        save_file(found, file)
-        print(file, flush=True)
+TOGETHER = "frame, with its backbone"
+FITTED = ("frame", "learned linear", "learned cosine")  # on frozen features; each has rates of its own
+METHODS = ("frame", TOGETHER, "nearest mean", "learned linear", "learned cosine")
 
 
 # ------------------------------------------------------------------------------------------------------------- methods
@@ -182,11 +49,13 @@ class Head:
         self.means = torch.zeros(0, width)
         self.shift, self.scale = torch.zeros(width), torch.ones(width)
         self.net: Any = None
-        if method == "frame":
-            self.net = FrameClassifier(width, base, reserve=total - base, neck="mlp", neck_features=NECK)
+        room = {"num_classes": base, "reserve": total - base, "neck": "mlp"}
+        if method == TOGETHER:
+            self.net = FrameClassifier(width, **room)
+        elif method == "frame":
+            self.net = FrameClassifier(width, **room, neck_features=NECK)
         elif method == "learned cosine":
-            frame = FrameClassifier(width, base, reserve=total - base, neck="mlp", neck_features=NECK)
-            holder = nn.Sequential(frame)
+            holder = nn.Sequential(FrameClassifier(width, **room, neck_features=NECK))
             self.net = learn_prototypes(holder)[0]  # type: ignore[index]
         elif method == "learned linear":
             self.net = nn.Linear(width, total)
@@ -201,16 +70,15 @@ class Head:
             return F.normalize(x, dim=1) @ F.normalize(self.means, dim=1).T
         return self.net(x)[:, :classes]
 
-    def fit_base(self, x: Tensor, y: Tensor) -> None:
+    def fit_base(self, x: Tensor, y: Tensor, rate: float) -> None:
         """Cross-entropy over the base classes' images, two epochs or 200 steps, and their means for the memory."""
-        if self.net is not None:
+        if self.method in FITTED:
             self.shift, self.scale = x.mean(0), x.std(0).clamp(min=1e-6)
         x = self.scaled(x)
         self.means = means_of(x, y, self.base)
-        if self.net is None:
+        if self.method not in FITTED:
             return
         order = torch.Generator().manual_seed(0)
-        rate = 1e-2 if self.method == "learned linear" else 1e-3
         optimizer = torch.optim.AdamW(self.net.parameters(), lr=rate, weight_decay=0.05)
         count = max(1, len(x) // BATCH)
         epochs = max(2, 200 // count)
@@ -239,7 +107,7 @@ class Head:
         before, self.means = self.means, torch.cat([self.means, means_of(x, y - old, count - old)])
         if isinstance(self.net, FrameClassifier):
             self.net.add_classes(count - old)
-        if self.method == "frame":
+        if self.method in ("frame", TOGETHER):
             fit_neck(self.net, before, x, y, steps=steps, rate=rate)
         elif self.net is not None:
             inputs, labels = torch.cat([before, x]), torch.cat([torch.arange(old), y])
@@ -263,18 +131,21 @@ def accuracy(head: Head, x: Tensor, y: Tensor, classes: int) -> float:
     return 100 * (head.logits(head.scaled(x), classes).argmax(1) == y).float().mean().item()
 
 
-def based(method: str, data: dict[str, Tensor], base: int, total: int, seed: int) -> Head:
+def based(method: str, data: dict[str, Tensor], base: int, total: int, seed: int, rate: float) -> Head:
     """A head that knows the base classes."""
     head = Head(method, data["train"].shape[1], base, total, seed)
+    if method == TOGETHER:
+        head.net.load_state_dict({k.removeprefix("head."): v for k, v in data.items() if k.startswith("head.")})
+        head.net.eval()
     rows = data["train_labels"] < base
-    head.fit_base(data["train"][rows], data["train_labels"][rows])
+    head.fit_base(data["train"][rows], data["train_labels"][rows], rate)
     return head
 
 
 # ------------------------------------------------------------------------------------------------------------ protocol
 
 
-def run(data: dict[str, Tensor], head: Head, sessions: int, seed: int, *, steps: int, rate: float) -> Any:
+def run(data: dict[str, Tensor], head: Head, sessions: int, seed: int, *, steps: int = STEPS, rate: float) -> Any:
     """Top-1 on all classes seen, of a head that knows the base classes and after each session; and at the end on both.
 
     The head is left as it was.
@@ -299,115 +170,133 @@ def run(data: dict[str, Tensor], head: Head, sessions: int, seed: int, *, steps:
     }
 
 
-def sets(folder: Path) -> Iterator[tuple[str, str, dict[str, Tensor]]]:
-    """Name of the data, of the backbone, and its features."""
+def sets(folder: Path) -> Iterator[tuple[str, str, int, dict[str, Tensor]]]:
+    """Name of the data, of the backbone, the backbone's seed, and its features."""
     for file in sorted(folder.glob("*.safetensors")):
-        source, backbone = file.stem.split("-", 1)
+        source, backbone, seed = file.stem.split("-")
         if source in PROTOCOLS:
-            yield source, backbone, load_file(file)
+            yield source, backbone, int(seed), load_file(file)
 
 
 def choosing_part(data: dict[str, Tensor], base: int) -> dict[str, Tensor]:
-    """Base classes' training images alone: a fifth of each class is what is judged by."""
-    x, y = data["train"][data["train_labels"] < base], data["train_labels"][data["train_labels"] < base]
-    held = torch.zeros(len(y), dtype=torch.bool)
-    generator = torch.Generator().manual_seed(7)
-    for k in range(base):
-        rows = (y == k).nonzero()[:, 0]
-        held[rows[torch.randperm(len(rows), generator=generator)[: max(1, len(rows) // 5)]]] = True
-    return {"train": x[~held], "train_labels": y[~held], "test": x[held], "test_labels": y[held]}
+    """Base classes' training images alone: those held out of the backbone's training are what is judged by."""
+    known = data["train_labels"] < base
+    fitted, held = known & ~data["held"].bool(), known & data["held"].bool()
+    x, y = data["train"], data["train_labels"]
+    return {"train": x[fitted], "train_labels": y[fitted], "test": x[held], "test_labels": y[held]}
+
+
+def best_rate(score: Callable[[float], float], start: float) -> tuple[float, float]:
+    """The best of rates half a decade apart, and its score; tried are more until the best has a worse one on each side.
+
+    Args:
+        score: Of a rate; higher is better. Of equal ones the first tried counts, from the start outward.
+        start: The rate to begin at. Seven decades about it are the limit.
+    """
+    tried = {step: score(start * 10 ** (step / 2)) for step in (0, -1, 1)}
+    while True:
+        best = max(tried, key=lambda step: tried[step])
+        step = best - 1 if best == min(tried) else best + 1
+        if step in tried or abs(step) > 7:
+            return start * 10 ** (best / 2), tried[best]
+        tried[step] = score(start * 10 ** (step / 2))
+
+
+def rates_of(method: str, part: dict[str, Tensor], base: int, total: int) -> dict[str, float]:
+    """Rates of a head's fit to the base classes and of its sessions, each with the top-1 that speaks for it."""
+
+    def of_base(rate: float) -> float:
+        heads = [based(method, part, base, total, seed, rate) for seed in TRIALS]
+        return statistics.mean(accuracy(head, part["test"], part["test_labels"], base) for head in heads)
+
+    base_rate, base_top1 = best_rate(of_base, 1e-3)
+    heads = {seed: based(method, part, base - 15, total, seed, base_rate) for seed in TRIALS}
+
+    def of_sessions(rate: float) -> float:
+        found = [run(part, head, 3, seed, rate=rate)["top1"] for seed, head in heads.items()]
+        return statistics.mean(top1 for stages in found for top1 in stages)
+
+    rate, top1 = best_rate(of_sessions, 1e-3)
+    found = {"base_rate": base_rate, "base_top1": base_top1, "rate": rate, "top1": top1}
+    return {key: float(f"{value:.4g}") for key, value in found.items()}
 
 
 def choose(folder: Path) -> None:
-    """The rate of each method on each set, by the mean accuracy of all sessions over two draws."""
+    """Rates of each head: of its fit to the base classes by their held-out images; of sessions by sessions of base
+    classes, of which fifteen take the part of new ones, by the mean accuracy of all stages over two draws.
+
+    The head that was trained with its backbone knows those fifteen: it takes the session rate of the other frame.
+    Backbones of other seeds take what was chosen on the first.
+    """
     chosen: dict[str, Any] = {}
-    for source, backbone, data in sets(folder):
+    for source, backbone, number, data in sets(folder):
+        if number:
+            continue
         base = PROTOCOLS[source].base
-        part = choosing_part(data, base)
-        for method in METHODS:
-            heads = {seed: based(method, part, base - 15, base, seed) for seed in TRIALS}
-            scores = {}
-            for steps, rate in GRID if method != "nearest mean" else GRID[:1]:
-                found = [run(part, head, 3, seed, steps=steps, rate=rate)["top1"] for seed, head in heads.items()]
-                scores[steps, rate] = statistics.mean(value for top1 in found for value in top1)
-            steps, rate = max(scores, key=lambda key: scores[key])
-            chosen[f"{source} {backbone} {method}"] = {
-                "steps": steps,
-                "rate": rate,
-                "top1": round(scores[steps, rate], 2),
-            }
-            print(source, backbone, method, chosen[f"{source} {backbone} {method}"], flush=True)
+        total, part = base + PROTOCOLS[source].sessions * WAYS, choosing_part(data, base)
+
+        for method in FITTED:
+            chosen[f"{source} {backbone} {method}"] = found = rates_of(method, part, base, total)
+            print(source, backbone, method, found, flush=True)
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / "sessions_chosen.json").write_text(json.dumps(chosen, indent=1) + "\n")
 
 
 def sessions(folder: Path, seeds: int) -> None:
-    """The protocol, by method and seed (of the images drawn and of the heads' start)."""
+    """The protocol, by method and seed: of the images drawn, of the heads' start, and of a backbone trained here."""
     chosen = json.loads((RESULTS / "sessions_chosen.json").read_text())
     (RESULTS / "sessions.jsonl").unlink(missing_ok=True)
-    for source, backbone, data in sets(folder):
+    for source, backbone, number, data in sets(folder):
         protocol = PROTOCOLS[source]
         total = protocol.base + protocol.sessions * WAYS
         for method in METHODS:
-            settings = chosen[f"{source} {backbone} {method}"]
-            for seed in range(seeds):
-                head = based(method, data, protocol.base, total, seed)
-                found = run(data, head, protocol.sessions, seed, steps=settings["steps"], rate=settings["rate"])
+            if method == TOGETHER and "head.weight" not in data:
+                continue
+            rates = chosen.get(f"{source} {backbone} {'frame' if method == TOGETHER else method}", {})
+            for seed in range(seeds) if backbone == "imagenet" else [number]:
+                head = based(method, data, protocol.base, total, seed, rates.get("base_rate", 0.0))
+                found = run(data, head, protocol.sessions, seed, rate=rates.get("rate", 1.0))
                 cell = {"data": source, "backbone": backbone, "method": method, "seed": seed, **found}
                 append(RESULTS / "sessions.jsonl", cell)
                 print(cell, flush=True)
 
 
-def append(file: Path, entry: dict[str, Any]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(entry) + "\n")
+# --------------------------------------------------------------------------------------------------------------- table
+
+
+def interval(values: list[float]) -> str:
+    """Mean and, of more than one, the half width of its 95 % interval by Student's t."""
+    mean, count = statistics.mean(values), len(values)
+    if count < 2:
+        return f"{mean:.1f}"
+    half = float(stats.t.ppf(0.975, count - 1)) * statistics.stdev(values) / math.sqrt(count)
+    return f"{mean:.1f} ± {half:.1f}"
 
 
 def table() -> str:
-    """Means over seeds, and their standard deviation at the end."""
-    cells = [json.loads(line) for line in (RESULTS / "sessions.jsonl").read_text().splitlines()]
-    lines = ["| data, backbone | head | base | end | drop | average | base classes at the end | new ones | seeds |"]
-    lines += ["|---" * 9 + "|"]
-    for source, backbone in dict.fromkeys((c["data"], c["backbone"]) for c in cells):
-        for method in METHODS:
-            own = [c for c in cells if (c["data"], c["backbone"], c["method"]) == (source, backbone, method)]
-            if not own:
-                continue
-            ends = [c["top1"][-1] for c in own]
-            base = statistics.mean(c["top1"][0] for c in own)
-            mean = statistics.mean(statistics.mean(c["top1"]) for c in own)
+    """Means over seeds with 95 % intervals, then paired differences at the end."""
+    lines = [json.loads(line) for line in (RESULTS / "sessions.jsonl").read_text().splitlines()]
+    cells: dict[tuple[str, str], dict[str, dict[int, Any]]] = {}
+    for cell in lines:
+        methods = cells.setdefault((cell["data"], cell["backbone"]), {})
+        methods.setdefault(cell["method"], {})[cell["seed"]] = cell
+    shown = ["| data, backbone | head | base | end | drop | average | old | new | seeds | after each session |"]
+    shown += ["|---" * 10 + "|"]
+    pairs = ["| data, backbone | " + " | ".join(f"frame - {m}" for m in METHODS[1:]) + " |", "|---" * 5 + "|"]
+    for (source, backbone), methods in cells.items():
+        name, ends = f"{source}, {backbone.replace('_', ' ')}", {}
+        for method, found in methods.items():
+            own = list(found.values())
+            ends[method] = {seed: cell["top1"][-1] for seed, cell in found.items()}
+            stages = [statistics.mean(stage) for stage in zip(*(c["top1"] for c in own), strict=True)]
+            average = interval([statistics.mean(c["top1"]) for c in own])
             old, new = (statistics.mean(c[key] for c in own) for key in ("old", "new"))
-            spread = f" ± {statistics.stdev(ends):.1f}" if len(ends) > 1 else ""
-            end = statistics.mean(ends)
-            lines.append(
-                f"| {source}, {backbone} | {method} | {base:.1f} | {end:.1f}{spread} | {base - end:.1f} | {mean:.1f} | "
-                f"{old:.1f} | {new:.1f} | {len(own)} |"
-            )
-    return "\n".join(lines) + "\n"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--part", choices=("base", "photos", "choose", "sessions"))
-    parser.add_argument("--features", type=Path)
-    parser.add_argument("--loss", choices=("cross_entropy", "dot_regression"), default="cross_entropy")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--table", action="store_true")
-    args = parser.parse_args()
-    if args.part == "base":
-        train_base(args.loss, args.seed, args.features)
-    elif args.part == "photos":
-        photo_features(args.features)
-    elif args.part == "choose":
-        choose(args.features)
-    elif args.part == "sessions":
-        sessions(args.features, args.seeds)
-    if args.table:
-        (RESULTS / "sessions.md").write_text(table())
-        print(table())
-
-
-if __name__ == "__main__":
-    main()
+            columns = [name, method, interval([c["top1"][0] for c in own]), interval([*ends[method].values()])]
+            columns += [f"{stages[0] - stages[-1]:.1f}", average, f"{old:.1f}", f"{new:.1f}", str(len(own))]
+            shown.append("| " + " | ".join([*columns, " ".join(f"{stage:.1f}" for stage in stages)]) + " |")
+        differences = [
+            interval([ends["frame"][seed] - end for seed, end in ends[m].items()]) if m in ends else "-"
+            for m in METHODS[1:]
+        ]
+        pairs.append("| " + " | ".join([name, *differences]) + " |")
+    return "\n".join([*shown, "", *pairs]) + "\n"

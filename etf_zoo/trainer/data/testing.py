@@ -97,7 +97,8 @@ def as_trained(data: TestData, folder: Path | None) -> TestData:
     usual = TestData()
     names = ("config", "image_column", "label_column", "class_level", "test_share")
     changes = {n: recorded[n] for n in names if n in recorded and getattr(data, n) == getattr(usual, n)}
-    if data.val_split or metrics["dataset"]["split"] != HELD_OUT:
+    tested = metrics.get("base", metrics).get("dataset", {})  # base: of a model that classes were added to
+    if data.val_split or tested.get("split") != HELD_OUT:
         changes.pop("test_share", None)
     elif "test_share" in changes:
         changes["val_split"] = "validation"  # any name of a held-out split will do

@@ -3,7 +3,7 @@
 After 2302.03004 (NC-FSCIL): the frame has a prototype for every class from the start, the backbone stays as it is, and
 a session fits the neck alone, by dot regression. What is kept of a class is its mean feature. The published neck is
 another (three layers with layer norms), and its session trains by SGD; here batch norms keep their statistics, which a
-batch of means would distort, and all numbers are chosen on base classes, see `training/experiments/fscil.py`.
+batch of means would distort, and all numbers are chosen on base classes, see `training/incremental.py`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from etf_zoo.losses import DotRegressionLoss
 __all__ = ["MEMORY_NAME", "Memory", "fit_neck", "read_memory", "write_memory"]
 
 MEMORY_NAME = "memory.safetensors"  # beside a model
+_HELD = 1001  # features that are kept of more held-out images: enough for thresholds in steps of a thousandth
 STEPS, RATE = 100, 1e-3  # as measured in docs/later_classes.md
 
 
@@ -35,6 +36,8 @@ class Memory:
     Attributes:
         means: Mean backbone feature of each class `(K, d)`, before any neck.
         classes: Names of the classes, in the model's order.
+        held: Backbone features of images that were held out of training `(N, d)`, N possibly 0: thresholds of
+            familiarity are fitted to them, again after each session.
 
     Example:
         >>> memory = Memory.of(torch.eye(4), torch.tensor([0, 0, 1, 1]), ["a", "b"])
@@ -44,15 +47,17 @@ class Memory:
 
     means: Tensor
     classes: list[str]
+    held: Tensor
 
     @staticmethod
-    def of(features: Tensor, labels: Tensor, classes: Sequence[str]) -> Memory:
+    def of(features: Tensor, labels: Tensor, classes: Sequence[str], held: Tensor | None = None) -> Memory:
         """The memory of some images.
 
         Args:
             features: `(N, d)`.
             labels: `(N,)`, places in `classes`.
             classes: Their names.
+            held: See above; of more than 1,001 so many are kept, evenly over the rows.
 
         Raises:
             EtfZooError: If a class has no image.
@@ -63,18 +68,23 @@ class Memory:
             raise EtfZooError(f"No image of {', '.join(empty[:3]) or 'some class'}: there is no class mean to keep.")
         sums = torch.zeros(len(classes), features.shape[1], dtype=torch.float64)
         means = sums.index_add_(0, labels, features.double()) / counts[:, None]
-        return Memory(means.float(), list(classes))
+        held = features[:0] if held is None else held
+        if len(held) > _HELD:
+            held = held[torch.linspace(0, len(held) - 1, _HELD, dtype=torch.float64).long()]
+        return Memory(means.float(), list(classes), held.float())
 
     def joined(self, other: Memory) -> Memory:
         """This memory and, behind it, that of classes which came later."""
-        return Memory(torch.cat([self.means, other.means]), [*self.classes, *other.classes])
+        held = torch.cat([self.held, other.held])
+        return Memory(torch.cat([self.means, other.means]), [*self.classes, *other.classes], held)
 
 
 def write_memory(memory: Memory, folder: str | Path) -> Path:
     """Write a memory beside its model."""
     file = Path(folder) / MEMORY_NAME
     about = {"classes": json.dumps(memory.classes)}
-    safetensors.torch.save_file({"means": memory.means.contiguous()}, file, metadata=about)
+    stored = {"means": memory.means.contiguous(), "held": memory.held.contiguous()}
+    safetensors.torch.save_file(stored, file, metadata=about)
     return file
 
 
@@ -96,12 +106,14 @@ def read_memory(folder: str | Path, classes: Sequence[str]) -> Memory:
         )
     try:
         with safe_open(file, "pt") as content:
-            means, names = content.get_tensor("means"), json.loads((content.metadata() or {})["classes"])
+            means, held = content.get_tensor("means"), content.get_tensor("held")
+            names = json.loads((content.metadata() or {})["classes"])
     except (SafetensorError, KeyError, ValueError) as error:
         raise EtfZooError(f"{file} cannot be read: {error}. Name the training images, --base FOLDER.") from None
-    if list(names) != list(classes) or means.ndim != 2 or len(means) != len(names):
+    fits = means.ndim == held.ndim == 2 and len(means) == len(names) and means.shape[1] == held.shape[1]
+    if list(names) != list(classes) or not fits:
         raise EtfZooError(f"{file} is the memory of another model: its classes are not the model's.")
-    return Memory(means, list(names))
+    return Memory(means, list(names), held)
 
 
 def fit_neck(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,12 @@ from etf_zoo.models.find import find_model, load_model
 from etf_zoo.models.grow import add_classes
 from etf_zoo.models.names import frame_heads
 from etf_zoo.ood import FAMILIARITY_NAME, familiarity, write_familiarity
+from etf_zoo.sharing.card import METRICS_NAME, write_card
 from etf_zoo.sharing.folder import save_folder
 from etf_zoo.weights.native import CONFIG_NAME
 
 from ..data.subsets import Images
-from ..evaluate import ModelBatches, TestData, open_split
+from ..evaluate import Evaluation, ModelBatches, TestData, command_line, evaluate_model, open_split
 from .incremental import RATE, STEPS, Memory, fit_neck, read_memory, write_memory
 
 __all__ = ["Added", "add_folder", "features_as_stored", "store_familiarity", "store_memory"]
@@ -56,11 +59,12 @@ def features_as_stored(model: Any, split: Any, batch_size: int = 64) -> tuple[Te
     return torch.cat(features), torch.cat(labels)
 
 
-def store_memory(folder: Path, train: Images, batch_size: int) -> None:
-    """Write the class means that `etf-zoo add-classes` needs beside a stored model, in one process."""
+def store_memory(folder: Path, train: Images, held: Images | None, batch_size: int) -> None:
+    """Write what `etf-zoo add-classes` needs beside a stored model, in one process: class means, held-out features."""
     model = load_model(str(folder))
     features, labels = features_as_stored(model, train, batch_size)
-    write_memory(Memory.of(features, labels, model.pretrained_cfg["label_names"]), folder)
+    other = features_as_stored(model, held, batch_size)[0] if held is not None else None
+    write_memory(Memory.of(features, labels, model.pretrained_cfg["label_names"], other), folder)
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,8 @@ class Added:
         classes: Names of the new classes.
         images: How many images of them there were.
         room: Classes that can still come.
+        rejects: Whether the new model has thresholds for `--reject`, fitted to held-out images of the classes that
+            were there.
         before: Top-1 (%) on test images of the classes that were there, without the new ones; None without a test.
         old: The same with the new ones.
         new: On test images of the new classes.
@@ -79,6 +85,7 @@ class Added:
     classes: list[str]
     images: int
     room: int
+    rejects: bool
     before: float | None = None
     old: float | None = None
     new: float | None = None
@@ -94,7 +101,9 @@ def add_folder(
     steps: int = STEPS,
     rate: float = RATE,
 ) -> Added:
-    """Add the classes of a folder of images to a model and write it, with its memory, as another folder.
+    """Add the classes of a folder of images to a model and write it as another folder, with card, figures and memory.
+
+    Thresholds of familiarity are fitted again, to the features of held-out images that the memory keeps.
 
     Args:
         name: The model, by any of its names; a folder on this machine.
@@ -106,8 +115,8 @@ def add_folder(
         rate: Peak rate.
 
     Raises:
-        EtfZooError: If there is no room, memory or neck, a class is there already, or `output` holds a model. Nothing
-            is written then.
+        EtfZooError: If there is no room, memory or neck, a class is there already, or `output`
+            holds a model. Nothing is written then.
     """
     if (Path(output) / CONFIG_NAME).is_file():
         raise EtfZooError(f"{output} holds a model already: choose another --output.")
@@ -132,8 +141,9 @@ def add_folder(
     fit_neck(head, memory.means, features, labels, steps=steps, rate=rate)
     added = Added(
         list(images.label_names),
-        len(images),
+        len(labels),
         head.reserve,
+        len(memory.held) > 0,
         before,
         _top1(head, tested, 0, known, classes=head.num_classes),
         _top1(head, tested, known, head.num_classes, classes=head.num_classes),
@@ -150,7 +160,30 @@ def add_folder(
         label_descriptions=described,
     )
     write_memory(memory.joined(Memory.of(features, labels - known, added.classes)), output)
+    if added.rejects:
+        with torch.inference_mode():
+            write_familiarity(output, familiarity(head(memory.held)))
+    session = {**dataclasses.asdict(added), "steps": steps, "rate": rate}
+    _write_metrics(folder, Path(output), test, session)
+    write_card(output)
     return added
+
+
+def _write_metrics(old: Path, new: Path, test: str, session: dict[str, Any]) -> None:
+    """`metrics.json` of a grown model: its figures, if there are test images, and how it came about."""
+    file = old / METRICS_NAME
+    kept = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    metrics: dict[str, Any] = {"references": []}
+    if test:
+        evaluation = Evaluation(model=str(new), data=_data(test))
+        record = evaluate_model(evaluation).record
+        del record["images_per_second"]  # says more of the machine's other work than of the model
+        metrics |= {**record, "command": command_line(evaluation, record["dataset"]["split"])}
+    if "training" in kept:
+        tested = {key: kept[key] for key in ("results", "dataset") if key in kept}
+        metrics |= {"training": kept["training"], "base": kept.get("base", tested)}
+    metrics["added"] = [*kept.get("added", []), session]
+    (new / METRICS_NAME).write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
 
 
 def _data(source: str, split: str = "") -> TestData:

@@ -189,7 +189,7 @@ class Tuned:
             if self.run.accelerator.is_main_process:
                 store_familiarity(folder, self.held, max(self.settings.batch_size, 16))
                 if self.settings.reserve:
-                    store_memory(folder, self.train, max(self.settings.batch_size, 16))
+                    store_memory(folder, self.train, self.held, max(self.settings.batch_size, 16))
             self.run.accelerator.wait_for_everyone()
             return results
         training = summarize(self.settings, self.train, make_accelerator(), images=len(self.train))

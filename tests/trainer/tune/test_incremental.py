@@ -148,14 +148,19 @@ def test_memory_is_the_class_means_and_is_its_model_s_own(tmp_path, clusters):
     torch.testing.assert_close(memory.means, clusters[:3].mean(1))
     joined = memory.joined(Memory.of(clusters[3], torch.zeros(40, dtype=torch.long), ["d"]))
     torch.testing.assert_close(joined.means, clusters[:4].mean(1))
+    assert len(joined.held) == 0
+    joined = joined.joined(Memory.of(clusters[4], torch.zeros(40, dtype=torch.long), ["e"], held=clusters[5]))
     write_memory(joined, tmp_path)
-    again = read_memory(tmp_path, list("abcd"))
+    again = read_memory(tmp_path, list("abcde"))
     assert torch.equal(again.means, joined.means)
+    assert torch.equal(again.held, clusters[5])
+    many = Memory.of(features, labels, ["a", "b", "c"], held=torch.arange(3000.0)[:, None]).held[:, 0]
+    assert (len(many), many[0], many[-1]) == (1001, 0, 2999)
     with pytest.raises(EtfZooError, match="another model"):
-        read_memory(tmp_path, list("abdc"))
+        read_memory(tmp_path, list("abdce"))
     (tmp_path / "memory.safetensors").write_bytes(b"x")
     with pytest.raises(EtfZooError, match="cannot be read"):
-        read_memory(tmp_path, list("abcd"))
+        read_memory(tmp_path, list("abcde"))
     with pytest.raises(EtfZooError, match="--base"):
         read_memory(tmp_path / "none", list("abcd"))
     with pytest.raises(EtfZooError, match="No image of d"):
@@ -207,6 +212,11 @@ def test_add_classes_from_the_command_line(capsys, with_room):
     frozen = {k: v for k, v in before.state_dict().items() if not k.startswith("fc.neck.")}
     assert all(torch.equal(v, after.state_dict()[k]) for k, v in frozen.items())  # backbone, frame and scale
     assert len(read_memory(out, list("abcd")).means) == 4
+    assert "No thresholds for etf-zoo predict --reject" in text
+    card = (out / "README.md").read_text()
+    assert "Then 2 classes were added from 6 images: c, d." in card
+    assert "Nothing was trained" not in card
+    assert "No threshold of familiarity was fitted" in card
     shown = json.loads(
         added(capsys, out, with_room / "more" / "e", "--output", with_room / "x", "--json", status=1).out or "null"
     )

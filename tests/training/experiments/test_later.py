@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from etf_zoo import FrameClassifier
 from etf_zoo.frames.numerics import unit
-from training.experiments.fscil import METHODS, based, choosing_part, run
+from training.experiments.fscil import FITTED, METHODS, TOGETHER, based, best_rate, choosing_part, interval, run
+from training.experiments.fscil_features import held_out
 from training.experiments.later_ood import compared
 from training.experiments.later_retrieval import coordinates, ranked
 
@@ -48,8 +50,17 @@ def test_the_protocol_knows_more_classes_each_session(method):
     centers = 3 * torch.randn(20, 16, generator=generator)
     labels = torch.arange(20).repeat_interleave(12)
     x, y = (centers[labels] + 0.3 * torch.randn(240, 16, generator=generator)).relu(), labels
-    data = {"train": x, "train_labels": y, "test": x, "test_labels": y}
-    head = based(method, data, 10, 20, 0)
+    held = torch.from_numpy(held_out(y.numpy(), 10))
+    data = {"train": x, "train_labels": y, "held": held, "test": x, "test_labels": y}
+    if method == TOGETHER:
+        trained = FrameClassifier(16, 10, reserve=10, neck="mlp")
+        optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-3)
+        for _ in range(30):
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(trained(x[y < 10]), y[y < 10]).backward()
+            optimizer.step()
+        data |= {f"head.{name}": value for name, value in trained.state_dict().items()}
+    head = based(method, data, 10, 20, 0, 1e-2 if method == "learned linear" else 1e-3)
     first = run(data, head, 2, 0, steps=50, rate=1e-2)
     assert len(first["top1"]) == 3
     assert first["top1"][0] > 90
@@ -58,3 +69,24 @@ def test_the_protocol_knows_more_classes_each_session(method):
     part = choosing_part(data, 10)
     assert (len(part["train"]), len(part["test"])) == (100, 20)
     assert int(part["test_labels"].max()) == 9  # nothing of the classes to come
+    assert method in (*FITTED, TOGETHER, "nearest mean")
+
+
+def test_a_chosen_rate_has_worse_ones_on_both_sides():
+    tried = []
+
+    def score(rate):
+        tried.append(rate)
+        return -abs(rate - 3e-5)
+
+    assert best_rate(score, 1e-3)[0] == pytest.approx(10**-4.5)
+    assert min(tried) < 3e-5 < max(tried)
+    assert len(tried) == len(set(tried))
+    rate, top1 = best_rate(lambda rate: rate, 1e-3)  # no end: a limit
+    assert rate == top1 == pytest.approx(10**0.5)
+    assert best_rate(lambda rate: 1.0, 1e-3)[0] == 1e-3
+
+
+def test_intervals_are_student_s():
+    assert interval([1.0, 2.0, 3.0]) == "2.0 ± 2.5"  # 4.303 / sqrt(3)
+    assert interval([1.0]) == "1.0"
