@@ -37,8 +37,8 @@ __all__ = ["LOSSES", "PROTOCOLS", "RESULTS", "SmallNet", "append", "held_out", "
 RESULTS = Path("training/results/later")
 LOSSES = ("cross_entropy", "dot_regression")
 BATCH = 128
-SIZES = (24, 24, 24, 24, 24, 32, 32, 32)  # pixels, by epoch
-OPTIMIZER, RATE, DECAY = "adamw", 2e-3, 0.05
+SIZES = (24, 24, 24, 24, 24, 32, 32)  # pixels, by epoch
+OPTIMIZER, RATE, DECAY = "muon", 0.02, 0.05  # ahead of AdamW and SGD in two epochs, on held-out images
 AUGMENT = Augment(crop_scale=[0.5, 1.0])
 LENGTH = 10.0  # of dot regression's features: about what cross-entropy's scale does for its gradient
 

@@ -18,6 +18,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,6 +27,7 @@ from etf_zoo.frames.simplex import helmert_coordinates
 from training.experiments.later_features import GALLERIES, MODELS, UNFAMILIAR, read
 
 RESULTS = Path("training/results/later")
+DRAWS = 2000  # of the bootstrap
 SOURCES = [source for source, _ in GALLERIES]
 
 
@@ -34,8 +36,8 @@ def coordinates(logits: Tensor) -> Tensor:
     return unit(helmert_coordinates(logits.T).T).float()
 
 
-def ranked(queries: Tensor, gallery: Tensor, wanted: Tensor, labels: Tensor) -> dict[str, float]:
-    """Mean average precision over the whole ranking, and recall at 1 and 10, in percent.
+def ranked(queries: Tensor, gallery: Tensor, wanted: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Of each query in percent: average precision over the whole ranking, and recall at 1 and 10.
 
     Args:
         queries: Unit rows `(Q, d)`.
@@ -48,15 +50,12 @@ def ranked(queries: Tensor, gallery: Tensor, wanted: Tensor, labels: Tensor) -> 
     right = (labels[order] == wanted[kept, None]).double()
     precision = right.cumsum(1) / torch.arange(1, right.shape[1] + 1)
     average = (precision * right).sum(1) / right.sum(1)
-    return {
-        "map": round(100 * average.mean().item(), 2),
-        "recall1": round(100 * right[:, 0].mean().item(), 2),
-        "recall10": round(100 * right[:, :10].amax(1).mean().item(), 2),
-    }
+    found = {"map": average, "recall1": right[:, 0], "recall10": right[:, :10].amax(1)}
+    return {figure: 100 * values for figure, values in found.items()}
 
 
 def measure(folder: Path, names: list[str]) -> dict[str, Any]:
-    """Figures by set, then by gallery's and queries' model; and of the backbones' own features."""
+    """Figures of each query by set, then by gallery's and queries' model; and of the backbones' own features."""
     splits = dict(UNFAMILIAR)
     found: dict[str, Any] = {}
     for source in SOURCES:
@@ -65,43 +64,66 @@ def measure(folder: Path, names: list[str]) -> dict[str, Any]:
         embedded = {
             name: (coordinates(galleries[name]["logits"]), coordinates(queries[name]["logits"])) for name in names
         }
-        any_gallery, any_queries = galleries[names[0]]["labels"], queries[names[0]]["labels"]
+        classes = queries[names[0]]["labels"], galleries[names[0]]["labels"]
         found[source] = {
-            f"{a} < {b}": ranked(embedded[b][1], embedded[a][0], any_queries, any_gallery)
-            for a, b in product(names, names)
+            f"{a} < {b}": ranked(embedded[b][1], embedded[a][0], *classes) for a, b in product(names, names)
         }
         found[source] |= {
-            f"{name}, features": ranked(
-                unit(queries[name]["features"]), unit(galleries[name]["features"]), any_queries, any_gallery
-            )
+            f"{name}, features": ranked(unit(queries[name]["features"]), unit(galleries[name]["features"]), *classes)
             for name in names
         }
     return found
 
 
+def means(found: dict[str, Any]) -> dict[str, Any]:
+    """The same, means over queries."""
+    return {
+        source: {
+            key: {figure: round(values.mean().item(), 2) for figure, values in own.items()}
+            for key, own in pairs.items()
+        }
+        for source, pairs in found.items()
+    }
+
+
 def mean(found: dict[str, Any], key: str, figure: str = "map") -> float:
-    return statistics.mean(found[source][key][figure] for source in SOURCES)
+    return statistics.mean(found[source][key][figure].mean().item() for source in SOURCES)
+
+
+def difference(found: dict[str, Any], one: str, other: str, seed: int = 0) -> tuple[float, float, float]:
+    """Mean average precision of one pair minus another's, mean over the sets, with a 95 % interval over queries."""
+    rng, total, draws = np.random.default_rng(seed), 0.0, np.zeros(DRAWS)
+    for source in SOURCES:
+        values = (found[source][one]["map"] - found[source][other]["map"]).numpy()
+        counts = rng.multinomial(len(values), np.full(len(values), 1 / len(values)), size=DRAWS)
+        total, draws = total + values.mean() / len(SOURCES), draws + counts @ values / len(values) / len(SOURCES)
+    return total, *np.quantile(draws, [0.025, 0.975]).tolist()
 
 
 def table(found: dict[str, Any], names: list[str]) -> str:
-    """Mean average precision, mean over the sets: the gallery's model down, the queries' across; then two tests."""
+    """Figures of each pair, means over the sets: the gallery's model down, the queries' across; then the two tests."""
+    shown = ["map", "recall1", "recall10"]
     lines = ["| gallery by, queries by | " + " | ".join(names) + " | own features |", "|---" * (2 + len(names)) + "|"]
     for a in names:
-        cells = [f"{mean(found, f'{a} < {b}'):.1f}" for b in names]
-        lines.append(f"| {a} | " + " | ".join(cells) + f" | {mean(found, f'{a}, features'):.1f} |")
-    lines += ["", "| sets and pairs of frames | compatible | crossing costs less |", "|---|---|---|"]
-    frames = [name for name in names if "_control" not in name]
-    for source in SOURCES:
-        gains = crossings = pairs = 0
-        for old, new in product(frames, frames):
-            alone = {name: found[source][f"{name} < {name}"]["map"] for name in (old, new)}
-            if alone[new] <= alone[old]:
-                continue
-            crossed = found[source][f"{old} < {new}"]["map"]
-            pairs += 1
-            gains += crossed > alone[old]
-            crossings += alone[new] - crossed < alone[new] - alone[old]
-        lines.append(f"| {source}: {pairs} | {gains} | {crossings} |")
+        keys = [*(f"{a} < {b}" for b in names), f"{a}, features"]
+        cells = [" / ".join(f"{mean(found, key, figure):.1f}" for figure in shown) for key in keys]
+        lines.append(f"| {a} | " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        "| old gallery, better new model | old alone | new alone | new on the old gallery | minus old alone |",
+    ]
+    lines += ["|---" * 5 + "|"]
+    pairs = compatible = 0
+    for old, new in product(names, names):
+        alone, better = mean(found, f"{old} < {old}"), mean(found, f"{new} < {new}")
+        if better <= alone:
+            continue
+        crossed = mean(found, f"{old} < {new}")
+        gain, low, high = difference(found, f"{old} < {new}", f"{old} < {old}")
+        pairs, compatible = pairs + 1, compatible + (gain > 0)
+        cells = [f"{old}, {new}", *(f"{value:.1f}" for value in (alone, better, crossed))]
+        lines.append("| " + " | ".join([*cells, f"{gain:+.1f} ({low:+.1f} to {high:+.1f})"]) + " |")
+    lines += ["", f"The new model on the old gallery is ahead of the old one alone in {compatible} of {pairs} pairs."]
     return "\n".join(lines) + "\n"
 
 
@@ -113,7 +135,7 @@ def main() -> None:
     names = [name for name in MODELS if (args.features / name / f"{source}-{split}.safetensors").is_file()]
     found = measure(args.features, names)
     RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / "retrieval.json").write_text(json.dumps(found, indent=1) + "\n")
+    (RESULTS / "retrieval.json").write_text(json.dumps(means(found), indent=1) + "\n")
     (RESULTS / "retrieval.md").write_text(table(found, names))
     print(table(found, names))
 

@@ -1,5 +1,6 @@
 """Figures of the experiments on classes that come later, against plain loops."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -7,8 +8,8 @@ from etf_zoo import FrameClassifier
 from etf_zoo.frames.numerics import unit
 from training.experiments.fscil import FITTED, METHODS, TOGETHER, based, best_rate, choosing_part, interval, run
 from training.experiments.fscil_features import held_out
-from training.experiments.later_ood import compared
-from training.experiments.later_retrieval import coordinates, ranked
+from training.experiments.later_ood import compared, half_width
+from training.experiments.later_retrieval import SOURCES, coordinates, difference, ranked
 
 
 def test_ranking_is_what_a_loop_finds():
@@ -24,7 +25,8 @@ def test_ranking_is_what_a_loop_finds():
         ten.append(float(any(hits[:10])))
     found = ranked(queries, gallery, wanted, labels)
     slow = {"map": precisions, "recall1": first, "recall10": ten}
-    assert found == {key: pytest.approx(20 * float(sum(values)), abs=0.01) for key, values in slow.items()}
+    for key, values in slow.items():
+        assert found[key].tolist() == pytest.approx([100 * float(value) for value in values])
 
 
 def test_logits_of_any_shift_and_scale_have_one_embedding():
@@ -42,6 +44,29 @@ def test_familiar_and_unfamiliar_are_compared_pair_by_pair():
     assert found["auroc"] == pytest.approx(100 * (known[:, None] > unknown).float().mean().item(), abs=0.01)
     limit = known.sort(descending=True).values[94]  # with it, 95 of 100 are taken
     assert found["fpr95"] == pytest.approx(100 * (unknown >= limit).float().mean().item(), abs=0.01)
+
+
+def test_the_interval_of_an_auroc_is_that_of_drawing_images_anew():
+    generator = torch.Generator().manual_seed(0)
+    known, unknown = torch.randn(80, generator=generator) + 1, torch.randn(50, generator=generator)
+    rng, drawn = np.random.default_rng(1), []
+    for _ in range(2000):
+        one, other = known[rng.integers(0, 80, 80)], unknown[rng.integers(0, 50, 50)]
+        drawn.append(100 * (one[:, None] > other).float().mean().item())
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    assert half_width(known, [unknown]) == pytest.approx((high - low) / 2, rel=0.08)
+    assert half_width(known, [unknown, unknown + 0.01]) < half_width(known, [unknown])  # two sets say more
+
+
+def test_a_difference_of_rankings_holds_the_queries_together():
+    generator = torch.Generator().manual_seed(0)
+    one = {source: 100 * torch.rand(30, generator=generator).double() for source in SOURCES}
+    found = {s: {"a": {"map": v}, "b": {"map": v - 2}, "c": {"map": v.flip(0)}} for s, v in one.items()}
+    assert difference(found, "a", "b") == pytest.approx((2, 2, 2))  # each query is ahead by two: nothing is uncertain
+    middle, low, high = difference(found, "a", "c")
+    assert middle == pytest.approx(0)
+    assert low < -3
+    assert high > 3
 
 
 @pytest.mark.parametrize("method", METHODS)
