@@ -3,8 +3,8 @@ r"""One embedding space for all models that share a frame.
 A simplex ETF is :math:`W = \sqrt{K/(K-1)}\, H R^\top` with an orthonormal R that turns it into the features' space, see
 `etf_zoo.frames.simplex_etf`. :math:`H^\top W x` undoes that turn: K - 1 numbers that mean the same for every model of
 the same classes, whatever its width and orientation. So a gallery that one model has indexed can be searched by
-another, as with the stationary classifiers of 2405.02581 and 2606.12488. What it is worth is measured in
-`docs/later_classes.md`.
+another, as with the stationary classifiers of 2405.02581 and 2606.12488: at a loss, where the two were trained apart,
+see the figures in `docs/later_classes.md`.
 """
 
 from __future__ import annotations

@@ -23,12 +23,13 @@ def _no_grad():
 @pytest.mark.parametrize("name", ["test_resnet", pytest.param(SMALL, marks=pytest.mark.slow)])
 def test_onnx_has_our_logits(name, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
-    model = timm.create_model(f"{name}_etf", num_classes=CLASSES, feature_norm="batch", neck="mlp").eval()
+    model = timm.create_model(f"{name}_etf", num_classes=CLASSES, feature_norm="batch", neck="mlp", reserve=2).eval()
     model.pretrained_cfg["label_names"] = [f"class {i}" for i in range(CLASSES)]
     session = onnxruntime.InferenceSession(str(export_onnx(model, tmp_path)), providers=["CPUExecutionProvider"])
     for batch in (1, 3):
         x = torch.randn(batch, *timm.data.resolve_data_config(model=model)["input_size"])
         (logits,) = session.run(["logits"], {"images": x.numpy()})
+        assert logits.shape == (batch, CLASSES)  # none of the classes to come
         torch.testing.assert_close(torch.from_numpy(logits), model(x), atol=1e-4, rtol=1e-3)
     metadata = session.get_modelmeta().custom_metadata_map
     assert json.loads(metadata["label_names"])[2] == "class 2"

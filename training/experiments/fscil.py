@@ -23,8 +23,9 @@ from torch.nn import functional as F
 
 from etf_zoo import FrameClassifier
 from etf_zoo.layers.cosine import learn_prototypes
+from etf_zoo.losses import DotRegressionLoss
 from etf_zoo.trainer.tune.incremental import fit_neck
-from training.experiments.fscil_features import BATCH, PROTOCOLS, RESULTS, append
+from training.experiments.fscil_features import BATCH, LENGTH, PROTOCOLS, RESULTS, append
 
 __all__ = ["METHODS", "best_rate", "choose", "run", "sessions", "table"]
 
@@ -32,9 +33,10 @@ SHOTS, WAYS = 5, 5
 STEPS = 100  # of a session
 NECK = 256  # features between neck and prototypes
 TRIALS = (100, 101)  # seeds that are chosen by
-TOGETHER = "frame, with its backbone"
-FITTED = ("frame", "learned linear", "learned cosine")  # on frozen features; each has rates of its own
-METHODS = ("frame", TOGETHER, "nearest mean", "learned linear", "learned cosine")
+SEEN, DOT, TOGETHER = "frame, cross-entropy of seen", "frame, dot regression", "frame, with its backbone"
+FRAMES = ("frame", SEEN, DOT)  # by what fits the neck to the base classes; the first by cross-entropy of all directions
+FITTED = (*FRAMES, "learned linear", "learned cosine")  # on frozen features; each has rates of its own
+METHODS = (*FRAMES, TOGETHER, "nearest mean", "learned linear", "learned cosine")
 
 
 # ------------------------------------------------------------------------------------------------------------- methods
@@ -52,7 +54,7 @@ class Head:
         room = {"num_classes": base, "reserve": total - base, "neck": "mlp"}
         if method == TOGETHER:
             self.net = FrameClassifier(width, **room)
-        elif method == "frame":
+        elif method in FRAMES:
             self.net = FrameClassifier(width, **room, neck_features=NECK)
         elif method == "learned cosine":
             holder = nn.Sequential(FrameClassifier(width, **room, neck_features=NECK))
@@ -71,7 +73,7 @@ class Head:
         return self.net(x)[:, :classes]
 
     def fit_base(self, x: Tensor, y: Tensor, rate: float) -> None:
-        """Cross-entropy over the base classes' images, two epochs or 200 steps, and their means for the memory."""
+        """Two epochs over the base classes' images, or 200 steps; and their means for the memory."""
         if self.method in FITTED:
             self.shift, self.scale = x.mean(0), x.std(0).clamp(min=1e-6)
         x = self.scaled(x)
@@ -87,18 +89,20 @@ class Head:
         for _ in range(epochs):
             rows = torch.randperm(len(x), generator=order)[: count * BATCH]
             for part in rows.chunk(count):
-                loss = F.cross_entropy(self._of_all(x[part]), y[part])
+                loss = self._base_loss(x[part], y[part])
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
                 schedule.step()
         self.net.eval()
 
-    def _of_all(self, x: Tensor) -> Tensor:
-        """Logits of all directions, those of classes to come too, as in the training of the backbone."""
-        if isinstance(self.net, FrameClassifier):
-            return self.net.scale() * self.net.embed(x) @ self.net.weight.T
-        return self.net(x)
+    def _base_loss(self, x: Tensor, y: Tensor) -> Tensor:
+        if self.method == SEEN or not isinstance(self.net, FrameClassifier):
+            return F.cross_entropy(self.net(x), y)
+        embeddings = self.net.embed(x)
+        if self.method == DOT:
+            return DotRegressionLoss(feature_length=LENGTH)(embeddings, y, self.net.weight)
+        return F.cross_entropy(self.net.scale() * embeddings @ self.net.weight.T, y)  # of classes to come, too
 
     def add(self, x: Tensor, y: Tensor, steps: int, rate: float) -> None:
         """A session: images of five classes that are numbered on."""
@@ -107,7 +111,7 @@ class Head:
         before, self.means = self.means, torch.cat([self.means, means_of(x, y - old, count - old)])
         if isinstance(self.net, FrameClassifier):
             self.net.add_classes(count - old)
-        if self.method in ("frame", TOGETHER):
+        if self.method in (*FRAMES, TOGETHER):
             fit_neck(self.net, before, x, y, steps=steps, rate=rate)
         elif self.net is not None:
             inputs, labels = torch.cat([before, x]), torch.cat([torch.arange(old), y])
@@ -282,7 +286,10 @@ def table() -> str:
         methods.setdefault(cell["method"], {})[cell["seed"]] = cell
     shown = ["| data, backbone | head | base | end | drop | average | old | new | seeds | after each session |"]
     shown += ["|---" * 10 + "|"]
-    pairs = ["| data, backbone | " + " | ".join(f"frame - {m}" for m in METHODS[1:]) + " |", "|---" * 5 + "|"]
+    pairs = [
+        "| data, backbone | " + " | ".join(f"frame - {m}" for m in METHODS[1:]) + " |",
+        "|---" * len(METHODS) + "|",
+    ]
     for (source, backbone), methods in cells.items():
         name, ends = f"{source}, {backbone.replace('_', ' ')}", {}
         for method, found in methods.items():

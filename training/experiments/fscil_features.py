@@ -78,7 +78,7 @@ def held_out(labels: NDArray[np.int64], base: int, most: int = 50) -> NDArray[np
 
 def _prepared(images: NDArray[np.uint8]) -> Tensor:
     """uint8 `(B, H, W, 3)` to `(B, 3, H, W)`, channels last in memory."""
-    return torch.from_numpy(images).permute(0, 3, 1, 2)
+    return torch.tensor(images).permute(0, 3, 1, 2)
 
 
 def train_base(loss_name: str, seed: int, folder: Path) -> float:
