@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 
+import pytest
 import timm
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,9 @@ from torch import Tensor, nn
 import etf_zoo  # noqa: F401  registers the twins
 
 CLASSES = 7
+needs_onnx_exporter = pytest.mark.skipif(
+    torch.__version__ < (2, 8), reason="torch's older exporters know no named dimension and no batch norm"
+)
 # kind of head -> (architecture, arguments that keep it small, image size)
 KINDS = {
     "linear": ("resnet18", {}, 64),

@@ -21,6 +21,7 @@ __all__ = ["OUTPUTS", "export_onnx"]
 # What a file can give -> the names of its outputs.
 OUTPUTS = {"logits": ("logits",), "features": ("features",), "top_k": ("logits", "classes")}
 
+_OLDEST_TORCH = (2, 8)
 _EXTERNAL_BYTES = 1_800_000_000  # protobuf files end at 2 GB; larger weights go into a file beside
 
 
@@ -60,7 +61,7 @@ def export_onnx(model: nn.Module, folder: str | Path, *, output: str = "logits",
     Raises:
         EtfZooError: On another output, or a k that is no number of classes.
         MissingPackageError: If onnx or onnxscript is missing.
-        ExportError: If torch cannot export the model.
+        ExportError: If torch cannot export the model, or is older than 2.8.
     """
     if output not in OUTPUTS:
         raise EtfZooError(f"Unknown output {output!r}. Choose one of {', '.join(OUTPUTS)}.")
@@ -72,6 +73,9 @@ def export_onnx(model: nn.Module, folder: str | Path, *, output: str = "logits",
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise MissingPackageError(f"ONNX export needs {error.name}: pip install 'etf-zoo[onnx]'.") from None
+    if torch.__version__ < _OLDEST_TORCH:  # older exporters know no named dimension and no batch norm
+        oldest = ".".join(map(str, _OLDEST_TORCH))
+        raise ExportError(f"ONNX export needs torch {oldest} or newer, not {torch.__version__}: pip install -U torch.")
     images = torch.randn(2, *get_model_input_config(model)["input_size"])
     names: Any = {"input_names": ["images"], "output_names": list(OUTPUTS[output]), "dynamic_shapes": ({0: "batch"},)}
     try:

@@ -18,6 +18,7 @@ from etf_zoo.frames import frame_report
 from etf_zoo.sharing.folder import save_folder
 from etf_zoo.weights.native import native_tags
 from etf_zoo_cli import main
+from tests.kinds import needs_onnx_exporter
 
 HEAD_FIGURES = [
     *("frame", "width", "largest cosine", "coherence"),
@@ -151,6 +152,7 @@ def test_errors_are_one_line(arguments, message, folder, capsys):
     assert error.count("\n") == 1
 
 
+@needs_onnx_exporter
 def test_export_of_the_best_of_many_classes(tmp_path, capsys):
     """What a device can hold of a Kerdock head: neither all logits nor the frame."""
     onnxruntime = pytest.importorskip("onnxruntime")

@@ -7,9 +7,10 @@ import pytest
 import timm
 import torch
 
-from etf_zoo.errors import EtfZooError, MissingPackageError
+from etf_zoo.errors import EtfZooError, ExportError, MissingPackageError
+from etf_zoo.sharing import onnx
 from etf_zoo.sharing.onnx import export_onnx
-from tests.kinds import CLASSES
+from tests.kinds import CLASSES, needs_onnx_exporter
 
 SMALL = "mobilenetv3_small_050"
 
@@ -20,6 +21,7 @@ def _no_grad():
         yield
 
 
+@needs_onnx_exporter
 @pytest.mark.parametrize("name", ["test_resnet", pytest.param(SMALL, marks=pytest.mark.slow)])
 def test_onnx_has_our_logits(name, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
@@ -37,6 +39,7 @@ def test_onnx_has_our_logits(name, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
 
 
+@needs_onnx_exporter
 @pytest.mark.parametrize("output", ["logits", "features", "top_k"])
 def test_a_kerdock_frame_is_not_stored_in_the_file(output, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
@@ -70,6 +73,10 @@ def test_onnx_failures_are_one_line(monkeypatch, tmp_path):
         raise ValueError("no such operator\nand much more")
 
     monkeypatch.setattr(torch.onnx, "export", fail)
+    monkeypatch.setattr(onnx, "_OLDEST_TORCH", (99, 0))
+    with pytest.raises(ExportError, match=r"needs torch 99.0 or newer, not .*: pip install -U torch"):
+        export_onnx(model, tmp_path / "out")
+    monkeypatch.setattr(onnx, "_OLDEST_TORCH", (2, 6))
     with pytest.raises(RuntimeError, match=r"torch cannot export ResNet.* to ONNX: no such operator$"):
         export_onnx(model, tmp_path / "out")
     monkeypatch.setitem(sys.modules, "onnxscript", None)
