@@ -166,8 +166,6 @@ def test_report():
     assert converted.frame_report().largest_cosine == -1 / 4999
 
 
-# torch 2.6 warns of a constant that it is about to register itself, on the way from an exported program to its module
-@pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node with no underlying reference:UserWarning")
 @pytest.mark.usefixtures("never_stored")
 @pytest.mark.parametrize("dim", [16, 20])
 def test_compilers(dim):
