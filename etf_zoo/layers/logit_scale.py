@@ -8,9 +8,16 @@ import warnings
 import torch
 from torch import Tensor
 
+from ..errors import EtfZooError
 from ..frames.kerdock import kerdock_core
 
-__all__ = ["MAX_LOGIT_SCALE", "kerdock_logit_scale", "smoothed_probability", "solve_logit_scale"]
+__all__ = [
+    "MAX_LOGIT_SCALE",
+    "kerdock_logit_scale",
+    "smoothed_probability",
+    "solve_logit_scale",
+    "target_cosine_scale",
+]
 
 MAX_LOGIT_SCALE = 100.0
 # Rows of the Gram matrix that solve_logit_scale looks at, so that 100,000 classes need no 100,000^2 matrix.
@@ -79,6 +86,34 @@ def smoothed_probability(num_classes: int, label_smoothing: float) -> float:
         0.91
     """
     return min(0.999, 1 - label_smoothing + label_smoothing / num_classes)
+
+
+def target_cosine_scale(scale: float, cosine: float) -> float:
+    """The scale at which features want a given cosine with their prototype, instead of 1.
+
+    With smoothing e and a simplex of K prototypes, the cross-entropy of a feature of cosine c with its own prototype,
+    and equal ones with the others, is least at scale (K-1)/K ln((1-e+e/K) / (e/K)) / c. So the same c means the same
+    for any K and e, where a number for the scale does not: at K = 200 and e = 0.1, scales of 12.1, 30 and 60 are
+    cosines of 0.62, 0.25 and 0.12.
+
+    Args:
+        scale: That for cosine 1: `solve_logit_scale` at the `smoothed_probability`.
+        cosine: c, in (0, 1].
+
+    Returns:
+        The scale, at most `MAX_LOGIT_SCALE`.
+
+    Raises:
+        EtfZooError: If the cosine lies outside (0, 1].
+
+    Example:
+        >>> scale = solve_logit_scale(simplex_etf(200, 512), probability=smoothed_probability(200, 0.1))
+        >>> round(target_cosine_scale(scale, 0.25), 1)
+        29.8
+    """
+    if not 0 < cosine <= 1:
+        raise EtfZooError(f"A target cosine lies in (0, 1], got {cosine}.")
+    return min(scale / cosine, MAX_LOGIT_SCALE)
 
 
 def kerdock_logit_scale(num_classes: int, dim: int, *, probability: float = 0.999) -> float:

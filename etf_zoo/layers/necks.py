@@ -16,7 +16,8 @@ from ..frames.build import HELMERT
 
 __all__ = ["LastDimBatchNorm", "mlp_neck", "ResidualNeck", "Center", "build_neck", "check_conversion", "NECKS"]
 
-NECKS = ("mlp", "residual")
+MLP_LAYERS = {"mlp": 1, "mlp2": 2, "mlp3": 3}  # hidden layers
+NECKS = (*MLP_LAYERS, "residual")
 
 
 class LastDimBatchNorm(nn.Module):
@@ -46,8 +47,12 @@ class _LastDimPReLU(nn.PReLU):
         return super().forward(input.flatten(0, -2)).view_as(input)
 
 
-def mlp_neck(in_features: int, out_features: int, *, hidden_features: int = 2048, device=None) -> nn.Module:
-    """Projector Linear - BN - ReLU - Linear, as 2112.00496 puts it before the classifier of supervised pretraining.
+def mlp_neck(
+    in_features: int, out_features: int, *, hidden_features: int = 2048, layers: int = 1, device=None
+) -> nn.Module:
+    """Projector (Linear - BN - ReLU) - Linear, as 2112.00496 puts it before the classifier of supervised pretraining.
+
+    With more hidden layers it moves the compromise between the source and other data, toward the latter (2206.15369).
 
     The neck of 2302.03004, also in front of a fixed frame, is another: three layers with layer norms and leaky ReLUs.
 
@@ -55,6 +60,7 @@ def mlp_neck(in_features: int, out_features: int, *, hidden_features: int = 2048
         in_features: Width of the backbone's features.
         out_features: Width of the frame.
         hidden_features: Width between.
+        layers: How often Linear - BN - ReLU comes before the last Linear.
 
     Returns:
         Module mapping `(..., in_features)` to `(..., out_features)`.
@@ -63,12 +69,14 @@ def mlp_neck(in_features: int, out_features: int, *, hidden_features: int = 2048
         >>> mlp_neck(8, 16)(torch.randn(4, 8)).shape
         torch.Size([4, 16])
     """
-    return nn.Sequential(
-        nn.Linear(in_features, hidden_features, bias=False, device=device),
-        LastDimBatchNorm(hidden_features, device=device),
-        nn.ReLU(inplace=True),
-        nn.Linear(hidden_features, out_features, device=device),
-    )
+    parts: list[nn.Module] = []
+    for layer in range(layers):
+        parts += [
+            nn.Linear(hidden_features if layer else in_features, hidden_features, bias=False, device=device),
+            LastDimBatchNorm(hidden_features, device=device),
+            nn.ReLU(inplace=True),
+        ]
+    return nn.Sequential(*parts, nn.Linear(hidden_features, out_features, device=device))
 
 
 class ResidualNeck(nn.Module):
@@ -152,8 +160,8 @@ def build_neck(
     out_features = max(in_features, num_classes - 1) if out_features is None else out_features
     if out_features < 1:
         raise EtfZooError(f"A neck's output has at least one feature, got {out_features}.")
-    if name == "mlp":
-        return mlp_neck(in_features, out_features, device=device), out_features
+    if name in MLP_LAYERS:
+        return mlp_neck(in_features, out_features, layers=MLP_LAYERS[name], device=device), out_features
     if name == "residual":
         return ResidualNeck(in_features, out_features, device=device), out_features
     if name == "linear":

@@ -11,6 +11,7 @@ from .frame_cross_entropy import FrameCrossEntropy
 from .hierarchical_subspaces import HierarchicalSubspaceLoss
 from .hierarchy_cosine import HierarchyCosineLoss
 from .logit_adjustment import logit_adjustment
+from .nearest_neighbor_entropy import NearestNeighborEntropyLoss
 from .separating_cone import SeparatingConeLoss
 from .squared import SquaredLoss
 from .variance_covariance import VarianceCovarianceLoss
@@ -25,6 +26,7 @@ __all__ = [
     "SquaredLoss",
     "CenterCollapseLoss",
     "VarianceCovarianceLoss",
+    "NearestNeighborEntropyLoss",
     "LOSSES",
 ]
 

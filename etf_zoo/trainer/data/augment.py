@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 from ..data import photometric
 from ..recipe.config import Augment
 
-__all__ = ["IMAGENET", "Colors", "augment", "colors_of", "erase", "mix", "normalize"]
+__all__ = ["IMAGENET", "Colors", "augment", "colors_of", "erase", "mix", "normalize", "views"]
 
 
 class Colors(NamedTuple):
@@ -125,6 +126,23 @@ def augment(
     elif settings.color_jitter:
         out = jitter(out, settings.color_jitter, draws)
     return out
+
+
+def views(
+    images: Tensor, settings: Augment, size: int, generator: torch.Generator, *, rank: int = 0, world: int = 1
+) -> list[Tensor]:
+    """Several crops of each image, see `augment`: large ones `(B, V, 3, size, size)`, and small ones of half the side.
+
+    Returns:
+        The large ones and, where there are any, the small ones.
+    """
+    small = dataclasses.replace(settings, crop_scale=settings.small_scale)
+    wanted = ((settings, settings.large_views, size), (small, settings.small_views, max(1, size // 2)))
+    return [
+        torch.stack([augment(images, s, side, generator, rank=rank, world=world) for _ in range(count)], 1)
+        for s, count, side in wanted
+        if count
+    ]
 
 
 def resample(images: Tensor, crop: Tensor, size: int) -> Tensor:
@@ -290,7 +308,7 @@ def mix(
 
     Args:
         images: `(B, C, H, W)` float.
-        labels: `(B,)` class numbers.
+        labels: `(B,)` class numbers, or shares of the classes `(B, K)`.
         num_classes: K.
         settings: `mixup`, `cutmix` and `mix_prob` of it.
         generator: See `Draws`, as are the next two.
@@ -319,6 +337,6 @@ def mix(
         own = torch.where(cut, 1 - (bottom - top) * (right - left) / (height * width), own)
         outside = ~boxes(top, bottom, left, right, images)
         weight = torch.where(_beside(cut, images)[:, None, None, None], outside.to(images.dtype), weight)
-    targets = F.one_hot(labels, num_classes).float()
+    targets = labels.float() if labels.ndim == 2 else F.one_hot(labels, num_classes).float()
     own = _beside(own.float(), images)[:, None]
     return torch.lerp(images.roll(1, 0), images, weight), torch.lerp(targets.roll(1, 0), targets, own)

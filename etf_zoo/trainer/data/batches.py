@@ -18,7 +18,7 @@ from etf_zoo.frames.build import OF_A_TREE
 
 from ..data import loader
 from ..recipe.config import Augment, Data, Recipe
-from .augment import IMAGENET, Colors, augment, erase, mix, normalize
+from .augment import IMAGENET, Colors, augment, erase, mix, normalize, views
 from .layouts import DatasetsReader, find_reader
 from .places import find_source
 from .resident import Split, cache, read_prepared
@@ -55,7 +55,8 @@ RESIDENT_SIZE = 128  # what `resident: auto` takes for small
 def load_split(data: Data, split: str) -> Split | Rows | Stream:
     """One split of a data set: an array (see `training/resident.py`), encoded rows, or a stream.
 
-    With `data.label` `instance` each image is a class of its own, named by its number.
+    With `data.label` `instance` each image is a class of its own, named by its number; with `teacher` see
+    `teacher.taught`.
 
     Args:
         data: Where the images are.
@@ -68,6 +69,10 @@ def load_split(data: Data, split: str) -> Split | Rows | Stream:
     """
     refuse_test(split, data.train_split)
     found = _load_split(data, split)
+    if data.label == "teacher":
+        from .teacher import taught  # which runs a model
+
+        return taught(found, data.teacher, data.teacher_size)
     if data.label == "class" or isinstance(found, Stream):
         return found
     return replace(found, labels=np.arange(len(found)), label_names=[str(i) for i in range(len(found))])
@@ -168,7 +173,7 @@ def train_batches(
     limit: int = 0,
     colors: Colors = IMAGENET,
     device: torch.device | str = "cpu",
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Iterator[tuple[Tensor | list[Tensor], Tensor]]:
     """Augmented, normalized batches of one epoch, from step `start` on; `mix` is left to the caller.
 
     Order and augmentation depend on (seed, epoch, step) and the place in the batch alone: a resumed run sees what it
@@ -191,7 +196,11 @@ def train_batches(
         device: Where the batch goes.
 
     Yields:
-        Images `(B, 3, size, size)` float32, labels `(B,)`.
+        Images `(B, 3, size, size)` float32, or of several views of each image what `augment.views` gives; labels
+        `(B,)`, or a teacher's shares of the classes `(B, K)`.
+
+    Raises:
+        EtfZooError: On several views of images that are not resident.
     """
     device = torch.device(device)
     if isinstance(split, Stream):
@@ -217,16 +226,22 @@ def train_batches(
             yield from split.train_batches(parts, seed=seed, epoch=epoch, start=start, device=device)
             return
         batches = _pictures(split, settings, parts, size, (seed, epoch), device)
+    if settings.views > 1 and not isinstance(split, Split):
+        raise EtfZooError("Several views of an image are for resident images: set data.resident to true.")
+
+    def finished(images: Tensor) -> Tensor:
+        images = normalize(images, colors)
+        return erase(images, settings.erase, generator, rank=rank, world=world) if settings.erase else images
+
     for step, (images, labels) in enumerate(batches, start):
         generator = batch_generator(seed, epoch, step)
-        if isinstance(split, Split):
-            images = augment(images, settings, size, generator, rank=rank, world=world)
+        if settings.views > 1:
+            groups = views(images, settings, size, generator, rank=rank, world=world)
+            yield [finished(group.flatten(0, 1)).unflatten(0, group.shape[:2]) for group in groups], labels
+        elif isinstance(split, Split):
+            yield finished(augment(images, settings, size, generator, rank=rank, world=world)), labels
         else:
-            images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-        images = normalize(images, colors)
-        if settings.erase:
-            images = erase(images, settings.erase, generator, rank=rank, world=world)
-        yield images, labels
+            yield finished(images.to(device, non_blocking=True)), labels.to(device, non_blocking=True)
 
 
 def _pictures(
@@ -239,7 +254,7 @@ def _pictures(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Images of some rows at a time: of an array as they are, others through the training transform."""
     if isinstance(split, Split):
-        return (split.take(part, device) for part in parts)
+        return (split.take(part, device, shares=True) for part in parts)
     return loader.row_batches(split, loader.train_transform(settings, size), parts, key, train=True)
 
 

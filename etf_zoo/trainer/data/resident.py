@@ -70,6 +70,7 @@ class Split(Chosen):
         content: Hash of what the array was made from; empty where it is not known.
         checks: What notices damage on disk; None for an array that was never stored.
         files: What the images were decoded from, in the order of the array; None where that is not known.
+        shares: What a teacher says of each image of the array, shares of the classes `(M, K)`; None without one.
     """
 
     images: np.ndarray
@@ -82,6 +83,7 @@ class Split(Chosen):
     content: str = ""
     checks: _Checks | None = field(default=None, repr=False, compare=False)
     files: Rows | None = field(default=None, repr=False, compare=False)
+    shares: np.ndarray | None = field(default=None, repr=False, compare=False)
     _on_device: dict[torch.device, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -101,10 +103,11 @@ class Split(Chosen):
         """An image as `(H, W, 3)` uint8."""
         return self.images[self._at(row)]
 
-    def take(self, rows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Images `(B, 3, H, W)` uint8 and labels `(B,)` of some rows, on a device."""
+    def take(self, rows: np.ndarray, device: torch.device, shares: bool = False) -> tuple[Tensor, Tensor]:
+        """Images `(B, 3, H, W)` uint8 and labels `(B,)` of some rows, on a device; or a teacher's shares `(B, K)`."""
         at = rows if self.index is None else self.index[rows]
-        labels = torch.from_numpy(self.labels[rows]).to(device, non_blocking=True)
+        found = self.labels[rows] if not shares or self.shares is None else np.float32(self.shares[at])
+        labels = torch.from_numpy(found).to(device, non_blocking=True)
         if device.type == "cuda" and (whole := self._whole(device)) is not None:
             return whole[torch.from_numpy(at).to(device, non_blocking=True)].permute(0, 3, 1, 2), labels
         order = np.argsort(at)  # a memory map reads forward faster than back and forth

@@ -9,24 +9,21 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 import yaml
 
 from etf_zoo.errors import EtfZooError
 
-from .fields import Choice, Count, Fields, Probability, Range, Texts
+from .fields import Choice, Count, Fields, Range, Texts
+from .images import Augment, Data
 from .parsing import parse
 from .rules import (
-    CROP_RATIO,
-    CROP_SCALE,
-    JITTER,
     MAX_SEED,
     MAX_SIZE,
     MODEL_ARGS,
     SIZES,
     TIME,
-    AllOr,
     Name,
     NoneOr,
     Weight,
@@ -51,136 +48,6 @@ __all__ = [
     "seconds",
     "size_at",
 ]
-
-
-@dataclass
-class Data(Fields):
-    """Where images and labels come from, see `etf_zoo.trainer.data.layouts`.
-
-    Attributes:
-        source: A folder of images (`train/CLASS/x.jpg`, `CLASS/x.jpg`, or `CLASS/train/x.jpg`) or of parquet files, a
-            table of paths and labels (CSV, parquet, or a `metadata.csv` among the images), a zip file of these, a
-            folder that `training/prepare.py` wrote, the name of one in $ETF_ZOO_DATA, a Hub name, or `digits`
-            (scikit-learn's, no download).
-        config: Configuration of a Hub data set that has several.
-        train_split: Split to train on; class names that are texts are sorted, and those of this split.
-        val_split: Split to report on.
-        image_column: Column of images.
-        label_column: Column of labels: class numbers or names.
-        label: `class`, or `instance`: each image is a class of its own, which needs no labels (instance discrimination,
-            1406.6909, 1805.01978). Then there is nothing to validate on but the training images themselves, whole and
-            not augmented: `val_split` is `train_split`. See `frame: kerdock` for the head.
-        resident: Whether images are decoded once, into an array that is kept on disk, and augmented in batches on the
-            device; `auto` does so up to a `size` of 128. Else timm's transforms run in worker processes.
-        size: Side in pixels that resident images are stored at, resized and center-cropped once; 0 for the largest that
-            the run trains or evaluates at.
-        limit: Use only the first so many training images of a fixed shuffle; 0 for all. Not for streams.
-        long_tail: Thin the training classes out to an exponential long tail: size of the smallest class over the
-            largest, such as 0.01; 0 for none.
-        max_corrupt: Share of the images that may be unreadable. They are left out, counted and named; more is an error.
-        crop_pct: Share of the short side that evaluation sees of images that are not resident.
-        workers: Processes that decode images that are not resident.
-        streaming: Read while training, without a copy on disk, sharded over processes.
-        shuffle_buffer: Images that a stream is shuffled among, after its shards are.
-        train_images: Images in an epoch of a stream; 0 for what the data set states.
-        num_classes: Number of classes, where a stream's labels are numbers without names.
-        test_split: Split that fine-tuning opens once, at the end, where `val_split` is another one to choose by. By
-            default `test` where the data have both, else `val_split` is opened once and a share of the training images
-            (`holdout`) is what to choose by.
-        test_share: Share of each class to test on where the data have a training split alone; near-duplicates stay on
-            one side. 0 for none; `auto` is 0.2 in a recipe.
-        class_level: Which folder names the class, below that of the split: 1 for the first, -1 for the innermost; 0 for
-            the first, and the run says which others there are.
-        image_root: Folder that the paths in a table of labels lie below; by default that of the table.
-    """
-
-    group: ClassVar[str] = "data"
-
-    source: str = ""
-    config: str = ""
-    train_split: Name = "train"
-    val_split: Name = "validation"
-    image_column: Name = "image"
-    label_column: Name = "label"
-    label: Literal["class", "instance"] = "class"
-    resident: bool | Literal["auto"] = "auto"
-    size: Annotated[int, Range(0, MAX_SIZE, note="0 for the largest of sizes and eval_size")] = 0
-    limit: AllOr = 0
-    long_tail: Annotated[float, Range(0, 1, note="0 for none")] = 0.0
-    max_corrupt: Probability = 0.001
-    crop_pct: Annotated[float, Range(0, 1, above=True)] = 1.0
-    workers: Annotated[int, Range(0, 1024)] = 4
-    streaming: bool = False
-    shuffle_buffer: Count = 10_000
-    train_images: AllOr = 0
-    num_classes: AllOr = 0
-    test_split: str = ""
-    test_share: Annotated[float, Range(0, 1, below=True, note="0 for none")] | Literal["auto"] = "auto"
-    class_level: Annotated[int, Range(-20, 20)] = 0
-    image_root: str = ""
-
-    @property
-    def report_split(self) -> str:
-        """Split that a finished model is measured on."""
-        return self.test_split or self.val_split
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.image_column == self.label_column:
-            raise EtfZooError(f"data.image_column and data.label_column are one column, {self.image_column!r}.")
-        if self.label == "instance" and (self.streaming or self.test_split or self.val_split != self.train_split):
-            raise EtfZooError(
-                f"With data.label instance the classes are the training images: set data.val_split to "
-                f"{self.train_split}, no data.test_split, and data.streaming to false."
-            )
-        if self.streaming and self.resident is True:
-            raise EtfZooError("A stream is never resident: set data.streaming or data.resident to false.")
-        if self.streaming and self.limit:
-            raise EtfZooError("data.limit needs all rows at hand; shorten a stream's epoch by data.train_images.")
-
-
-@dataclass
-class Augment(Fields):
-    """Augmentation of training batches; resident and other images get the same, up to interpolation.
-
-    Attributes:
-        crop_scale: Smallest and largest share of the area that a random resized crop keeps.
-        crop_ratio: Smallest and largest aspect ratio of that crop.
-        flip: Whether to mirror half of the images; off where left and right carry meaning.
-        color_jitter: Strengths of brightness, contrast, saturation and hue, the last at most 0.5; empty for none.
-        randaug_ops: Operations of RandAugment (1909.13719) drawn per image, each done with probability 0.5, as timm's
-            `rand-n2-m9-mstd0.5-inc1` does; 0 for none.
-        randaug_magnitude: Their mean magnitude, 0 to 10.
-        randaug_std: Its standard deviation.
-        erase: Probability that a rectangle of 2 to 33 % of the area is erased (1708.04896).
-        mixup: Alpha of mixup (1710.09412); 0 for none.
-        cutmix: Alpha of CutMix (1905.04899); 0 for none. With both, each image gets one of the two by a fair coin.
-        mix_prob: Probability that an image is mixed at all.
-    """
-
-    group: ClassVar[str] = "augment"
-
-    crop_scale: Annotated[list[float], CROP_SCALE] = field(default_factory=lambda: [0.35, 1.0])
-    crop_ratio: Annotated[list[float], CROP_RATIO] = field(default_factory=lambda: [0.75, 1.3333])
-    flip: bool = True
-    color_jitter: Annotated[list[float], JITTER] = field(default_factory=list)
-    randaug_ops: Annotated[int, Range(0, 20, note="0 for none")] = 0
-    randaug_magnitude: Annotated[int, Range(0, 10)] = 9
-    randaug_std: Annotated[float, Range(0, 10)] = 0.5
-    erase: Probability = 0.0
-    mixup: Weight = 0.0
-    cutmix: Weight = 0.0
-    mix_prob: Probability = 1.0
-
-    @property
-    def mixes(self) -> bool:
-        """Whether images are mixed, so that an image has more than one class."""
-        return self.mix_prob > 0 and max(self.mixup, self.cutmix) > 0
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.randaug_ops and self.color_jitter:
-            raise EtfZooError("augment.color_jitter is left out with randaug_ops, as in timm: it has its own. Set one.")
 
 
 @dataclass
@@ -245,6 +112,11 @@ class Loss(Fields):
         class_scaling: Dot regression's prototype lengths from the class counts of the training images.
         variance_covariance: Weight of the variance-covariance penalty on the backbone's features; 0 for none.
         penalty_args: Arguments of that penalty.
+        nearest_neighbor_entropy: Weight of `NearestNeighborEntropyLoss` on the backbone's features, 0.05 in its paper;
+            0 for none.
+        stage_weight: Weight of the cross-entropy of a second head of the same kind, behind an MLP of its own, on the
+            pooled output of an earlier stage. It is gone from the finished model; 0 for none.
+        stage: Name of the module whose output that is; by default timm's last stage but one.
     """
 
     group: ClassVar[str] = "loss"
@@ -256,6 +128,9 @@ class Loss(Fields):
     class_scaling: bool = False
     variance_covariance: Weight = 0.0
     penalty_args: dict[str, Any] = field(default_factory=dict)
+    nearest_neighbor_entropy: Weight = 0.0
+    stage_weight: Weight = 0.0
+    stage: str = ""
 
 
 @dataclass
@@ -282,6 +157,8 @@ class Recipe(Fields):
         sizes: Training size by epoch: a list of [first epoch, pixels].
         eval_size: Size for evaluation and for the exported model; 0 for the last of `sizes`.
         label_smoothing: Of the cross-entropy.
+        target_cosine: Cosine of a feature with its prototype at which the cross-entropy is to be least: sets the scale
+            of the frame's logits, see `target_cosine_scale`. Two numbers: from the first to the last step, evenly.
         precision: `fp32`, `bf16` or `fp16`; the launch file has no say in it.
         compile: Whether to compile the training step's model with `torch.compile`; takes a while at the start.
         channels_last: Memory format; on a CPU about twice as fast for convolutions.
@@ -317,6 +194,7 @@ class Recipe(Fields):
     sizes: Annotated[list[list[int]], SIZES] = field(default_factory=lambda: [[0, 64]])
     eval_size: Annotated[int, Range(0, MAX_SIZE, note="0 for the last of sizes")] = 0
     label_smoothing: Annotated[float, Range(0, 1, below=True)] = 0.1
+    target_cosine: list[Annotated[float, Range(0, 1, above=True)]] = field(default_factory=list)
     precision: Annotated[str, Choice(PRECISIONS, former=("no",))] = "fp32"
     compile: bool = False
     channels_last: bool = True
@@ -342,11 +220,25 @@ class Recipe(Fields):
 
         check_optimizer(self.optim)
         check_loss(self.loss)
+        if self.target_cosine:
+            self._check_target_cosine()
+        if self.loss.stage_weight and self.compile:
+            raise EtfZooError("loss.stage_weight hooks into the model, which compile does not let it: set one of them.")
         if not self.data.size:
             largest = max(self.eval_size, *(pixels for _, pixels in self.sizes))
             self.data = dataclasses.replace(self.data, size=largest)
         if self.data.test_share == "auto":
             self.data = dataclasses.replace(self.data, test_share=TEST_SHARE)
+
+    def _check_target_cosine(self) -> None:
+        if len(self.target_cosine) > 2:
+            raise EtfZooError(f"target_cosine is one number, or a first and a last one; got {self.target_cosine}.")
+        of_args = [name for name in ("logit_scale", "feature_norm") if name in self.model_args]
+        if self.head == "learned" or self.loss.name != "cross_entropy" or of_args:
+            raise EtfZooError(
+                "target_cosine sets the scale of a frame's cosines under cross-entropy: it takes head frame, random or "
+                "learned_cosine, loss.name cross_entropy, and neither model_args.logit_scale nor feature_norm."
+            )
 
 
 def size_at(recipe: Recipe, epoch: int) -> int:

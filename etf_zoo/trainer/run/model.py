@@ -26,6 +26,7 @@ from etf_zoo.models.head_config import split_head_args
 from etf_zoo.models.names import SKIP_CONNECTION, base_name, leaf_of, split_head, timm_classifier_names
 
 from ..recipe.config import Optim, Recipe
+from .earlier_stage import add_stage_head
 from .imbalance import COUNTED, DECAYS, attach_counted_frame
 
 __all__ = ["LEARNED_HEADS", "Source", "find_model", "fit_scales", "make_model", "make_optimizer"]
@@ -63,6 +64,8 @@ def make_model(
     """
     try:
         model = _make_model(recipe, num_classes, hierarchy, class_counts)
+        if recipe.loss.stage_weight:
+            add_stage_head(model, recipe, num_classes)
         brought: Any = model.pretrained_cfg  # weights for these very classes bring the scale with the frame
         if not (recipe.pretrained and brought.get("num_classes") == num_classes and find_model(recipe.model).is_twin):
             fit_scales(model, recipe)

@@ -17,6 +17,7 @@ from etf_zoo.layers.subspaces import SubspaceClassifier
 from etf_zoo.losses import LOSSES
 
 from ..recipe.config import Loss
+from .earlier_stage import STAGE_HEAD, EarlierStage
 
 __all__ = ["Objective"]
 
@@ -40,7 +41,7 @@ class Objective:
     """
 
     def __init__(self, settings: Loss, model: nn.Module, class_counts: list[int], label_smoothing: float = 0.0):
-        heads = self.heads = list(frame_heads(model).values())
+        heads = self.heads = [head for name, head in frame_heads(model).items() if name != STAGE_HEAD]
         self.head = heads[0] if len(heads) == 1 else None
         self.classifier: Any = self.head or model.get_classifier()  # type: ignore[operator]
         self.label_smoothing = label_smoothing
@@ -59,8 +60,8 @@ class Objective:
                 raise EtfZooError(f"loss.logit_adjustment is for cross_entropy on stored frames, not {settings.name}.")
             added = losses.logit_adjustment(class_counts, settings.logit_adjustment)
             self.adjustment = added.to(next(model.parameters()).device)
-        self.penalty = _penalty(settings)
-        self.penalty_weight = settings.variance_covariance
+        self.penalties = _penalties(settings)
+        self.stage = EarlierStage(model, settings) if settings.stage_weight else None
         self.moving = self.head if isinstance(self.head, MovingFrameClassifier) else None
         if self.moving is None and any(isinstance(head, MovingFrameClassifier) for head in heads):
             raise EtfZooError(
@@ -69,8 +70,8 @@ class Objective:
         self.in_blocks = self.loss if isinstance(self.loss, losses.FrameCrossEntropy) else None
         self.takes_shares = self.loss is None and self.moving is None  # of classes `(B, K)` in the place of labels
         self._observed: list[tuple[Tensor, Tensor]] = []  # embeddings and labels of this step
-        if self.penalty is not None and not isinstance(self.classifier, nn.Module):
-            raise EtfZooError("The variance-covariance penalty needs a model with one classifier.")
+        if self.penalties and not isinstance(self.classifier, nn.Module):
+            raise EtfZooError("Penalties on the backbone's features need a model with one classifier.")
 
     def _build(self, settings: Loss, class_counts: list[int]) -> nn.Module | None:
         not_stored = any(head.signs.numel() for head in self.heads)
@@ -139,7 +140,7 @@ class Objective:
         share is then the right one.
         """
         early = nullcontext() if self.in_blocks is None else self.in_blocks.head.without_logits()
-        with _seen(self.classifier) as seen, early:
+        with _seen(self.classifier) as seen, early, nullcontext() if self.stage is None else self.stage.watched():
             logits = forward(images).float()
         if self.in_blocks is not None:
             each, right = self.in_blocks.from_embeddings(seen["embeddings"], labels)
@@ -147,22 +148,25 @@ class Objective:
         else:
             right = logits.detach().argmax(dim=1) == (labels if labels.ndim == 1 else labels.argmax(dim=1))
             loss = self._of_logits(logits, seen, labels)
-        if self.penalty is not None:
-            loss = loss + self.penalty_weight * self.penalty(seen["features"])
+        for weight, penalty in self.penalties:
+            loss = loss + weight * penalty(seen["features"])
+        if self.stage is not None:
+            loss = loss + self.stage.weight * self._cross_entropy(self.stage.logits(), labels)
         if self.moving is not None:
             self._observed.append((seen["embeddings"].detach(), labels))
         return right, loss
 
     def _of_logits(self, logits: Tensor, seen: dict[str, Tensor], labels: Tensor) -> Tensor:
         if self.loss is None:
-            if self.adjustment is not None:
-                logits = logits + self.adjustment
-            # not `mean`, which divides by the weights of these very images, however few they are
-            each = F.cross_entropy(
-                logits, labels, self.class_weights, label_smoothing=self.label_smoothing, reduction="none"
-            )
-            return each.mean()
+            return self._cross_entropy(logits, labels)
         return self.loss(seen["embeddings"], labels, self.head.seen_weight)  # type: ignore[union-attr]
+
+    def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
+        if self.adjustment is not None:
+            logits = logits + self.adjustment
+        # not `mean`, which divides by the weights of these very images, however few they are
+        smoothing, weights = self.label_smoothing, self.class_weights
+        return F.cross_entropy(logits, labels, weights, label_smoothing=smoothing, reduction="none").mean()
 
     def after_step(self) -> None:
         """Let a moving frame follow what the step has seen; every process calls it."""
@@ -172,15 +176,19 @@ class Objective:
             self._observed.clear()
 
 
-def _penalty(settings: Loss) -> nn.Module | None:
-    if not settings.variance_covariance:
-        if settings.penalty_args:
-            raise EtfZooError("loss.penalty_args are of the penalty: set its weight, loss.variance_covariance.")
-        return None
-    try:
-        return losses.VarianceCovarianceLoss(**settings.penalty_args)
-    except TypeError as error:
-        raise EtfZooError(f"loss.penalty_args: {error}.") from error
+def _penalties(settings: Loss) -> list[tuple[float, nn.Module]]:
+    """Penalties on the backbone's features, with their weights."""
+    found: list[tuple[float, nn.Module]] = []
+    if settings.variance_covariance:
+        try:
+            found.append((settings.variance_covariance, losses.VarianceCovarianceLoss(**settings.penalty_args)))
+        except TypeError as error:
+            raise EtfZooError(f"loss.penalty_args: {error}.") from error
+    elif settings.penalty_args:
+        raise EtfZooError("loss.penalty_args are of the penalty: set its weight, loss.variance_covariance.")
+    if settings.nearest_neighbor_entropy:
+        found.append((settings.nearest_neighbor_entropy, losses.NearestNeighborEntropyLoss()))
+    return found
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from ..data.long_tail import long_tail_indices
 from ..recipe.config import Recipe, changes, entries, final_size, save_recipe, size_at
 from . import checkpoint
 from .checkpoint import CHECKPOINTS
+from .earlier_stage import without_stage_head
 from .identity import data_differences, data_identity
 from .interrupt import note_interrupts
 from .launching import checkout_commit, make_accelerator
@@ -243,7 +244,7 @@ class Run:
         finished = self.step >= self.recipe.epochs * self.steps_per_epoch
         return finished or (self.best is not None and self.step % self.steps_per_epoch == 0 and self.best.is_exhausted)
 
-    def batches(self, epoch: int, first: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, epoch: int, first: int) -> Iterator[tuple[Tensor | list[Tensor], Tensor]]:
         """This process's share of an epoch's batches, from a step on."""
         return train_batches(
             self.train_split,
@@ -275,7 +276,7 @@ class Run:
     def evaluate(self, split: AnySplit | None = None) -> dict[str, float]:
         """Figures on the validation images or on others, see `measure_split`; of the averaged weights, if any."""
         return measure_split(
-            self.trained_model() if self.stepper.ema is None else self.stepper.ema.module,
+            without_stage_head(self.trained_model() if self.stepper.ema is None else self.stepper.ema.module),
             self.val_split if split is None else split,
             size=final_size(self.recipe),
             batch_size=self.eval_batch_size,
@@ -299,8 +300,8 @@ class Run:
         Under FSDP the main process alone gets one. Every process has to call it then, except after `fit` to the end.
         """
         if self.stepper.ema is not None:
-            return self.stepper.ema.module
-        return self.whole.gather(self.model, self.step)
+            return without_stage_head(self.stepper.ema.module)
+        return without_stage_head(self.whole.gather(self.model, self.step))
 
     def copy_weights(self) -> dict[str, Tensor]:
         """Those of the model to export, on the CPU; under FSDP every process has to call it."""

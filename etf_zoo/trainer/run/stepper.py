@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from etf_zoo import frame_heads
 from etf_zoo.errors import EtfZooError
+from etf_zoo.layers.logit_scale import target_cosine_scale
 from etf_zoo.layers.moving import copy_moving_frames
 
 from ..data.batches import batch_generator, mix
@@ -83,6 +84,7 @@ class Stepper:
                 "augment.mixup and augment.cutmix give an image several classes, which only loss.name cross_entropy "
                 "without a moving frame can use: set them to 0."
             )
+        self.scales = [(head, head.initial_scale()) for head in frame_heads(self.plain).values()]
         if recipe.compile:  # what comes behind the features is cheap, and the objective looks into it
             self.plain.forward_features = torch.compile(self.plain.forward_features)
         if is_sharded(accelerator):
@@ -106,31 +108,34 @@ class Stepper:
             raise EtfZooError("An average of the weights is not available under FSDP: set --ema.decay 0.")
         return ModelEmaV3(self.plain, decay=settings.decay, use_warmup=settings.warmup)
 
-    def step(self, number: int, images: Tensor, labels: Tensor) -> Tensor:
+    def step(self, number: int, images: Tensor | list[Tensor], labels: Tensor) -> Tensor:
         """One step.
 
         Args:
             number: Steps done before.
-            images: `(B, 3, H, W)`, this process's share of the batch, or stored inputs of a layer `(B, ...)`.
-            labels: `(B,)`.
+            images: `(B, 3, H, W)`, this process's share of the batch, or stored inputs of a layer `(B, ...)`; or groups
+                of views of each image, `(B, V, 3, H, W)` each: their losses are averaged, and predictions count of the
+                first group.
+            labels: `(B,)`, or shares of the classes `(B, K)`.
 
         Returns:
             Sum of the losses, how many predictions are right, and how many images there were.
         """
         self.schedule.step_update(number)
-        if images.ndim == 4 and channels_last(self.recipe, self.accelerator):
-            images = images.contiguous(memory_format=torch.channels_last)
+        self.set_scale(number)
         if self.recipe.augment.mixes:
-            images, labels = self._mixed(number, images, labels)
+            images, labels = self._mixed(number, images, labels)  # type: ignore[arg-type]  # which views are not
+        groups = [images[:, None]] if isinstance(images, Tensor) else images
         sums = self.zeros()
-        pieces = list(zip(images.chunk(self.recipe.accumulate), labels.chunk(self.recipe.accumulate), strict=True))
-        for i, piece in enumerate(pieces):
+        chunks = [tensor.chunk(self.recipe.accumulate) for tensor in (*groups, labels)]
+        pieces = list(zip(*chunks, strict=True))
+        for i, (*views, classes) in enumerate(pieces):
             waits = i + 1 < len(pieces)  # gradients are summed over processes with the last piece
             with self.accelerator.no_sync(self.model) if waits else nullcontext():
                 with self.accelerator.autocast():
-                    right, loss = self.objective(self.model, *piece)
+                    right, loss = self._loss(views, classes)
                 self.accelerator.backward(loss / len(pieces))
-            hits, count = right.sum(), len(right)
+            hits, count = right.double().mean() * len(classes), len(classes)
             sums += torch.stack([loss.detach() * count, hits, torch.full_like(hits, count)]).to(sums.dtype)
         if self.recipe.optim.clip_grad:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.optim.clip_grad)
@@ -141,6 +146,26 @@ class Stepper:
             self.ema.update(self.plain, step=number + 1)
             copy_moving_frames(self.ema, self.plain)
         return sums
+
+    def _loss(self, groups: list[Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Which predictions are right of the first group of views, and the mean loss of all views."""
+        total, found = sum(views.shape[1] for views in groups), []
+        for views in groups:
+            images = views.flatten(0, 1)
+            if images.ndim == 4 and channels_last(self.recipe, self.accelerator):
+                images = images.contiguous(memory_format=torch.channels_last)
+            right, loss = self.objective(self.model, images, labels.repeat_interleave(views.shape[1], 0))
+            found.append((right, loss * (views.shape[1] / total)))
+        return found[0][0], torch.stack([loss for _, loss in found]).sum()
+
+    def set_scale(self, number: int) -> None:
+        """Scale the frame's logits by the target cosine of a step, where the recipe has one."""
+        if not (targets := self.recipe.target_cosine):
+            return
+        way = number / max(self.recipe.epochs * self.steps_per_epoch - 1, 1)
+        cosine = targets[0] + (targets[-1] - targets[0]) * min(way, 1.0)
+        for head, scale in self.scales:
+            head.logit_scale.fill_(target_cosine_scale(scale, cosine))
 
     def _mixed(self, number: int, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         return mix(

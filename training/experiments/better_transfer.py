@@ -1,0 +1,241 @@
+"""Which pretraining with a fixed frame transfers better than one with a learned head? Candidates beside both controls.
+
+    python training/experiments/better_transfer.py --stage 1
+    python training/experiments/better_transfer.py --stage 2 --only learned "learned cosine" frame "frame, MLP"
+    python training/experiments/better_transfer.py --stage 3 --only learned "learned cosine" "frame, MLP" --jobs 9
+    python training/experiments/better_transfer.py --table
+
+Stage 1 is a short run of ResNet-18 on an eighth of Tiny ImageNet; stage 2 the zoo's recipe of 23 epochs, one seed;
+stage 3 the same, three seeds, measured on test images. Stages 1 and 2 judge by held-out training images of the transfer
+sets, and the source's accuracy is that of training images that no run trains on. Test images are opened in stage 3
+only.
+
+The two controls and the plain frame try each of `--rates`. The best rate of a kind of head, by the mean score of
+seed 0, is then that of all candidates with this kind of head; stage 3 takes what stage 2 chose, if there is no stage 2
+what stage 1 chose. Each finished cell is a line of `cells.jsonl`, and what is there is not run again: start the command
+again after a stop.
+
+On a machine with one GPU: the data sets in the folder that ETF_ZOO_DATA names (as files of the original images, or
+prepared: `python training/prepare.py --data.source tiny_imagenet --data.size 64 --out DATA/tiny_imagenet`, which writes
+uint8 arrays that need no decoding), then the commands above. Runs of a ResNet-18 at 64 pixels leave most of a large GPU
+idle, so `--jobs` starts several at a time; with NVIDIA's MPS they also compute at the same time. Try it first with
+`--images 512 --epochs 1 --sets flowers17 --results /tmp/try --only learned --rates 0.1`, which a CPU does in a minute.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.torch import save_file
+
+from etf_zoo.errors import EtfZooError
+from etf_zoo.trainer.data.batches import limited, load_split
+from etf_zoo.trainer.data.teacher import taught
+from etf_zoo.trainer.recipe.config import Recipe
+from etf_zoo.trainer.recipe.parsing import merged, parse_entries
+from etf_zoo.trainer.run.run import Run
+from etf_zoo.trainer.run.script import run_script
+from training.experiments.better_transfer_table import mean_score, write_tables
+from training.experiments.grid import CELLS, Results, run_grid, settings_digest
+from training.experiments.transfer_score import SETS, Scoring, score
+
+RESULTS = Path("training/results/better_transfer")
+WORK = Path("runs/better_transfer")
+UNTRAINED = 2500  # training images of the source that no run trains on, the same for all
+
+SOURCE: dict[str, Any] = {
+    "model": "resnet18_etf",
+    "data": {"source": "tiny_imagenet", "val_split": "validation", "size": 64},
+    "augment": {"crop_scale": [0.35, 1.0]},
+    "optim": {"name": "sgd", "weight_decay": 2e-4, "warmup_epochs": 1},
+    "batch_size": 128,
+    "label_smoothing": 0.1,
+    "precision": "bf16",
+    "tensorboard": False,
+}
+STAGES: dict[int, dict[str, Any]] = {
+    1: {"epochs": 5, "sizes": [[0, 32]], "data": {"limit": 12_500}},
+    2: {"epochs": 23, "sizes": [[0, 32], [14, 48], [19, 64]]},
+    3: {"epochs": 23, "sizes": [[0, 32], [14, 48], [19, 64]]},
+}
+SCORING = {
+    1: Scoring(images=400, rates=(0.002,)),
+    2: Scoring(size=64, epochs=8, images=0, rates=(0.0005, 0.001, 0.002, 0.004), chosen_strength=True),
+    3: Scoring(size=64, epochs=12, images=0, rates=(0.001,), chosen_strength=True, test=True),
+}
+RATES = (0.1, 0.3)
+KINDS = {"learned": "learned", "learned_cosine": "learned cosine", "frame": "frame"}  # head -> whose rate it takes
+
+SCALE = {"logit_scale": 30.0}
+MLP = {**SCALE, "neck": "mlp"}
+# name -> what a recipe has otherwise; the first three try all rates. What matters most by the literature comes first.
+CANDIDATES: dict[str, dict[str, Any]] = {
+    "learned": {"head": "learned"},
+    "learned cosine": {"head": "learned_cosine", "model_args": SCALE},
+    "frame": {"model_args": SCALE},
+    "frame, MLP": {"model_args": MLP},
+    "learned, MLP": {"head": "learned", "model_args": {"neck": "mlp"}},
+    "learned cosine, MLP": {"head": "learned_cosine", "model_args": MLP},
+    "frame, MLP, entropy": {"model_args": MLP, "loss": {"nearest_neighbor_entropy": 0.05}},
+    "learned, entropy": {"head": "learned", "loss": {"nearest_neighbor_entropy": 0.05}},
+    "frame, entropy": {"model_args": SCALE, "loss": {"nearest_neighbor_entropy": 0.05}},
+    "frame, two depths": {"model_args": SCALE, "loss": {"stage_weight": 0.3}},
+    "frame, multi-crop": {"model_args": SCALE, "augment": {"large_views": 2, "small_views": 4}},
+    "frame, MLP, covariance 0.1": {"model_args": MLP, "loss": {"variance_covariance": 0.1}},
+    "frame, target cosine 0.6 to 0.15": {"target_cosine": [0.6, 0.15]},
+    "frame, target cosine 0.15": {"target_cosine": [0.15]},
+    "frame, teacher": {"model_args": SCALE, "label_smoothing": 0.0, "data": {"label": "teacher"}},
+    "learned, teacher": {"head": "learned", "label_smoothing": 0.0, "data": {"label": "teacher"}},
+    "frame, MLP of 2 layers": {"model_args": {**SCALE, "neck": "mlp2"}},
+    "frame, MLP of 3 layers": {"model_args": {**SCALE, "neck": "mlp3"}},
+    "frame, MLP, covariance 0.5": {"model_args": MLP, "loss": {"variance_covariance": 0.5}},
+    "learned, two depths": {"head": "learned", "loss": {"stage_weight": 0.3}},
+    "learned, multi-crop": {"head": "learned", "augment": {"large_views": 2, "small_views": 4}},
+    "frame, target cosine 0.6": {"target_cosine": [0.6]},
+    "frame, target cosine 0.3": {"target_cosine": [0.3]},
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One pretraining and its scores."""
+
+    stage: int
+    name: str
+    seed: int
+    recipe: Recipe
+    scoring: Scoring
+    keep: bool = False
+
+    @property
+    def key(self) -> str:
+        settings = settings_digest(self.recipe, asdict(self.scoring), UNTRAINED)
+        return f"{self.stage} {self.name} lr{self.recipe.optim.lr:g} seed{self.seed} {settings}"
+
+
+def recipe_of(stage: int, name: str, rate: float, seed: int, changes: dict[str, Any]) -> Recipe:
+    """A candidate's recipe. Views of an image are counted: of several, fewer images go into a step and an epoch."""
+    entries = merged(merged(SOURCE, STAGES[stage]), merged(CANDIDATES[name], changes))
+    recipe = parse_entries(Recipe, merged(entries, {"optim": {"lr": rate}, "seed": seed}))
+    views = recipe.augment.views
+    epochs = max(1, round(recipe.epochs / views))
+    sizes = [[round(first / views), pixels] for first, pixels in recipe.sizes]
+    return replace(
+        recipe,
+        batch_size=round(recipe.batch_size / views),
+        epochs=epochs,
+        sizes=sizes,
+        eval_every=epochs,
+        save_every=1 if stage > 1 else epochs,
+        keep_checkpoints=1,
+    )
+
+
+def measure(work: Path, cell: Cell) -> dict[str, Any]:
+    """Train and score."""
+    folder = work / cell.key.replace(" ", "_").replace(",", "")
+    resume = (folder / "checkpoints").is_dir() and any((folder / "checkpoints").iterdir())
+    recipe = replace(cell.recipe, output=str(folder), resume=resume)
+    source: Any = load_split(replace(recipe.data, label="class"), "train")
+    order = np.random.default_rng(0).permutation(len(source))
+    train, held = source.subset(np.sort(order[UNTRAINED:])), source.subset(np.sort(order[:UNTRAINED]))
+    if recipe.data.label == "teacher":  # which sees no more images than are trained on
+        train = limited(train, recipe.data.limit, recipe.seed)
+        train, held = (taught(split, recipe.data.teacher, recipe.data.teacher_size) for split in (train, held))
+    run = Run(recipe, train, held)
+    if not run.fit():
+        raise EtfZooError("The time budget ended a run.")
+    model: Any = run.plain_model()
+    found = {
+        "stage": cell.stage,
+        "name": cell.name,
+        "seed": cell.seed,
+        "lr": recipe.optim.lr,
+        "head": recipe.head,
+        "device": run.accelerator.device.type,
+        "steps": run.step,
+        "images": run.train_images,
+        "seconds": round(run.seconds()),
+        "train_top1": run.records[-1]["train_top1"],
+        # of a teacher's classes it is another thing, no accuracy
+        "source_top1": run.records[-1]["val_top1"] if recipe.data.label == "class" else None,
+        "scores": score(model, recipe, cell.scoring),
+    }
+    if cell.keep:
+        weights = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
+        save_file(weights, work / f"{folder.name}.safetensors")
+    shutil.rmtree(folder)
+    return found
+
+
+def chosen_rate(records: Sequence[dict[str, Any]], stage: int, head: str) -> float | None:
+    """The rate of the best seed-0 run with a kind of head, of this stage or the nearest before it; None without any."""
+    for before in (s for s in (2, 1) if s <= stage):
+        tried = [r for r in records if (r["stage"], r["name"], r["seed"]) == (before, KINDS[head], 0)]
+        if tried:
+            return max(tried, key=mean_score)["lr"]
+    return None
+
+
+def plan(args: argparse.Namespace, records: Sequence[dict[str, Any]], first: bool) -> list[Cell]:
+    """Cells to measure: first the three heads at all rates (not in stage 3), then all at the rates chosen."""
+    changes = {"epochs": args.epochs} if args.epochs else {}
+    if args.images:
+        changes["data"] = {"limit": args.images}
+    scoring = replace(SCORING[args.stage], sets=tuple(args.sets))
+    cells = []
+    for seed in args.seeds or ((0, 1, 2) if args.stage == 3 else (0,)):
+        for name in args.only or CANDIDATES:
+            head = CANDIDATES[name].get("head", "frame")
+            tries = name in KINDS.values() and args.stage < 3 and seed == 0
+            if first:
+                rates = args.rates if tries else []
+            else:
+                rate = chosen_rate(records, args.stage, head)
+                rates = [] if tries or rate is None else [rate]
+                if rate is None:
+                    print(
+                        f"{name} is left out: no rate is known for its head, run {KINDS[head]!r} of an earlier stage."
+                    )
+            for rate in rates:
+                recipe = recipe_of(args.stage, name, rate, seed, changes)
+                cells.append(Cell(args.stage, name, seed, recipe, scoring, args.stage == 3))
+    return cells
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage", type=int, choices=tuple(STAGES))
+    parser.add_argument(
+        "--only", nargs="+", choices=tuple(CANDIDATES), metavar="NAME", help="by default all candidates"
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", help="by default 0, in stage 3 0 1 2")
+    parser.add_argument("--rates", type=float, nargs="+", default=list(RATES))
+    parser.add_argument("--sets", nargs="+", default=list(SETS))
+    parser.add_argument("--epochs", type=int, default=0, help="instead of the stage's")
+    parser.add_argument("--images", type=int, default=0, help="of the source, instead of the stage's")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--work", type=Path, default=WORK)
+    parser.add_argument("--table", action="store_true", help="write the tables of the cells that are done")
+    args = parser.parse_args()
+    results, failed = Results(args.results / CELLS, args.work / "locks"), []
+    if args.stage:
+        for first in (True, False):
+            cells = plan(args, list(results.read().values()), first)
+            failed += run_grid(cells, partial(measure, args.work), results, args.work / "locks", args.jobs)
+    if args.table or args.stage:
+        write_tables(list(results.read().values()), args.results, list(CANDIDATES))
+    if failed:
+        raise EtfZooError(f"{len(failed)} cells failed, see above: {', '.join(failed)}.")
+
+
+if __name__ == "__main__":
+    run_script(main)

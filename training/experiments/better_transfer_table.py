@@ -1,0 +1,99 @@
+"""Tables of the cells of `better_transfer.py`: every candidate beside the better of the two controls."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from training.experiments.intervals import Correct, Estimate, paired_difference, unpack
+from training.experiments.transfer_report import markdown
+from training.experiments.transfer_score import METHODS
+
+__all__ = ["CONTROLS", "best_runs", "mean_score", "table", "write_tables"]
+
+CONTROLS = ("learned", "learned cosine")
+Record = dict[str, Any]
+
+
+def mean_score(record: Record, methods: Sequence[str] = METHODS) -> float:
+    """Mean over sets and methods, in percent."""
+    return statistics.mean(by[method] for by in record["scores"].values() for method in methods)
+
+
+def best_runs(records: Sequence[Record], stage: int) -> dict[str, list[Record]]:
+    """Name -> runs of a stage at the rate that has the best mean score of seed 0, by seed."""
+    found = {}
+    for name in dict.fromkeys(r["name"] for r in records if r["stage"] == stage):
+        own = [r for r in records if (r["stage"], r["name"]) == (stage, name)]
+        rate = max((r for r in own if r["seed"] == min(o["seed"] for o in own)), key=mean_score)["lr"]
+        found[name] = sorted((r for r in own if r["lr"] == rate), key=lambda r: r["seed"])
+    return found
+
+
+def hits(runs: Sequence[Record], method: str, name: str) -> Correct:
+    """Which images of a set were right, by run and draw."""
+    return {
+        (str(run["seed"]), draw): unpack(packed, run["scores"][name]["images"])
+        for run in runs
+        for draw, packed in enumerate(run["scores"][name]["hits"][method])
+    }
+
+
+def difference(own: Sequence[Record], control: Sequence[Record], method: str) -> tuple[float, list[Estimate]]:
+    """What one has over another by a method: the mean over sets, and each set's with its interval."""
+    by_set = [paired_difference(hits(own, method, s), hits(control, method, s)) for s in own[0]["scores"]]
+    return statistics.mean(one.mean for one in by_set), by_set
+
+
+def table(records: Sequence[Record], stage: int, order: Sequence[str]) -> str:
+    """A stage in Markdown; empty if it has no cells."""
+    runs = best_runs(records, stage)
+    if not runs:
+        return ""
+    tried = {name: sorted({r["lr"] for r in records if (r["stage"], r["name"]) == (stage, name)}) for name in runs}
+    references = [runs[name] for name in CONTROLS if name in runs]
+
+    def better(methods: Sequence[str]) -> float:
+        return max((mean_of(own, methods) for own in references), default=math.nan)
+
+    columns = ["pretraining", "runs", "rates tried", "rate", "source", *METHODS, "mean", "less the better control"]
+    body = []
+    for name in sorted(runs, key=list(order).index):
+        own = runs[name]
+        source = [r["source_top1"] for r in own if r["source_top1"] is not None]
+        row = [name, str(len(own)), ", ".join(f"{rate:g}" for rate in tried[name]), f"{own[0]['lr']:g}"]
+        row.append(f"{statistics.mean(source):.1f}" if source else "")
+        row += [f"{mean_of(own, [m]):.1f} ({mean_of(own, [m]) - better([m]):+.1f})" for m in METHODS]
+        mean = mean_of(own, METHODS)
+        body.append([*row, f"{mean:.2f}", "" if name in CONTROLS else f"{mean - better(METHODS):+.2f}"])
+    return "\n".join(markdown(columns, body)) + "\n"
+
+
+def mean_of(runs: Sequence[Record], methods: Sequence[str]) -> float:
+    """Mean over runs, sets and methods."""
+    return statistics.mean(mean_score(run, methods) for run in runs)
+
+
+def by_set(records: Sequence[Record], stage: int, order: Sequence[str]) -> str:
+    """Each set's difference to both controls with its interval, in Markdown."""
+    runs, body = best_runs(records, stage), []
+    for name in sorted(runs, key=list(order).index):
+        for control in CONTROLS:
+            if name in CONTROLS or control not in runs:
+                continue
+            for method in METHODS:
+                _, sets = difference(runs[name], runs[control], method)
+                shown = [f"{e.mean:+.1f} [{e.low:+.1f}, {e.high:+.1f}]" for e in sets]
+                body.append([name, control, method, str(sets[0].runs), *shown])
+    names = list(next(iter(runs.values()))[0]["scores"]) if runs else []
+    return "\n".join(markdown(["pretraining", "control", "method", "runs", *names], body)) + "\n"
+
+
+def write_tables(records: Sequence[Record], folder: Path, order: Sequence[str]) -> None:
+    """Write `stageN.md` and `stageN_sets.md` of the stages that have cells."""
+    for stage in sorted({r["stage"] for r in records}):
+        (folder / f"stage{stage}.md").write_text(table(records, stage, order), encoding="utf-8")
+        (folder / f"stage{stage}_sets.md").write_text(by_set(records, stage, order), encoding="utf-8")
