@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from etf_zoo.layers.necks import LastDimBatchNorm, ResidualNeck, build_neck, mlp_neck
+from etf_zoo.layers.necks import NECKS, LastDimBatchNorm, ResidualNeck, build_neck, mlp_neck
 
 
 def features(*shape):
@@ -50,6 +50,23 @@ def test_residual_neck_against_its_formula():
     torch.testing.assert_close(neck(x), h)
 
 
+@pytest.mark.parametrize(("name", "layers"), [("mlp", 1), ("mlp2", 2), ("mlp3", 3)])
+def test_mlps_of_several_layers_step_by_step(name, layers):
+    torch.manual_seed(0)
+    neck, _ = build_neck(name, 8, 5)
+    x = h = features(16, 8)
+    parts = list(neck)
+    assert len(parts) == 3 * layers + 1
+    for layer in range(layers):
+        linear, norm = parts[3 * layer], parts[3 * layer + 1].bn
+        assert linear.out_features == 2048
+        h = F.linear(h, linear.weight)
+        h = (h - h.mean(0)) / (h.var(0, correction=0) + norm.eps).sqrt()
+        h = h.clamp(min=0)
+    h = F.linear(h, parts[-1].weight, parts[-1].bias)
+    torch.testing.assert_close(neck(x), h, atol=1e-4, rtol=1e-4)
+
+
 def gradients(neck):
     return torch.cat([p.grad.float().flatten() for p in neck.parameters()])
 
@@ -90,7 +107,7 @@ def test_gradcheck_of_the_mlp_neck(training):
     )
 
 
-@pytest.mark.parametrize("name", ["mlp", "residual"])
+@pytest.mark.parametrize("name", NECKS)
 def test_necks_are_not_linear(name):
     """A linear neck could absorb any classifier; these cannot be one: f(x) + f(-x) = 2 f(0) holds for affine maps."""
     torch.manual_seed(0)
@@ -102,7 +119,7 @@ def test_necks_are_not_linear(name):
     assert (neck(x) > 0).any()
 
 
-@pytest.mark.parametrize("name", ["mlp", "residual"])
+@pytest.mark.parametrize("name", NECKS)
 @pytest.mark.parametrize(("in_features", "num_classes", "width"), [(8, 5, 8), (8, 9, 8), (8, 30, 29)])
 def test_width_is_the_features_or_what_a_simplex_needs(name, in_features, num_classes, width):
     neck, out_features = build_neck(name, in_features, num_classes)
@@ -112,5 +129,5 @@ def test_width_is_the_features_or_what_a_simplex_needs(name, in_features, num_cl
 
 
 def test_errors():
-    with pytest.raises(ValueError, match=r"Unknown neck 'conv'. Choose one of mlp, residual, or None"):
+    with pytest.raises(ValueError, match=r"Unknown neck 'conv'. Choose one of mlp, mlp2, mlp3, residual, or None"):
         build_neck("conv", 8, 5)

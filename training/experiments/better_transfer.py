@@ -3,7 +3,7 @@
     python training/experiments/better_transfer.py --stage 1
     python training/experiments/better_transfer.py --stage 2 --only learned "learned cosine" frame "frame, MLP"
     python training/experiments/better_transfer.py --stage 3 --only learned "learned cosine" "frame, MLP" --jobs 9
-    python training/experiments/better_transfer.py --table
+    python training/experiments/better_transfer.py
 
 Stage 1 is a short run of ResNet-18 on an eighth of Tiny ImageNet; stage 2 the zoo's recipe of 23 epochs, one seed;
 stage 3 the same, three seeds, measured on test images. Stages 1 and 2 judge by held-out training images of the transfer
@@ -12,8 +12,9 @@ only.
 
 The two controls and the plain frame try each of `--rates`. The best rate of a kind of head, by the mean score of
 seed 0, is then that of all candidates with this kind of head; stage 3 takes what stage 2 chose, if there is no stage 2
-what stage 1 chose. Each finished cell is a line of `cells.jsonl`, and what is there is not run again: start the command
-again after a stop.
+what stage 1 chose, and tunes each backbone at the rate that was best for its kind in stage 2. Each finished cell is a
+line of `cells.jsonl`, and what is there is not run again: start the command again after a stop. Without a stage the
+tables are written.
 
 On a machine with one GPU: the data sets in the folder that ETF_ZOO_DATA names (as files of the original images, or
 prepared: `python training/prepare.py --data.source tiny_imagenet --data.size 64 --out DATA/tiny_imagenet`, which writes
@@ -26,6 +27,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -61,7 +63,7 @@ SOURCE: dict[str, Any] = {
     "tensorboard": False,
 }
 STAGES: dict[int, dict[str, Any]] = {
-    1: {"epochs": 5, "sizes": [[0, 32]], "data": {"limit": 12_500}},
+    1: {"epochs": 6, "sizes": [[0, 32]], "data": {"limit": 12_500}},
     2: {"epochs": 23, "sizes": [[0, 32], [14, 48], [19, 64]]},
     3: {"epochs": 23, "sizes": [[0, 32], [14, 48], [19, 64]]},
 }
@@ -175,13 +177,33 @@ def measure(work: Path, cell: Cell) -> dict[str, Any]:
     return found
 
 
-def chosen_rate(records: Sequence[dict[str, Any]], stage: int, head: str) -> float | None:
-    """The rate of the best seed-0 run with a kind of head, of this stage or the nearest before it; None without any."""
+def chosen_rate(records: Sequence[dict[str, Any]], stage: int, head: str, rates: Sequence[float] = ()) -> float | None:
+    """The rate of the best seed-0 run with a kind of head, of this stage or the nearest before it; None without any.
+
+    Args:
+        records: Finished cells.
+        stage: Of the cells that it is for.
+        head: The recipe's word for the kind.
+        rates: Those that have to be tried before one of this very stage is chosen.
+    """
     for before in (s for s in (2, 1) if s <= stage):
         tried = [r for r in records if (r["stage"], r["name"], r["seed"]) == (before, KINDS[head], 0)]
+        if before == stage and not set(rates) <= {r["lr"] for r in tried}:
+            continue
         if tried:
             return max(tried, key=mean_score)["lr"]
     return None
+
+
+def tuning_rate(records: Sequence[dict[str, Any]], name: str) -> float:
+    """Rate at which a candidate's backbone was tuned best in stage 2, mean over sets; the middle one without a run."""
+    by_rate: dict[float, list[float]] = {}
+    for record in records:
+        if (record["stage"], record["name"]) == (2, name):
+            for scores in record["scores"].values():
+                for rate, accuracy in scores["full_by_rate"].items():
+                    by_rate.setdefault(float(rate), []).append(accuracy)
+    return max(by_rate, key=lambda rate: statistics.mean(by_rate[rate])) if by_rate else SCORING[3].rates[0]
 
 
 def plan(args: argparse.Namespace, records: Sequence[dict[str, Any]], first: bool) -> list[Cell]:
@@ -198,15 +220,14 @@ def plan(args: argparse.Namespace, records: Sequence[dict[str, Any]], first: boo
             if first:
                 rates = args.rates if tries else []
             else:
-                rate = chosen_rate(records, args.stage, head)
+                rate = chosen_rate(records, args.stage, head, args.rates)
                 rates = [] if tries or rate is None else [rate]
                 if rate is None:
-                    print(
-                        f"{name} is left out: no rate is known for its head, run {KINDS[head]!r} of an earlier stage."
-                    )
+                    print(f"{name} is left out: no rate is known for its head, run {KINDS[head]!r} first.")
             for rate in rates:
                 recipe = recipe_of(args.stage, name, rate, seed, changes)
-                cells.append(Cell(args.stage, name, seed, recipe, scoring, args.stage == 3))
+                how = replace(scoring, rates=(tuning_rate(records, name),)) if args.stage == 3 else scoring
+                cells.append(Cell(args.stage, name, seed, recipe, how, args.stage == 3))
     return cells
 
 
@@ -224,15 +245,13 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--work", type=Path, default=WORK)
-    parser.add_argument("--table", action="store_true", help="write the tables of the cells that are done")
     args = parser.parse_args()
     results, failed = Results(args.results / CELLS, args.work / "locks"), []
     if args.stage:
         for first in (True, False):
             cells = plan(args, list(results.read().values()), first)
             failed += run_grid(cells, partial(measure, args.work), results, args.work / "locks", args.jobs)
-    if args.table or args.stage:
-        write_tables(list(results.read().values()), args.results, list(CANDIDATES))
+    write_tables(list(results.read().values()), args.results, list(CANDIDATES))
     if failed:
         raise EtfZooError(f"{len(failed)} cells failed, see above: {', '.join(failed)}.")
 

@@ -1,0 +1,161 @@
+"""What is compared, at which rate, and what the tables say of made-up figures; one whole cell on digits."""
+
+import argparse
+import dataclasses
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+from etf_zoo.trainer.data.batches import load_split
+from etf_zoo.trainer.recipe.config import Data, Recipe
+from etf_zoo.trainer.run.model import make_model
+from training.experiments import better_transfer, sooner, transfer_score
+from training.experiments.better_transfer import CANDIDATES, chosen_rate, plan, recipe_of, tuning_rate
+from training.experiments.better_transfer_table import METHODS, best_runs, by_set, table
+from training.experiments.grid import Results
+from training.experiments.intervals import pack
+from training.experiments.transfer_score import Scoring, load_backbone
+
+ARGS = argparse.Namespace(stage=1, only=None, seeds=None, rates=[0.1, 0.3], sets=["birds"], epochs=0, images=0)
+
+
+def cell(name, lr, right, *, stage=1, seed=0, of=40):
+    """A finished cell whose methods all have the first so many images right."""
+    hits = {method: [pack(np.arange(of) < right)] for method in METHODS}
+    by = dict.fromkeys(METHODS, 100 * right / of)
+    scores = {"birds": {**by, "hits": hits, "images": of, "full_by_rate": {"0.001": right, "0.002": right + 1}}}
+    return {"name": name, "lr": lr, "stage": stage, "seed": seed, "source_top1": 10.0, "scores": scores}
+
+
+def test_heads_try_all_rates_and_candidates_take_that_of_their_kind():
+    first = plan(ARGS, [], True)
+    assert {(c.name, c.recipe.optim.lr) for c in first} == {
+        (name, rate) for name in ("learned", "learned cosine", "frame") for rate in (0.1, 0.3)
+    }
+    done = [cell("frame", 0.1, 5), cell("frame", 0.3, 9), cell("learned", 0.1, 7), cell("learned", 0.3, 6)]
+    rates = {c.name: c.recipe.optim.lr for c in plan(ARGS, done, False)}
+    assert rates["frame, MLP"] == 0.3
+    assert rates["learned, MLP"] == 0.1
+    assert "learned cosine, MLP" not in rates  # no rate is known
+    assert "frame" not in rates  # tried before
+    assert chosen_rate(done[1:], 1, "frame", (0.1, 0.3)) is None  # not all of them yet
+    assert chosen_rate(done[1:], 2, "frame", (0.1, 0.3)) == 0.3  # an earlier stage counts as it is
+
+
+def test_stage_three_takes_what_stage_two_chose():
+    done = [
+        cell("frame", 0.1, 5),
+        cell("frame", 0.3, 9),
+        cell("frame", 0.1, 9, stage=2),
+        cell("frame", 0.3, 3, stage=2),
+    ]
+    args = argparse.Namespace(**{**vars(ARGS), "stage": 3, "only": ["frame"]})
+    assert plan(args, done, True) == []
+    cells = plan(args, done, False)
+    assert [(c.seed, c.recipe.optim.lr, c.keep) for c in cells] == [(seed, 0.1, True) for seed in (0, 1, 2)]
+    assert cells[0].scoring.test
+    assert cells[0].scoring.rates == (tuning_rate(done, "frame"),) == (0.002,)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_every_candidate_is_a_recipe_of_the_same_budget(stage):
+    costs = {}
+    for name in CANDIDATES:
+        recipe = recipe_of(stage, name, 0.1, 0, {})
+        costs[name] = recipe.batch_size * recipe.epochs * recipe.augment.views
+        if recipe.data.label == "class" and not recipe.loss.stage_weight:
+            model = make_model(dataclasses.replace(recipe, model="resnet10t_etf"), 200)
+            assert model.num_classes == 200
+    whole = costs["frame"]
+    assert all(0.95 * whole < cost < 1.1 * whole for name, cost in costs.items() if "crop" not in name)
+    views = recipe_of(stage, "frame, multi-crop", 0.1, 0, {})
+    images = 97_500 if stage == 2 else 12_500  # and as many steps as without views
+    steps = (images // views.batch_size) * views.epochs
+    plain = recipe_of(stage, "frame", 0.1, 0, {})
+    assert steps == pytest.approx((images // plain.batch_size) * plain.epochs, rel=0.25)
+
+
+def test_tables():
+    records = [cell("learned", 0.1, 20), cell("learned", 0.3, 10), cell("learned cosine", 0.1, 22)]
+    records += [cell("frame", 0.1, 30, seed=seed) for seed in (0, 1)]
+    assert {name: [r["lr"] for r in runs] for name, runs in best_runs(records, 1).items()} == {
+        "learned": [0.1],
+        "learned cosine": [0.1],
+        "frame": [0.1, 0.1],
+    }
+    text = table(records, 1, list(CANDIDATES))
+    assert "| learned | 1 | 0.1, 0.3 | 0.1 | 10.0 | 50.0 (-5.0) |" in text
+    assert "| frame | 2 | 0.1 | 0.1 | 10.0 | 75.0 (+20.0) |" in text
+    assert "| 75.00 | +20.00 |" in text
+    assert table(records, 2, list(CANDIDATES)) == ""
+    sets = by_set(records, 1, list(CANDIDATES))
+    assert "| frame | learned | ncm | 1 | +25.0 [" in sets  # the one seed that both have
+    assert "| frame | learned cosine | full | 1 | +20.0 [" in sets
+
+
+def test_the_backbone_alone_is_taken_over():
+    model = make_model(Recipe(model="test_resnet_etf", model_args={"neck": "mlp"}), 7)
+    target = timm.create_model("test_resnet", num_classes=3)
+    own = target.fc.weight.clone()
+    load_backbone(model, target)
+    assert torch.equal(target.conv1[0].weight, model.conv1[0].weight)
+    assert torch.equal(target.fc.weight, own)
+    with pytest.raises(RuntimeError, match="lacks"):
+        load_backbone(timm.create_model("test_vit", num_classes=3), target)
+
+
+def test_a_cell_from_training_to_its_line(tmp_path, monkeypatch):
+    """On digits, which stand for the source and for a set to transfer to."""
+    monkeypatch.setattr(better_transfer, "UNTRAINED", 100)
+    train = load_split(Data("digits", size=32), "train")
+    monkeypatch.setattr(
+        transfer_score, "images_of", lambda *_: (train.subset(np.arange(300)), train.subset(np.arange(300, 400)))
+    )
+    scoring = Scoring(size=32, epochs=1, images=64, sets=("digits",))
+    source = {"data": {"source": "digits", "val_split": "test", "size": 32, "limit": 256}, "precision": "fp32"}
+    changes = {**source, "model": "test_resnet_etf", "sizes": [[0, 32]], "epochs": 1}
+    recipe = recipe_of(1, "frame, MLP", 0.1, 0, changes)
+    one = better_transfer.Cell(1, "frame, MLP", 0, recipe, scoring, keep=True)
+    record = better_transfer.measure(tmp_path, one)
+    assert record["images"] == 256
+    assert record["source_top1"] > 0
+    scores = record["scores"]["digits"]
+    assert all(0 <= scores[method] <= 100 for method in METHODS)
+    assert scores["linear_probe"] > 30  # of ten classes
+    assert len(scores["hits"]["5-shot"]) == 3
+    assert [file.suffix for file in tmp_path.iterdir()] == [".safetensors"]
+    Results(tmp_path / "cells.jsonl", tmp_path / "locks").append({"key": one.key, **record})
+
+
+def test_epochs_until_and_own_rates():
+    assert sooner.epochs_until([10.0, 20.0, 40.0], 30.0) == 2.5
+    assert sooner.epochs_until([10.0, 20.0], 5.0) == 0.5
+    assert sooner.epochs_until([10.0, 8.0, 20.0], 14.0) == 2.5
+    assert sooner.epochs_until([10.0, 20.0], 21.0) == float("inf")
+    common = {"model": "m", "images": 10, "epochs": 2, "size": 32, "seed": 0}
+    records = [
+        {**common, "name": "learned", "lr": 0.1, "curve": [5.0, 10.0]},
+        {**common, "name": "learned", "lr": 0.3, "curve": [9.0, 8.0]},
+        {**common, "name": "frame", "lr": 0.1, "curve": [10.0, 20.0]},
+        {**common, "name": "frame, no norm", "lr": 0.1, "curve": [1.0, 2.0]},
+    ]
+    assert sooner.own_rates(records)["learned"][0]["lr"] == 0.1
+    text = sooner.table(records)
+    assert "| frame | 1 | 0.1 | 0.1 | 20.00 | 1.0 | 0.50 |" in text
+    assert "| frame, no norm | 1 | 0.1 | 0.1 | 2.00 | never |  |" in text
+
+
+def test_curves_of_a_short_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(sooner, "UNTRAINED", 100)
+    args = argparse.Namespace(model="resnet18_etf", epochs=2, size=32, images=256)
+    recipe = sooner.recipe_of(args, "frame, no norm", 0.1, 0)
+    assert recipe.model_args == {"feature_norm": "none"}
+    data = dataclasses.replace(recipe.data, source="digits", val_split="test", size=32)
+    recipe = dataclasses.replace(recipe, model="test_resnet_etf", data=data, precision="fp32")
+    record = sooner.measure(tmp_path, sooner.Cell("frame, no norm", recipe))
+    assert len(record["curve"]) == 2
+    assert list(tmp_path.iterdir()) == []
+    sooner.draw([record], tmp_path)
+    assert len(list(tmp_path.glob("*.png"))) == 1
