@@ -67,6 +67,7 @@ def test_equal_and_empty_features_have_a_finite_loss_and_gradient():
         value = NearestNeighborEntropyLoss(eps=1e-3)(x)
         value.backward()
         assert math.isclose(value.item(), -math.log(1e-3), rel_tol=1e-5)
+        assert x.grad is not None
         assert torch.equal(x.grad, torch.zeros(4, 3))
 
 
@@ -77,6 +78,7 @@ def test_half_precision_inputs(dtype):
         value = NearestNeighborEntropyLoss()(x)
     value.backward()
     assert value.dtype == torch.float32
+    assert x.grad is not None
     assert torch.isfinite(x.grad).all()
 
 

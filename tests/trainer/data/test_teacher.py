@@ -57,6 +57,7 @@ def test_shares_are_the_teachers_softmax(teacher, tmp_path):
 def test_batches_and_mixing_take_shares(teacher):
     found = taught(load_split(DATA, "train").subset(np.arange(40)), str(teacher), 32)
     images, shares = next(train_batches(found, Augment(), size=32, batch_size=40, seed=0, epoch=0))
+    assert isinstance(images, torch.Tensor)
     assert shares.shape == (40, 7)
     assert torch.allclose(shares.sum(1), torch.ones(40), atol=1e-2)
     settings = Augment(mixup=1.0)

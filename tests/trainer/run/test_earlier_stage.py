@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from typing import Any
 
 import pytest
 import timm
@@ -23,7 +24,7 @@ IMAGES, LABELS = torch.randn(10, 3, 32, 32, generator=torch.Generator().manual_s
 
 @pytest.mark.parametrize("head", ["frame", "random", "learned", "learned_cosine"])
 def test_the_loss_is_that_of_both_heads(head):
-    model = make_model(dataclasses.replace(RECIPE, head=head), 5)
+    model: Any = make_model(dataclasses.replace(RECIPE, head=head), 5)
     before = copy.deepcopy(model)
     _, loss = Objective(RECIPE.loss, model, [], 0.1)(model, IMAGES, LABELS)
     stages = before.forward_intermediates(IMAGES, intermediates_only=True)
@@ -83,7 +84,7 @@ def test_errors():
         add_stage_head(plain, dataclasses.replace(RECIPE, loss=Loss(stage_weight=1.0, stage="layer9")), 5)
     with pytest.raises(EtfZooError, match="compile"):
         Recipe(loss=Loss(stage_weight=0.3), compile=True)
-    named = make_model(dataclasses.replace(RECIPE, loss=Loss(stage_weight=1.0, stage="layer2")), 5)
+    named: Any = make_model(dataclasses.replace(RECIPE, loss=Loss(stage_weight=1.0, stage="layer2")), 5)
     assert named.stage_head.in_features == 48
     Objective(Loss(stage_weight=1.0, stage="layer2"), named, [])(named, IMAGES, LABELS)
     assert Augment().views == 1

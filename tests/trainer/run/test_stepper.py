@@ -51,6 +51,7 @@ def test_views_of_a_batch():
     assert all(torch.equal(a, b) for a, b in zip(groups, again, strict=True))
     # the first large view is what there is without others
     one = next(train_batches(split, Augment(), size=32, batch_size=6, seed=0, epoch=0))[0]
+    assert isinstance(one, torch.Tensor)
     assert torch.equal(one, groups[0][:, 0])
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -96,8 +97,8 @@ def test_tables():
 
 
 def test_the_backbone_alone_is_taken_over():
-    model = make_model(Recipe(model="test_resnet_etf", model_args={"neck": "mlp"}), 7)
-    target = timm.create_model("test_resnet", num_classes=3)
+    model: Any = make_model(Recipe(model="test_resnet_etf", model_args={"neck": "mlp"}), 7)
+    target: Any = timm.create_model("test_resnet", num_classes=3)
     own = target.fc.weight.clone()
     load_backbone(model, target)
     assert torch.equal(target.conv1[0].weight, model.conv1[0].weight)
