@@ -8,7 +8,7 @@ from etf_zoo import FrameClassifier
 from etf_zoo.frames.numerics import unit
 from training.experiments.fscil import FITTED, METHODS, TOGETHER, based, best_rate, choosing_part, interval, run
 from training.experiments.fscil_features import held_out
-from training.experiments.later_ood import compared, half_width
+from training.experiments.later_ood import compared, correlations, half_width, nc1
 from training.experiments.later_retrieval import SOURCES, coordinates, difference, ranked
 
 
@@ -56,6 +56,22 @@ def test_the_interval_of_an_auroc_is_that_of_drawing_images_anew():
     low, high = np.quantile(drawn, [0.025, 0.975])
     assert half_width(known, [unknown]) == pytest.approx((high - low) / 2, rel=0.08)
     assert half_width(known, [unknown, unknown + 0.01]) < half_width(known, [unknown])  # two sets say more
+
+
+def test_nc1_is_within_over_between_class_variance():
+    x = torch.randn(30, 4, generator=torch.Generator().manual_seed(0)).double()
+    labels = torch.arange(30) % 3
+    groups = [x[labels == k] for k in range(3)]
+    within = sum((group - group.mean(0)).square().sum() for group in groups) / 30
+    centers = torch.stack([group.mean(0) for group in groups])
+    between = (centers - centers.mean(0)).square().sum() / 3
+    assert nc1(x, labels, 3) == pytest.approx((within / between).item(), abs=1e-3)
+
+
+def test_collapse_and_auroc_are_correlated_over_models():
+    text = correlations([1.0, 0.5, 0.25, 0.125], {"energy": [60.0, 65.0, 70.0, 75.0]})
+    assert "| energy | +1.00 | " in text
+    assert text.splitlines()[-1].endswith("| 4 |")
 
 
 def test_a_difference_of_rankings_holds_the_queries_together():
