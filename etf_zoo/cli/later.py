@@ -28,7 +28,9 @@ def add_classes(args: argparse.Namespace) -> None:
         print(f"{'top-1 (%) on test images of':<32}{'before':>8}{'after':>8}")
         print(f"{'classes that were there':<32}{_shown(added.before)}{_shown(added.old)}")
         print(f"{'new classes':<32}{_shown(None)}{_shown(added.new)}")
-    if not added.rejects:
+    if added.rejects:
+        print("Thresholds for --reject speak of the classes that were there: more photos of the new ones are refused.")
+    else:
         print("No thresholds for etf-zoo predict --reject: there were no held-out images to fit them to.")
     print(f"Model: {printable(str(args.output))}")
 
