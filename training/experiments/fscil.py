@@ -261,7 +261,8 @@ def sessions(folder: Path, seeds: int) -> None:
         for method in METHODS:
             if method == TOGETHER and "head.weight" not in data:
                 continue
-            rates = chosen.get(f"{source} {backbone} {'frame' if method == TOGETHER else method}", {})
+            key = f"{source} {backbone} {'frame' if method == TOGETHER else method}"
+            rates = chosen[key] if method != "nearest mean" else {}
             for seed in range(seeds) if backbone == "imagenet" else [number]:
                 head = based(method, data, protocol.base, total, seed, rates.get("base_rate", 0.0))
                 found = run(data, head, protocol.sessions, seed, rate=rates.get("rate", 1.0))
