@@ -53,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=_versions())
     commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
-    using = (_list, _info, _predict, _embed, _search, _evaluate)
+    using = (_list, _info, _predict, _segment, _embed, _search, _evaluate)
     for add in (*using, _finetune, _add_classes, _pretrain, _prepare, _convert, _export, _card, _publish):
         add(commands)
     return parser
@@ -168,6 +168,15 @@ def _predict(commands) -> None:
         help="write a table there, too: FILE.csv, or FILE.jsonl with one JSON object for each image",
     )
     command.add_argument("--json", action="store_true", help="print one JSON array instead of text")
+
+
+def _segment(commands) -> None:
+    about = "what each pixel of an image shows, by a model of training/segment.py"
+    command = _add(commands, "segment", "segment:segment_image", "MODEL IMAGE [--output FILE.png]", about)
+    command.add_argument("model", metavar="MODEL", help="folder of a segmentation model")
+    command.add_argument("image", metavar="IMAGE", help="image file")
+    command.add_argument("--output", metavar="FILE.png", help="write the image there with its classes painted over it")
+    command.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _images(command) -> None:

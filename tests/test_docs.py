@@ -17,6 +17,7 @@ from etf_zoo.trainer.evaluate import Evaluation
 from etf_zoo.trainer.prepare import Preparation
 from etf_zoo.trainer.recipe.config import Recipe
 from etf_zoo.trainer.recipe.parsing import read_arguments
+from etf_zoo.trainer.segment.recipe import Segmentation
 from etf_zoo.trainer.tune.tuning import Finetune
 from etf_zoo_cli import SCRIPTS, build_parser, main
 from training.experiments.comparison import Comparison
@@ -29,11 +30,12 @@ RECIPES: dict[str, type] = {
     "finetune": Finetune,
     "evaluate": Evaluation,
     "prepare": Preparation,
+    "segment": Segmentation,
     "comparison": Comparison,
     "transfer_table": Table,
 }
 # What needs more than this repository: timm's weights from the Hub.
-NETWORK = ("pretrained=True, num_classes=102", "local-dir:runs")
+NETWORK = ("pretrained=True, num_classes=102", "local-dir:runs", 'load_segmenter("runs')
 
 
 def blocks(language: str) -> list[Any]:

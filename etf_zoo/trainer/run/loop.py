@@ -114,7 +114,7 @@ class Loop:
         if best and best.observe(epoch, figures):
             best.weights = self.run.copy_weights()
         if self.main:
-            self.bar.write(f"epoch {epoch}: loss {figures['loss']:.4f}, top-1 {figures['top1']:.2f} %")
+            self.bar.write(f"epoch {epoch}: loss {figures['loss']:.4f}, {self.run.headline(figures)}")
         return {f"val_{name}": value for name, value in figures.items() if not name.startswith("images")}
 
     def _look(self, new: list[float], seconds: float) -> None:

@@ -19,7 +19,7 @@ from etf_zoo.losses import LOSSES
 from ..recipe.config import Loss
 from .earlier_stage import STAGE_HEAD, EarlierStage
 
-__all__ = ["Objective"]
+__all__ = ["Objective", "class_weights_of"]
 
 # Losses with a scale of their own, which has to be the head's: its logits classify.
 _SCALED = ("hierarchy_cosine", "separating_cone")
@@ -51,7 +51,7 @@ class Objective:
                 "stream does not have."
             )
         self.class_weights = (
-            _class_weights(class_counts, next(model.parameters()).device) if settings.class_weights else None
+            class_weights_of(class_counts, next(model.parameters()).device) if settings.class_weights else None
         )
         self.loss = self._build(settings, class_counts)
         self.adjustment = None
@@ -196,7 +196,7 @@ def _rows(x: Tensor) -> Tensor:
     return x.flatten(1) if x.ndim == 4 and x[0].numel() in (x.shape[1], x.shape[3]) else x
 
 
-def _class_weights(counts: list[int], device: torch.device) -> Tensor:
+def class_weights_of(counts: list[int], device: torch.device) -> Tensor:
     """Inverse frequencies, `(K,)`, whose mean over the training images is 1; 0 for a class without images."""
     count = torch.tensor(counts, dtype=torch.float32, device=device)
     return torch.where(count > 0, count.sum() / ((count > 0).sum() * count.clamp_min(1)), 0)

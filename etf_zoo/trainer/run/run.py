@@ -119,8 +119,7 @@ class Run:
         """The model as the processes train it, its optimizer, and what takes steps with them."""
         recipe = self.recipe
         if model is None:
-            names = self.train_split.label_names
-            model = make_model(recipe, len(names), frame_tree(recipe, names), self._class_counts())
+            model = self.make_model()
         self.colors = colors_of(model)
         set_seed(recipe.seed, device_specific=True)  # what is drawn in training, such as dropout, differs by process
         self.whole = WholeModel(self.accelerator, model)
@@ -131,10 +130,24 @@ class Run:
             self.model,
             self.optimizer,
             steps_per_epoch=self.steps_per_epoch,
-            class_counts=self._class_counts(),
+            class_counts=self.class_counts(),
+            objective=self.make_objective(),
         )
 
-    def _class_counts(self) -> list[int]:
+    def make_model(self) -> nn.Module:
+        """The recipe's model, on the CPU."""
+        names = self.train_split.label_names
+        return make_model(self.recipe, len(names), frame_tree(self.recipe, names), self.class_counts())
+
+    def make_objective(self) -> Any:
+        """What a step minimizes; None for what the recipe's loss says."""
+        return None
+
+    def headline(self, figures: dict[str, float]) -> str:
+        """The figure that is shown after an evaluation."""
+        return f"top-1 {figures['top1']:.2f} %"
+
+    def class_counts(self) -> list[int]:
         """Training images of each class; empty if not known."""
         return limited(self.train_split, self.recipe.data.limit, self.recipe.seed).class_counts()
 

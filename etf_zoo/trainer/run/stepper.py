@@ -59,6 +59,7 @@ class Stepper:
         optimizer: Likewise.
         steps_per_epoch: Of the schedule.
         class_counts: Training images of each class; empty if not known.
+        objective: What a step minimizes; by default that of a classifier.
 
     Raises:
         ValueError: If the loss does not fit the head or the augmentation, or on an average under FSDP.
@@ -73,12 +74,13 @@ class Stepper:
         *,
         steps_per_epoch: int,
         class_counts: list[int],
+        objective: Any = None,
     ):
         self.recipe, self.accelerator, self.model, self.optimizer = recipe, accelerator, model, optimizer
         self.steps_per_epoch = steps_per_epoch
         self.plain: Any = accelerator.unwrap_model(model)
         self.ema = self._make_ema()
-        self.objective = Objective(recipe.loss, self.plain, class_counts, recipe.label_smoothing)
+        self.objective = objective or Objective(recipe.loss, self.plain, class_counts, recipe.label_smoothing)
         if recipe.augment.mixes and not self.objective.takes_shares:
             raise EtfZooError(
                 "augment.mixup and augment.cutmix give an image several classes, which only loss.name cross_entropy "

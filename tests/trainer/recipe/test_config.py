@@ -45,6 +45,8 @@ def test_every_recipe_reads(path, tmp_path, monkeypatch):
         # the weights of some are not kept, so they have no hash
         monkeypatch.setattr("training.experiments.transfer_table._identity", lambda *args, **kwargs: "")
         assert cells(parse(Table, ["--config", str(path)]))
+    elif "\nclass_names:" in text:
+        assert parse(Segmentation, ["--config", str(path)]).class_names
     elif "\nmodels:" in text:
         zoo = parse(Zoo, ["--config", str(path)])
         assert all(entry_of(zoo, name).recipe.tag for name in zoo.models)

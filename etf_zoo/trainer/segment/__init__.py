@@ -1,0 +1,1 @@
+"""Training of segmentation models: recipe, images with masks, what a step minimizes, the run."""

@@ -1,0 +1,110 @@
+"""The segmentation model: its shapes, its head, its folder, and the command that uses it."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from etf_zoo import FrameClassifier
+from etf_zoo.errors import EtfZooError, LoadError, MissingPackageError
+from etf_zoo.segmentation import Segmenter, load_segmenter, overlay, palette, save_segmenter, segment
+from etf_zoo_cli import main
+
+NAMES = ["sky", "road", "car", "tree", "sign"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return Segmenter("test_efficientnet", 5).eval()
+
+
+@pytest.mark.parametrize("head", ["frame", "learned"])
+def test_logits_have_the_images_resolution(head):
+    net = Segmenter("test_efficientnet", 5, head=head, decoder="linknet").eval()
+    assert net(torch.randn(2, 3, 40, 56)).shape == (2, 5, 40, 56)
+    assert isinstance(net.classifier, FrameClassifier if head == "frame" else nn.Conv2d)
+    if isinstance(net.classifier, FrameClassifier):
+        assert "classifier.weight" not in dict(net.named_parameters())  # the frame is not trained
+
+
+def test_padding_is_not_seen_where_there_is_none_to_do(model):
+    images = torch.randn(1, 3, 64, 64)
+    features = model.classifier(model.decode(images))
+    logits = nn.functional.interpolate(features, size=(64, 64), mode="bilinear", align_corners=False)
+    assert torch.allclose(model(images), logits)
+
+
+@pytest.mark.parametrize("half", [True, False])
+def test_a_folder_gives_the_model_again(model, tmp_path, half):
+    save_segmenter(model, tmp_path, label_names=NAMES, image_size=[40, 56], half=half)
+    again, config = load_segmenter(tmp_path)
+    assert config["label_names"] == NAMES
+    assert torch.equal(again.classifier.weight, model.classifier.weight)
+    images = torch.randn(1, 3, 40, 56)
+    torch.testing.assert_close(again(images), model(images), rtol=0, atol=0.1 if half else 0)
+
+
+def test_what_is_no_such_folder(model, tmp_path):
+    with pytest.raises(LoadError, match="no folder of a segmentation model"):
+        load_segmenter(tmp_path)
+    save_segmenter(model, tmp_path, label_names=NAMES, image_size=[40, 56])
+    config = json.loads((tmp_path / "config.json").read_text())
+    for change, words in [
+        ({"format": "other"}, "etf-zoo predict"),
+        ({"weights_sha256": "0"}, "it was changed"),
+        ({"label_names": ["a"]}, "does not fit"),
+        ({"num_classes": 6}, "complete"),
+    ]:
+        (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+        with pytest.raises(LoadError, match=words):
+            load_segmenter(tmp_path)
+
+
+def test_refused(monkeypatch):
+    with pytest.raises(EtfZooError, match="Unknown decoder"):
+        Segmenter("test_efficientnet", 5, decoder="x")
+    with pytest.raises(EtfZooError, match="'frame' or 'learned'"):
+        Segmenter("test_efficientnet", 5, head="x")
+    with pytest.raises(EtfZooError, match="takes no seed"):
+        Segmenter("test_efficientnet", 5, head="learned", head_args={"seed": 1})
+    with pytest.raises(EtfZooError, match="cannot be the backbone"):
+        Segmenter("no_such_model", 5)
+    monkeypatch.setitem(__import__("sys").modules, "segmentation_models_pytorch", None)
+    with pytest.raises(MissingPackageError, match=r"etf-zoo\[segment\]"):
+        Segmenter("test_efficientnet", 5)
+
+
+def test_overlay_paints_known_pixels_alone():
+    image = np.full((2, 3, 3), 100, np.uint8)
+    classes = np.array([[0, 1, 255], [1, 1, 0]])
+    painted = overlay(image, classes, 2, opacity=1.0)
+    assert painted[0, 2].tolist() == [100] * 3
+    assert np.array_equal(painted[0, 1], palette(2)[1])
+    assert len({tuple(color) for color in palette(30).tolist()}) == 30
+
+
+def test_segment_answers_at_the_images_size(model):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 50, 3), dtype=np.uint8))
+    classes = segment(model, image, [40, 56])
+    assert classes.shape == (30, 50)
+    assert set(np.unique(classes)) <= set(range(5))
+
+
+def test_command(model, tmp_path, capsys):
+    save_segmenter(model, tmp_path / "model", label_names=NAMES, image_size=[40, 56])
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 50, 3), dtype=np.uint8)).save(tmp_path / "x.png")
+    call = ["segment", str(tmp_path / "model"), str(tmp_path / "x.png")]
+    assert main([*call, "--output", str(tmp_path / "overlay.png"), "--json"]) == 0
+    shares = json.loads(capsys.readouterr().out)
+    assert sum(entry["share"] for entry in shares) == pytest.approx(1)
+    with Image.open(tmp_path / "overlay.png") as painted:
+        assert painted.size == (50, 30)
+    assert main(call) == 0
+    assert shares[0]["class"] in capsys.readouterr().out.splitlines()[0]
+    assert main([*call, "--output", str(tmp_path / "x.jpg")]) == 1
+    assert "FILE.png" in capsys.readouterr().err
+    assert main(["segment", str(tmp_path), str(tmp_path / "x.png")]) == 1
