@@ -115,7 +115,8 @@ def _body(backbone: str, decoder: str, pretrained: bool) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of its own arguments and timm's, which are right
-            return smp.create_model(decoder, f"tu-{backbone}", encoder_weights=True if pretrained else None)
+            weights: Any = True if pretrained else None  # its annotation knows names alone, its warning asks for this
+            return smp.create_model(decoder, f"tu-{backbone}", encoder_weights=weights)
     except (AttributeError, RuntimeError, ValueError, TypeError, KeyError) as error:
         if isinstance(error, EtfZooError):
             raise

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import etf_zoo_cli
-from etf_zoo.cli import evaluate, later, models, predict, search, share, train
+from etf_zoo.cli import evaluate, later, models, predict, search, segment, share, train
 from etf_zoo.trainer.evaluate import Evaluation
 from etf_zoo.trainer.prepare import Preparation
 from etf_zoo.trainer.recipe.config import Recipe
@@ -26,6 +26,7 @@ MODULES = {
     "models": models,
     "predict": predict,
     "search": search,
+    "segment": segment,
     "later": later,
     "evaluate": evaluate,
     "train": train,

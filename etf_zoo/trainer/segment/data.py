@@ -64,8 +64,8 @@ class MaskSplit:
     def digest(self) -> str:
         """Hash of names, images and masks."""
         found = hashlib.sha256("\n".join(self.label_names).encode())
-        found.update(np.ascontiguousarray(self.images))
-        found.update(np.ascontiguousarray(self.masks))
+        found.update(self.images.tobytes())
+        found.update(self.masks.tobytes())
         return found.hexdigest()[:16]
 
 
@@ -81,12 +81,13 @@ def load_masks(recipe: Segmentation, split: str) -> MaskSplit:
             mask holds a number that is no class.
     """
     import datasets  # slow to import
+    from datasets.exceptions import DatasetsError
 
     refuse_test(split, recipe.data.train_split)
     source = find_source(recipe.data.source)
     try:
         table: Any = datasets.load_dataset(source, recipe.data.config or None, split=split)
-    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
+    except (ValueError, OSError, DatasetsError) as error:
         words = str(error).splitlines()[0].rstrip(".")
         raise EtfZooError(f"Cannot read the split {split!r} of {recipe.data.source}: {words}.") from error
     columns = (recipe.data.image_column, recipe.data.label_column)

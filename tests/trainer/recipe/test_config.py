@@ -20,6 +20,8 @@ from etf_zoo.trainer.recipe.config import (
     seconds,
     size_at,
 )
+from etf_zoo.trainer.segment.recipe import Segmentation
+from training.experiments import pixels
 from training.experiments.comparison import Comparison, recipe_of
 from training.experiments.comparison import cells as cells_of
 from training.experiments.transfer_table import Table, cells
@@ -38,7 +40,10 @@ def test_every_recipe_reads(path, tmp_path, monkeypatch):
             (tmp_path / "runs" / "zoo" / f"{card.name}{end}").symlink_to(card)
     monkeypatch.chdir(tmp_path)
     text = path.read_text()
-    if "variants:" in text:
+    if "class_names:" in text and "variants:" in text:
+        settings = parse(pixels.Pixels, ["--config", str(path)])
+        assert all(pixels.recipe_of(settings, pixels.Cell(name, 0)).class_names for name in settings.variants)
+    elif "variants:" in text:
         comparison = parse(Comparison, ["--config", str(path)])
         assert all(recipe_of(comparison, cell).data.label_column == cell.labels for cell in cells_of(comparison))
     elif "\nweights:" in text:
