@@ -2,8 +2,9 @@
 
 `python training/experiments/pixels.py --config training/recipes/camvid_losses.yaml`.
 
-Each cell (variant, seed) is one run of `training/segment.py`, measured on the test split from the stored model. A rerun goes on where the last one stopped. The weight of center collapse is chosen by `trials`: the same runs, measured
-on the validation split alone.
+Each cell (variant, seed) is one run of `training/segment.py`, measured on the test split from the stored model. A rerun
+goes on where the last one stopped. The weight of center collapse is chosen by `trials`: the same runs, measured on the
+validation split alone.
 """
 
 from __future__ import annotations

@@ -18,10 +18,10 @@ def script(tmp_path, monkeypatch):
     base |= {"data": {"source": str(data), "label_column": "mask", "val_split": "validation", "test_split": "test"}}
     variants = {"CE": {}, "frame": {"head": "frame"}, "weight 1": {"center_collapse": 1.0}}
     settings = {"results": str(tmp_path / "results"), "base": base, "variants": variants, "trials": ["weight 1"]}
-    (tmp_path / "list.yaml").write_text(yaml.safe_dump(settings))
 
-    def call(*args):
-        monkeypatch.setattr("sys.argv", ["pixels.py", "--config", str(tmp_path / "list.yaml"), *args])
+    def call(**changes):
+        (tmp_path / "list.yaml").write_text(yaml.safe_dump({**settings, **changes}))
+        monkeypatch.setattr("sys.argv", ["pixels.py", "--config", str(tmp_path / "list.yaml")])
         pixels.main()
         return tmp_path / "results"
 
@@ -44,4 +44,4 @@ def test_cells_are_run_once_and_told(script, tmp_path, capsys):
 
 def test_unknown_trials(script):
     with pytest.raises(ValueError, match="trials name variants that there are not: x"):
-        script("--trials", '["x"]')
+        script(trials=["x"])
