@@ -16,11 +16,13 @@ what stage 1 chose, and tunes each backbone at the rate that was best for its ki
 line of `cells.jsonl`, and what is there is not run again: start the command again after a stop. Without a stage the
 tables are written.
 
-On a machine with one GPU: the data sets in the folder that ETF_ZOO_DATA names (as files of the original images, or
-prepared: `python training/prepare.py --data.source tiny_imagenet --data.size 64 --out DATA/tiny_imagenet`, which writes
-uint8 arrays that need no decoding), then the commands above. Runs of a ResNet-18 at 64 pixels leave most of a large GPU
-idle, so `--jobs` starts several at a time; with NVIDIA's MPS they also compute at the same time. Try it first with
-`--images 512 --epochs 1 --sets flowers17 --results /tmp/try --only learned --rates 0.1`, which a CPU does in a minute.
+On a machine with one GPU: the data sets in the folder that ETF_ZOO_DATA names, then the commands above. As encoded
+images they take 200 MB and are decoded once; `python training/prepare.py --data.source tiny_imagenet --data.size 64
+--out DATA/tiny_imagenet` writes them as uint8 arrays, 1.3 GB, which need no decoding. A ResNet-18 at 64 pixels leaves
+most of a large GPU idle, so `--jobs` starts several runs at a time; under NVIDIA's MPS (`nvidia-cuda-mps-control -d`)
+they also compute at the same time. `--results` says where lines and tables go, `--work` where checkpoints, weights and
+locks do; copy both back to go on elsewhere. A try that a CPU does in a minute: `--stage 1 --images 256 --epochs 1
+--sets flowers17 --results /tmp/try --work /tmp/try/work --only learned --rates 0.1`.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ from etf_zoo.trainer.run.run import Run
 from etf_zoo.trainer.run.script import run_script
 from training.experiments.better_transfer_table import mean_score, write_tables
 from training.experiments.grid import CELLS, Results, run_grid, settings_digest
-from training.experiments.transfer_score import SETS, Scoring, score
+from training.experiments.transfer_score import SETS, Scoring, images_of, score
 
 RESULTS = Path("training/results/better_transfer")
 WORK = Path("runs/better_transfer")
@@ -138,6 +140,13 @@ def recipe_of(stage: int, name: str, rate: float, seed: int, changes: dict[str, 
         save_every=1 if stage > 1 else epochs,
         keep_checkpoints=1,
     )
+
+
+def decode(args: argparse.Namespace) -> None:
+    """Have all images decoded and kept before several processes ask for them."""
+    load_split(recipe_of(args.stage, "learned", RATES[0], 0, {}).data, "train")
+    for name in args.sets:
+        images_of(name, SCORING[args.stage])
 
 
 def measure(work: Path, cell: Cell) -> dict[str, Any]:
@@ -248,6 +257,8 @@ def main() -> None:
     args = parser.parse_args()
     results, failed = Results(args.results / CELLS, args.work / "locks"), []
     if args.stage:
+        if args.jobs > 1:
+            decode(args)
         for first in (True, False):
             cells = plan(args, list(results.read().values()), first)
             failed += run_grid(cells, partial(measure, args.work), results, args.work / "locks", args.jobs)

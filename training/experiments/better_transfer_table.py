@@ -66,9 +66,14 @@ def table(records: Sequence[Record], stage: int, order: Sequence[str]) -> str:
         source = [r["source_top1"] for r in own if r["source_top1"] is not None]
         row = [name, str(len(own)), ", ".join(f"{rate:g}" for rate in tried[name]), f"{own[0]['lr']:g}"]
         row.append(f"{statistics.mean(source):.1f}" if source else "")
-        row += [f"{mean_of(own, [m]):.1f} ({mean_of(own, [m]) - better([m]):+.1f})" for m in METHODS]
+        row += [
+            f"{mean_of(own, [m]):.1f}" + (f" ({mean_of(own, [m]) - better([m]):+.1f})" if references else "")
+            for m in METHODS
+        ]
         mean = mean_of(own, METHODS)
-        body.append([*row, f"{mean:.2f}", "" if name in CONTROLS else f"{mean - better(METHODS):+.2f}"])
+        body.append(
+            [*row, f"{mean:.2f}", "" if name in CONTROLS or not references else f"{mean - better(METHODS):+.2f}"]
+        )
     return "\n".join(markdown(columns, body)) + "\n"
 
 
