@@ -47,12 +47,19 @@ def prepare(folder: Path, data: str, shots: int, seed: int) -> None:
             Image.fromarray(images.picture(row)).save(place)
     model = load_model(MODEL)
     torch.save(model.state_dict(), folder / "lite0.pth")
-    save_for_hf(model, folder / "lite0", safe_serialization="both")
+    save_for_hf(model, str(folder / "lite0"), safe_serialization="both")
 
 
 def run_fastai(folder: Path, epochs: int, seed: int) -> float:
     """fastai's `vision_learner` and `fine_tune`; top-1 in percent."""
-    from fastai.vision.all import ImageDataLoaders, Resize, accuracy, aug_transforms, set_seed, vision_learner
+    from fastai.vision.all import (  # type: ignore[import-not-found]  # an environment of its own
+        ImageDataLoaders,
+        Resize,
+        accuracy,
+        aug_transforms,
+        set_seed,
+        vision_learner,
+    )
 
     set_seed(seed)
     loaders = ImageDataLoaders.from_folder(

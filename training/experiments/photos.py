@@ -1,0 +1,167 @@
+"""Accuracy over the number of images a class: the tables and the picture of `docs/results/photos.md`.
+
+`python training/experiments/photos.py`, after the grids of `training/recipes/photos*.yaml`: it reads their
+`cells.jsonl`, writes `table.md` and `shots.png` into `training/results/photos`, and measures nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from etf_zoo.trainer.plots import COLORS, GRID, INK
+from training.experiments.choices import read_choices
+from training.experiments.grid import CELLS, Results
+from training.experiments.intervals import Estimate, estimate, paired_difference, stacked, unpack
+from training.experiments.transfer_report import markdown
+
+RESULTS = Path("training/results")
+FOLDERS = ("photos", "photos_layer", "photos_full")
+SHOTS = (1, 5, 10, 0)  # images a class; 0 for all
+# What the picture shows, of all rows.
+SHOWN = ("ncm", "linear_probe", "head learned", "layer learned", "layer warm frame", "layer frame", "full learned")
+Record = dict[str, Any]
+Key = tuple[str, str, str, int]  # weights, data, method, images a class
+
+
+def split_shots(method: str) -> tuple[str, int]:
+    """A method's name without its number of images a class, and that number.
+
+    Example:
+        >>> split_shots("layer warm frame 5-shot")
+        ('layer warm frame', 5)
+    """
+    found = re.fullmatch(r"(.*) (\d+)-shot", method)
+    return (found[1], int(found[2])) if found else (method, 0)
+
+
+def read(folders: Sequence[Path]) -> dict[Key, dict[int, Record]]:
+    """Finished cells of several grids: seed -> cell, by weights, data, method and images a class."""
+    found: dict[Key, dict[int, Record]] = {}
+    for folder in folders:
+        for record in Results(folder / CELLS, folder).read().values():
+            method, shots = split_shots(record["method"])
+            found.setdefault((record["weights"], record["data"], method, shots), {})[record["seed"]] = record
+    return found
+
+
+def hits(cells: dict[int, Record]) -> dict[tuple[str, int], np.ndarray]:
+    """(run, seed) -> for each test image whether it was right."""
+    return {("one", seed): unpack(r["correct"], r["test_images"]) for seed, r in cells.items()}
+
+
+def estimates(cells: dict[Key, dict[int, Record]]) -> dict[Key, Estimate]:
+    """Accuracy of each, with its interval."""
+    return {key: estimate(stacked(hits(some))) for key, some in cells.items()}
+
+
+def tables(cells: dict[Key, dict[int, Record]]) -> str:
+    """A table for each weights and data set: a row for each method, a column for each number of images a class."""
+    found, lines = estimates(cells), []
+    for weights, data in dict.fromkeys((weights, data) for weights, data, _, _ in found):
+        mine = {key[2:]: value for key, value in found.items() if key[:2] == (weights, data)}
+        methods = dict.fromkeys(method for method, _ in mine)
+        test = next(iter(mine.values())).images
+        body = [[method, *(_shown(mine.get((method, shots))) for shots in SHOTS)] for method in methods]
+        best = ["best", *(_best(mine, shots) for shots in SHOTS)]
+        head = ["", *(f"{shots} a class" if shots else "all" for shots in SHOTS)]
+        lines += [f"## {data}, {weights} ({test} test images)", "", *markdown(head, [*body, best]), ""]
+    return "\n".join(lines)
+
+
+def _shown(found: Estimate | None) -> str:
+    if found is None:
+        return ""
+    return f"{found.mean:.1f} [{found.low:.1f}, {found.high:.1f}] ({found.subsets})"
+
+
+def _best(mine: dict[tuple[str, int], Estimate], shots: int) -> str:
+    some = {method: value.mean for (method, number), value in mine.items() if number == shots}
+    return max(some, key=lambda method: some[method]) if some else ""
+
+
+def differences(cells: dict[Key, dict[int, Record]]) -> str:
+    """Every head minus the learned one of the same way to tune, on the same images."""
+    body = []
+    for key, some in cells.items():
+        weights, data, method, shots = key
+        kind, _, head = method.partition(" ")
+        control = cells.get((weights, data, f"{kind} learned", shots))
+        if kind not in ("head", "layer", "full") or head == "learned" or control is None:
+            continue
+        found = paired_difference(hits(some), hits(control))
+        tells = " \\*" if found.tells else ""
+        number = f"{shots} a class" if shots else "all"
+        shown = f"{found.mean:+.1f} [{found.low:+.1f}, {found.high:+.1f}]{tells}"
+        body.append([data, weights, kind, head, number, shown, f"{found.subsets} x {found.images}"])
+    return "\n".join(markdown(["data", "weights", "tuned", "head", "images", "minus learned", "n"], body))
+
+
+def rates(folders: Sequence[Path]) -> str:
+    """What each rate gave on held-out training images."""
+    body = []
+    for folder in folders:
+        for (weights, data, method), tried in read_choices(folder).items():
+            shown = ", ".join(f"{value:g}: {top1:.1f}" for value, top1 in sorted(tried.items()))
+            body.append([data, weights, method, shown])
+    return "\n".join(markdown(["data", "weights", "method", "rate: top-1 (%)"], body))
+
+
+def draw(cells: dict[Key, dict[int, Record]], path: Path) -> None:
+    """Accuracy over the number of images a class, a panel for each data set; bars are intervals."""
+    found = {key: value for key, value in estimates(cells).items() if key[2] in SHOWN}
+    panels = list(dict.fromkeys(key[:2] for key in found))
+    figure = Figure(figsize=(4.2 * len(panels) + 1, 3.6), layout="constrained")
+    for ax, (weights, data) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for color, method in zip(COLORS, SHOWN, strict=False):
+            at = [i for i, shots in enumerate(SHOTS) if (weights, data, method, shots) in found]
+            if not at:
+                continue
+            mine = [found[weights, data, method, SHOTS[i]] for i in at]
+            ends = [[one.mean - one.low for one in mine], [one.high - one.mean for one in mine]]
+            place = np.array(at) + 0.06 * (SHOWN.index(method) - len(SHOWN) / 2)
+            ax.errorbar(
+                place, [one.mean for one in mine], ends, marker="o", ms=4, lw=1.2, capsize=2, color=color, label=method
+            )
+        ax.set_xticks(range(len(SHOTS)), [str(shots or "all") for shots in SHOTS])
+        ax.set_title(f"{data}, {weights}", loc="left", fontsize=10, color=INK)
+        ax.set(xlabel="images a class", ylabel="top-1 (%)")
+        ax.grid(axis="y", color=GRID, linewidth=0.8)
+        ax.spines[["top", "right"]].set_visible(False)
+    labels = {label: h for ax in figure.axes for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    figure.legend(labels.values(), labels.keys(), loc="outside lower center", ncols=4, frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    folders = [RESULTS / name for name in FOLDERS]
+    cells = read(folders)
+    text = [
+        "# Real photographs",
+        "",
+        "Top-1 (%) with its 95 % interval over training subsets and test images, and the number of subsets.",
+        "",
+        tables(cells),
+        "## Heads, each minus the learned one",
+        "",
+        differences(cells),
+        "",
+        "A difference is paired: the same training images, the same test images. \\* tells from zero.",
+        "",
+        "## Rates, on held-out training images",
+        "",
+        rates(folders),
+        "",
+    ]
+    (folders[0] / "table.md").write_text("\n".join(text), encoding="utf-8")
+    draw(cells, folders[0] / "shots.png")
+    print(f"Table: {folders[0] / 'table.md'}")
+
+
+if __name__ == "__main__":
+    main()
