@@ -21,6 +21,7 @@ from .run.model import find_model
 from .tune.parts import load_data
 from .tune.picture import plot
 from .tune.probes import PROBES
+from .tune.settle import settle
 from .tune.tuning import Finetune, Tuned, fine_tune
 
 
@@ -68,7 +69,7 @@ def main() -> None:
         check_storable(settings)
     say = make_accelerator(settings.precision).print  # of the main process alone
     parts = load_data(settings)
-    settings = dataclasses.replace(settings, data=parts.data)
+    settings = settle(dataclasses.replace(settings, data=parts.data), parts.train, parts.watched)
     terms = license_note(settings)
     say("\n".join([*parts.lines, *terms]), flush=True)
     test = parts.test
@@ -91,7 +92,7 @@ def main() -> None:
         print(f"{name:<40}{values['top1']:8.2f}")
     if first.probe is None:
         picture = first.folder / "picture.png"
-        is_held_out = settings.holdout > 0 or parts.watched is not None
+        is_held_out = settings.holdout != 0 or parts.watched is not None
         runs = {name: tuned.run for name, tuned in done.items() if tuned.run}
         plot(runs, test, picture, curve="Held out" if is_held_out else "Test")
         print(f"\nPicture: {picture}")

@@ -18,6 +18,7 @@ from ..data.sources import HELD_OUT, choose_split
 from ..data.subsets import Images, check_classes, load_images
 from ..recipe.config import Data, Recipe
 from ..run.launching import make_accelerator
+from .settle import settle
 
 __all__ = ["Parts", "load_data"]
 
@@ -103,7 +104,9 @@ def _describe(settings: Recipe, parts: Parts, is_photos: bool) -> list[str]:
             f"  The data have no split to test on: {share} are held out, images that look the same on one side "
             f"(--data.test_share)"
         )
-    holdout = getattr(settings, "holdout", 0.0)
+    holdout = getattr(settle(settings, parts.train, parts.watched), "holdout", 0.0)
+    if holdout == 0 and getattr(settings, "holdout", 0.0) == "auto":
+        lines.append("  Few images of a class: all are trained on, and nothing is held out to choose by (--holdout)")
     if holdout and not parts.watched:
         lines.append(
             f"  To choose by, {100 * holdout:g} % of each class of the training images are held out (--holdout)"

@@ -22,7 +22,7 @@ from ..data.duplicates import joined
 from ..data.near_duplicates import near_duplicates
 from ..data.subsets import Images, split_training
 from ..recipe.config import HEADS, Recipe, final_size
-from ..recipe.fields import Range
+from ..recipe.fields import MAX_COUNT, Range
 from ..run.export import Origin, export_model, export_run
 from ..run.launching import make_accelerator
 from ..run.measure import measure_split
@@ -35,6 +35,7 @@ from .methods import METHODS, first_tuned, prepare, tuned_share, warm_head, warm
 from .parts import load_data
 from .probes import PROBES, Probe, backbone_features, backbone_size, copy_linear, fit_probe, linear_classifier
 from .rates import search_rate
+from .settle import batch_for, settle
 from .trunk import frozen_once
 
 __all__ = ["Finetune", "Tuned", "strip_head", "features_of", "fine_tune", "load_data", "start_head"]
@@ -59,7 +60,10 @@ class Finetune(Recipe):
         holdout: Share of each class's training images that is held out, to draw the curve and to choose by. Images that
             look the same, to the eye or, with pretrained weights, by their features, stay together. Data with splits
             for training, validation and test have the validation images for it, and nothing is held out. With 0 and no
-            such split the curve is over the test images, and nothing is chosen by it. Probes hold nothing out.
+            such split the curve is over the test images, and nothing is chosen by it. Probes hold nothing out. `auto`
+            is 0.1, and 0 where that is less than an image of most classes and nothing has to be chosen: few images
+            are all trained on, and the test images are looked at once, after the last epoch.
+        batch_size: As in pretraining; 0 for 64, or less where the images are too few for 100 steps of it: 32, 16.
         keep: `best`: the epoch with the best accuracy on the held-out images is the result; `last`: the last one is, as
             it is wherever nothing is held out.
         patience: Stop after so many evaluations without a better accuracy on the held-out images; 0 for never.
@@ -86,7 +90,7 @@ class Finetune(Recipe):
     pretrained: bool = True
     method: str = "full"
     layer: str = ""
-    holdout: Annotated[float, Range(0, 1, below=True, note="0 for none")] = 0.1
+    holdout: Annotated[float, Range(0, 1, below=True, note="0 for none")] | Literal["auto"] = "auto"
     keep: Literal["best", "last"] = "best"
     patience: Annotated[int, Range(0, note="0 for never")] = 0
     lr: Annotated[float, Range(0, above=True)] | Literal["auto", ""] = ""
@@ -95,7 +99,7 @@ class Finetune(Recipe):
     strength: Annotated[float, Range(0, note="0 to choose it")] = 0.0
     sizes: list[list[int]] = dataclasses.field(default_factory=list)
     epochs: int = 20
-    batch_size: int = 64
+    batch_size: Annotated[int, Range(0, MAX_COUNT, note="0 for 64, or less for few images")] = 0
     reserve: Annotated[int, Range(0, note="0 for none")] = 0
     compare: bool = False
 
@@ -242,6 +246,7 @@ def fine_tune(
         EtfZooError: If there is something to choose and nothing to choose by.
     """
     is_probe = settings.method in PROBES
+    settings = settle(settings, train, watched)
     holdout = 0.0 if is_probe or watched is not None else settings.holdout
     if holdout and settings.pretrained:  # features of random weights tell no series from others
         model = make_model(strip_head(settings), len(train.label_names))
@@ -260,7 +265,8 @@ def fine_tune(
     for name in ("patience", "lr"):
         if getattr(settings, name) and held is None:
             raise EtfZooError(f"{name} needs held-out images to choose by: set holdout, such as 0.1.")
-    settings = dataclasses.replace(settings, batch_size=min(settings.batch_size, len(fitted_on)))
+    batch = settings.batch_size or batch_for(len(fitted_on), settings.epochs)
+    settings = dataclasses.replace(settings, batch_size=min(batch, len(fitted_on)))
     if settings.lr == "auto":
         say = make_accelerator(settings.precision).print
         rate = search_rate(settings, lambda recipe: _train(recipe, fitted_on, held, test), say)

@@ -1,0 +1,50 @@
+"""What is left open until the images are known."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from etf_zoo.trainer.data.resident import Split
+from etf_zoo.trainer.recipe.config import Data
+from etf_zoo.trainer.tune.settle import batch_for, settle
+from etf_zoo.trainer.tune.tuning import Finetune, fine_tune
+
+RECIPE = Finetune(model="test_resnet_etf", pretrained=False, sizes=[[0, 16]], data=Data("digits", size=16), epochs=20)
+
+
+def images(per_class, size=16, classes=3):
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(classes), per_class)
+    pixels = rng.integers(0, 255, (len(labels), size, size, 3), dtype=np.uint8)
+    return Split(pixels, labels, [str(k) for k in range(classes)], "made", "train")
+
+
+@pytest.mark.parametrize("count", [1, 15, 16, 17, 80, 160, 320, 10_000])
+def test_batches_give_a_hundred_steps_where_there_are_so_many(count):
+    batch = batch_for(count, 20)
+    assert batch in (16, 32, 64) or batch == count < 16
+    if batch < 64 and count >= 16:
+        assert 20 * (count // (2 * batch)) < 100
+    if batch > 16:
+        assert 20 * (count // batch) >= 100
+
+
+def test_few_images_are_all_trained_on():
+    assert settle(RECIPE, images(9)).holdout == 0
+    assert settle(RECIPE, images(9)).eval_every == 20
+    assert settle(RECIPE, images(10)).holdout == 0.1
+    assert settle(RECIPE, images(10)).eval_every == 1
+    assert settle(dataclasses.replace(RECIPE, holdout=0.3), images(9)).holdout == 0.3
+    for choice in ({"patience": 2}, {"lr": "auto"}):
+        assert settle(dataclasses.replace(RECIPE, **choice), images(9)).holdout == 0.1
+    assert settle(RECIPE, images(9), watched=images(2)).holdout == 0.1
+
+
+def test_one_image_of_each_class(tmp_path):
+    recipe = dataclasses.replace(RECIPE, epochs=2, output=str(tmp_path), tensorboard=False)
+    tuned = fine_tune(recipe, images(1), images(4))
+    assert len(tuned.train) == 3
+    assert tuned.held is None
+    assert tuned.run.recipe.batch_size == 3
+    assert [record["epoch"] for record in tuned.run.records if "val_top1" in record] == [2]  # one look at the test
