@@ -139,7 +139,7 @@ def draw(cells: dict[Key, dict[int, Record]], path: Path) -> None:
 
 
 def main() -> None:
-    folders = [RESULTS / name for name in FOLDERS]
+    folders = [RESULTS / name for name in FOLDERS if (RESULTS / name / CELLS).is_file()]
     cells = read(folders)
     text = [
         "# Real photographs",

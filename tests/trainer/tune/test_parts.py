@@ -45,8 +45,10 @@ def test_training_and_one_other_split(tmp_path, size):
     text = "\n".join(parts.lines)
     assert "training (train): 11 images of 2 classes (a 6, b 5)" in text
     assert "test (val): 3 images of 2 classes (a 2, b 1)" in text
-    assert "To choose by, 10 % of each class of the training images are held out (--holdout)" in text
+    assert "Few images of a class: all are trained on, and nothing is held out to choose by (--holdout)" in text
     assert len(parts.lines) == 4  # nothing odd
+    told = "\n".join(load(tmp_path / "x", size, holdout=0.1).lines)
+    assert "To choose by, 10 % of each class of the training images are held out (--holdout)" in told
     assert parts.groups.tolist() == list(range(11))
 
 
