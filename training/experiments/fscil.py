@@ -138,10 +138,17 @@ def accuracy(head: Head, x: Tensor, y: Tensor, classes: int) -> float:
 
 
 def based(method: str, data: dict[str, Tensor], base: int, total: int, seed: int, rate: float) -> Head:
-    """A head that knows the base classes."""
+    """A head that knows the base classes.
+
+    One that was trained with its backbone may know more classes than `base`: their prototypes then come last, and those
+    that no class had come next.
+    """
     head = Head(method, data["train"].shape[1], base, total, seed)
     if method == TOGETHER:
-        head.net.load_state_dict({k.removeprefix("head."): v for k, v in data.items() if k.startswith("head.")})
+        state = {k.removeprefix("head."): v for k, v in data.items() if k.startswith("head.")}
+        rows, known = torch.arange(total), PROTOCOLS["cifar100"].base
+        state["weight"] = state["weight"][torch.cat([rows[:base], rows[known:], rows[base:known]])]
+        head.net.load_state_dict(state)
         head.net.eval()
     rows = data["train_labels"] < base
     head.fit_base(data["train"][rows], data["train_labels"][rows], rate)
@@ -189,7 +196,8 @@ def choosing_part(data: dict[str, Tensor], base: int) -> dict[str, Tensor]:
     known = data["train_labels"] < base
     fitted, held = known & ~data["held"].bool(), known & data["held"].bool()
     x, y = data["train"], data["train_labels"]
-    return {"train": x[fitted], "train_labels": y[fitted], "test": x[held], "test_labels": y[held]}
+    head = {key: value for key, value in data.items() if key.startswith("head.")}
+    return {"train": x[fitted], "train_labels": y[fitted], "test": x[held], "test_labels": y[held], **head}
 
 
 def best_rate(score: Callable[[float], float], start: float) -> tuple[float, float]:
@@ -215,7 +223,7 @@ def rates_of(method: str, part: dict[str, Tensor], base: int, total: int) -> dic
         head = based(method, part, base, total, TRIALS[0], rate)
         return accuracy(head, part["test"], part["test_labels"], base)
 
-    base_rate, base_top1 = best_rate(of_base, 1e-3)
+    base_rate, base_top1 = best_rate(of_base, 1e-3) if method in FITTED else (0.0, 0.0)  # the other is fitted already
     heads = {seed: based(method, part, base - 15, total, seed, base_rate) for seed in TRIALS}
 
     def of_sessions(rate: float) -> float:
@@ -231,7 +239,7 @@ def choose(folder: Path) -> None:
     """Rates of each head: of its fit to the base classes by their held-out images; of sessions by sessions of base
     classes, of which fifteen take the part of new ones, by the mean accuracy of all stages over two draws.
 
-    The head that was trained with its backbone knows those fifteen: it takes the session rate of the other frame.
+    The head that was trained with its backbone knows those fifteen: they come with prototypes that were in reserve.
     Backbones of other seeds take what was chosen on the first. What was chosen before is not chosen again.
     """
     RESULTS.mkdir(parents=True, exist_ok=True)
@@ -243,27 +251,37 @@ def choose(folder: Path) -> None:
         base = PROTOCOLS[source].base
         total, part = base + PROTOCOLS[source].sessions * WAYS, choosing_part(data, base)
 
-        for method in FITTED:
+        for method in (*FITTED, TOGETHER):
             key = f"{source} {backbone} {method}"
-            if key not in chosen:
+            if key not in chosen and (method != TOGETHER or "head.weight" in data):
                 chosen[key] = rates_of(method, part, base, total)
                 file.write_text(json.dumps(chosen, indent=1) + "\n")
                 print(key, chosen[key], flush=True)
 
 
+def measured() -> list[dict[str, Any]]:
+    """Cells of `sessions`."""
+    file = RESULTS / "sessions.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+
+
 def sessions(folder: Path, seeds: int) -> None:
-    """The protocol, by method and seed: of the images drawn, of the heads' start, and of a backbone trained here."""
+    """The protocol, by method and seed: of the images drawn, of the heads' start, and of a backbone trained here.
+
+    Cells that are there are not measured again.
+    """
     chosen = json.loads((RESULTS / "sessions_chosen.json").read_text())
-    (RESULTS / "sessions.jsonl").unlink(missing_ok=True)
+    there = {(cell["data"], cell["backbone"], cell["method"], cell["seed"]) for cell in measured()}
     for source, backbone, number, data in sets(folder):
         protocol = PROTOCOLS[source]
         total = protocol.base + protocol.sessions * WAYS
         for method in METHODS:
             if method == TOGETHER and "head.weight" not in data:
                 continue
-            key = f"{source} {backbone} {'frame' if method == TOGETHER else method}"
-            rates = chosen[key] if method != "nearest mean" else {}
+            rates = chosen[f"{source} {backbone} {method}"] if method != "nearest mean" else {}
             for seed in range(seeds) if backbone == "imagenet" else [number]:
+                if (source, backbone, method, seed) in there:
+                    continue
                 head = based(method, data, protocol.base, total, seed, rates.get("base_rate", 0.0))
                 found = run(data, head, protocol.sessions, seed, rate=rates.get("rate", 1.0))
                 cell = {"data": source, "backbone": backbone, "method": method, "seed": seed, **found}
@@ -285,9 +303,8 @@ def interval(values: list[float]) -> str:
 
 def table() -> str:
     """Means over seeds with 95 % intervals, then paired differences at the end."""
-    lines = [json.loads(line) for line in (RESULTS / "sessions.jsonl").read_text().splitlines()]
     cells: dict[tuple[str, str], dict[str, dict[int, Any]]] = {}
-    for cell in lines:
+    for cell in sorted(measured(), key=lambda cell: (cell["data"], cell["backbone"], METHODS.index(cell["method"]))):
         methods = cells.setdefault((cell["data"], cell["backbone"]), {})
         methods.setdefault(cell["method"], {})[cell["seed"]] = cell
     shown = ["| data, backbone | head | base | end | drop | average | old | new | seeds | after each session |"]

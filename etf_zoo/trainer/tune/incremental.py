@@ -26,7 +26,7 @@ __all__ = ["MEMORY_NAME", "Memory", "fit_neck", "read_memory", "write_memory"]
 
 MEMORY_NAME = "memory.safetensors"  # beside a model
 _HELD = 1001  # features that are kept of more held-out images: enough for thresholds in steps of a thousandth
-STEPS, RATE = 100, 1e-3  # as measured in docs/later_classes.md
+STEPS, RATE = 100, 3e-4  # chosen on held-out images of base classes, cub50 and grocery
 
 
 @dataclass(frozen=True)

@@ -131,3 +131,14 @@ def test_a_chosen_rate_has_worse_ones_on_both_sides():
 def test_intervals_are_student_s():
     assert interval([1.0, 2.0, 3.0]) == "2.0 ± 2.5"  # 4.303 / sqrt(3)
     assert interval([1.0]) == "1.0"
+
+
+def test_a_head_that_knows_too_much_gives_those_classes_prototypes_in_reserve():
+    x, y = torch.randn(100, 8, generator=torch.Generator().manual_seed(0)), torch.arange(100) % 45
+    trained = FrameClassifier(120, 60, reserve=40, neck="mlp").eval()
+    data = {f"head.{name}": value for name, value in trained.state_dict().items()}
+    data |= {"train": torch.nn.functional.pad(x, (0, 112)), "train_labels": y}
+    head = based(TOGETHER, data, 45, 100, 0, 0.0)
+    assert torch.equal(head.net.weight[:45], trained.weight[:45])
+    assert torch.equal(head.net.weight[45:60], trained.weight[60:75])  # which no class has had
+    assert head.net.num_classes == 45
