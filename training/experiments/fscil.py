@@ -302,17 +302,16 @@ def interval(values: list[float]) -> str:
 
 
 def table() -> str:
-    """Means over seeds with 95 % intervals, then paired differences at the end."""
+    """Means over seeds with 95 % intervals, then paired differences at the end: frames minus their rivals."""
     cells: dict[tuple[str, str], dict[str, dict[int, Any]]] = {}
     for cell in sorted(measured(), key=lambda cell: (cell["data"], cell["backbone"], METHODS.index(cell["method"]))):
         methods = cells.setdefault((cell["data"], cell["backbone"]), {})
         methods.setdefault(cell["method"], {})[cell["seed"]] = cell
     shown = ["| data, backbone | head | base | end | drop | average | old | new | seeds | after each session |"]
     shown += ["|---" * 10 + "|"]
-    pairs = [
-        "| data, backbone | " + " | ".join(f"frame - {m}" for m in METHODS[1:]) + " |",
-        "|---" * len(METHODS) + "|",
-    ]
+    rivals = [method for method in METHODS if method not in FRAMES]
+    pairs = ["| at the end, data, backbone: head | " + " | ".join(f"minus {m}" for m in rivals) + " |"]
+    pairs += ["|---" * (1 + len(rivals)) + "|"]
     for (source, backbone), methods in cells.items():
         name, ends = f"{source}, {backbone.replace('_', ' ')}", {}
         for method, found in methods.items():
@@ -324,9 +323,10 @@ def table() -> str:
             columns = [name, method, interval([c["top1"][0] for c in own]), interval([*ends[method].values()])]
             columns += [f"{stages[0] - stages[-1]:.1f}", average, f"{old:.1f}", f"{new:.1f}", str(len(own))]
             shown.append("| " + " | ".join([*columns, " ".join(f"{stage:.1f}" for stage in stages)]) + " |")
-        differences = [
-            interval([ends["frame"][seed] - end for seed, end in ends[m].items()]) if m in ends else "-"
-            for m in METHODS[1:]
-        ]
-        pairs.append("| " + " | ".join([name, *differences]) + " |")
+        for frame in FRAMES:
+            differences = [
+                interval([ends[frame][seed] - end for seed, end in ends[m].items()]) if m in ends else "-"
+                for m in rivals
+            ]
+            pairs.append("| " + " | ".join([f"{name}: {frame}", *differences]) + " |")
     return "\n".join([*shown, "", *pairs]) + "\n"

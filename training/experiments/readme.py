@@ -252,6 +252,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "standing": standing,
     "later-sessions": _text("later", "sessions.md"),
     "later-ood": _text("later", "ood.md"),
+    "later-ood-sessions": _text("later", "ood_sessions.md"),
     "later-retrieval": _text("later", "retrieval.md"),
 }
 
