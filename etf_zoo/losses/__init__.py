@@ -12,6 +12,7 @@ from .hierarchical_subspaces import HierarchicalSubspaceLoss
 from .hierarchy_cosine import HierarchyCosineLoss
 from .logit_adjustment import logit_adjustment
 from .nearest_neighbor_entropy import NearestNeighborEntropyLoss
+from .prototype_contrast import PrototypeContrastLoss
 from .separating_cone import SeparatingConeLoss
 from .squared import SquaredLoss
 from .variance_covariance import VarianceCovarianceLoss
@@ -27,6 +28,7 @@ __all__ = [
     "CenterCollapseLoss",
     "VarianceCovarianceLoss",
     "NearestNeighborEntropyLoss",
+    "PrototypeContrastLoss",
     "LOSSES",
 ]
 
@@ -35,6 +37,7 @@ LOSSES: dict[str, type[nn.Module]] = {
     "dot_regression": DotRegressionLoss,
     "hierarchy_cosine": HierarchyCosineLoss,
     "hierarchical_subspaces": HierarchicalSubspaceLoss,
+    "prototype_contrast": PrototypeContrastLoss,
     "separating_cone": SeparatingConeLoss,
     "squared": SquaredLoss,
 }

@@ -79,6 +79,7 @@ KINDS = {"learned": "learned", "learned_cosine": "learned cosine", "frame": "fra
 
 SCALE = {"logit_scale": 30.0}
 MLP = {**SCALE, "neck": "mlp"}
+NONL = {"name": "prototype_contrast", "args": {"own_class": False}}
 # name -> what a recipe has otherwise; the first three try all rates. What matters most by the literature comes first.
 CANDIDATES: dict[str, dict[str, Any]] = {
     "learned": {"head": "learned"},
@@ -102,6 +103,9 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     "frame, MLP, covariance 0.5": {"model_args": MLP, "loss": {"variance_covariance": 0.5}},
     "learned, two depths": {"head": "learned", "loss": {"stage_weight": 0.3}},
     "learned, multi-crop": {"head": "learned", "augment": {"large_views": 2, "small_views": 4}},
+    "frame, NONL": {"model_args": SCALE, "loss": NONL},
+    "learned cosine, NONL": {"head": "learned_cosine", "model_args": SCALE, "loss": NONL},
+    "frame, NTCE": {"model_args": SCALE, "loss": {"name": "prototype_contrast"}},
     "frame, target cosine 0.6": {"target_cosine": [0.6]},
     "frame, target cosine 0.3": {"target_cosine": [0.3]},
 }

@@ -104,8 +104,9 @@ class Loss(Fields):
     """What is minimized.
 
     Attributes:
-        name: `cross_entropy`, `dot_regression`, `hierarchy_cosine`, `hierarchical_subspaces`, `separating_cone` or
-            `squared`; all but the first need a fixed frame. A logit scale of a loss's own is the head's, unless given.
+        name: `cross_entropy`, `dot_regression`, `hierarchy_cosine`, `hierarchical_subspaces`, `prototype_contrast`,
+            `separating_cone` or `squared`; all but the first need a frame. A logit scale of a loss's own is the head's,
+            unless given.
         args: Arguments of the loss, see `etf_zoo.losses`.
         class_weights: Weigh each class in the cross-entropy by the inverse of its number of training images.
         logit_adjustment: Strength of `etf_zoo.losses.logit_adjustment` in the cross-entropy; 1 is theory's, 0 none.

@@ -22,7 +22,7 @@ from .earlier_stage import STAGE_HEAD, EarlierStage
 __all__ = ["Objective", "class_weights_of"]
 
 # Losses with a scale of their own, which has to be the head's: its logits classify.
-_SCALED = ("hierarchy_cosine", "separating_cone")
+_SCALED = ("hierarchy_cosine", "prototype_contrast", "separating_cone")
 
 
 class Objective:
