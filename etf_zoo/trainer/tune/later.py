@@ -23,7 +23,7 @@ from etf_zoo.weights.native import CONFIG_NAME
 
 from ..data.subsets import Images
 from ..evaluate import Evaluation, ModelBatches, TestData, command_line, evaluate_model, open_split
-from .incremental import RATE, STEPS, Memory, fit_neck, read_memory, write_memory
+from .incremental import MEMORY_NAME, RATE, STEPS, Memory, fit_neck, read_memory, write_memory
 
 __all__ = ["Added", "add_folder", "features_as_stored", "store_familiarity", "store_memory"]
 
@@ -59,8 +59,14 @@ def features_as_stored(model: Any, split: Any, batch_size: int = 64) -> tuple[Te
     return torch.cat(features), torch.cat(labels)
 
 
-def store_memory(folder: Path, train: Images, held: Images | None, batch_size: int) -> None:
-    """Write what `etf-zoo add-classes` needs beside a stored model, in one process: class means, held-out features."""
+def store_memory(folder: Path, train: Images | None, held: Images | None, batch_size: int) -> None:
+    """Write what `etf-zoo add-classes` needs beside a stored model, in one process: class means, held-out features.
+
+    Without `train` what was there of an earlier model goes.
+    """
+    if train is None:
+        (folder / MEMORY_NAME).unlink(missing_ok=True)
+        return
     model = load_model(str(folder))
     features, labels = features_as_stored(model, train, batch_size)
     other = features_as_stored(model, held, batch_size)[0] if held is not None else None

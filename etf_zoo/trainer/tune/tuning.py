@@ -192,8 +192,8 @@ class Tuned:
             results = export_run(self.run, folder, references=references, report=report)["results"]
             if self.run.accelerator.is_main_process:
                 store_familiarity(folder, self.held, max(self.settings.batch_size, 16))
-                if self.settings.reserve:
-                    store_memory(folder, self.train, self.held, max(self.settings.batch_size, 16))
+                fitted_on = self.train if self.settings.reserve else None
+                store_memory(folder, fitted_on, self.held, max(self.settings.batch_size, 16))
             self.run.accelerator.wait_for_everyone()
             return results
         training = summarize(self.settings, self.train, make_accelerator(), images=len(self.train))
