@@ -7,6 +7,7 @@ hundreds or thousands.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 
 from etf_zoo.errors import EtfZooError
 
-__all__ = ["LogisticFit", "fit_logistic", "principal_axes"]
+__all__ = ["LogisticFit", "fit_logistic", "principal_axes", "rough_path"]
 
 TOLERANCE = 1e-6  # on the norm of the gradient of the mean loss
 # What a fit may be from its optimum where only the best of several is sought, relative to the loss there: on separable
@@ -25,6 +26,7 @@ TOLERANCE = 1e-6  # on the norm of the gradient of the mean loss
 ROUGH = 1e-4
 FINE = 1e-8
 STEPS = 5000
+MEMORY = 20  # of L-BFGS: a step more to remember costs less than a look at all features
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,7 @@ def fit_logistic(
     num_classes: int,
     strength: float,
     *,
-    start: LogisticFit | None = None,
-    rough: bool = False,
+    start: Tensor | None = None,
 ) -> LogisticFit:
     """Minimize mean cross-entropy + ||weight||^2 / (2 strength N), the objective of scikit-learn's LogisticRegression.
 
@@ -75,9 +76,7 @@ def fit_logistic(
         labels: `(N,)`; every class has one.
         num_classes: K.
         strength: scikit-learn's C.
-        start: A fit to start from, such as that of the next smaller strength.
-        rough: Stop where the loss is about 1e-4 of itself above its minimum, in single precision: enough to choose a
-            strength by.
+        start: Weight and bias to start from, `(K, d + 1)`; they change the way and not the end.
 
     Raises:
         EtfZooError: If the norm of the gradient is above 1e-6 in the end.
@@ -87,16 +86,14 @@ def fit_logistic(
         >>> fit_logistic(x, labels, 3, 1.0).gradient_norm <= 1e-6
         True
     """
-    problem, steps = _Problem(x, labels, strength), 0
-    if start is None:
-        bias = torch.bincount(labels, minlength=num_classes).double().log()
-        start = LogisticFit(torch.zeros(num_classes, x.shape[1], dtype=torch.float64), bias, float("inf"), 0)
-    point = torch.cat([start.weight, start.bias[:, None]], 1)
-    for dtype, gap in ((torch.float32, ROUGH if rough else FINE), (torch.float64, 0.0))[: 1 if rough else 2]:
+    problem, steps = _Problem(x, labels), 0
+    problem.set_strength(strength)
+    point = problem.beginning(num_classes) if start is None else start
+    for dtype, gap in ((torch.float32, FINE), (torch.float64, 0.0)):
         point, took = problem.descend(point, dtype, gap)
         steps += took
-    norm = problem.loss_and_gradient(point, torch.float32 if rough else torch.float64)[1].norm().item()
-    if not rough and not norm <= TOLERANCE:
+    norm = problem.loss_and_gradient(point, torch.float64)[1].norm().item()
+    if not norm <= TOLERANCE:
         raise EtfZooError(
             f"Logistic regression did not converge: after {steps} steps at C = {strength:g} its gradient has norm "
             f"{norm:.1e}, not {TOLERANCE:g}. Take a smaller strength, which regularizes more."
@@ -104,19 +101,55 @@ def fit_logistic(
     return LogisticFit(point[:, :-1], point[:, -1] - point[:, -1].mean(), norm, steps)
 
 
+def rough_path(x: Tensor, labels: Tensor, num_classes: int, strengths: Iterable[float]) -> Iterator[Tensor]:
+    """Weight and bias `(K, d + 1)` for one strength after the other, each from where the last one ended.
+
+    A fit stops where the loss is about 1e-4 of itself above its minimum, in single precision: enough to choose a
+    strength by. The next one is begun when it is asked for.
+
+    Args:
+        x: As in `fit_logistic`.
+        labels: Likewise.
+        num_classes: K.
+        strengths: scikit-learn's C, from small to large.
+    """
+    problem = _Problem(x, labels)
+    point = problem.beginning(num_classes)
+    for strength in strengths:
+        problem.set_strength(strength)
+        point, _ = problem.descend(point, torch.float32, ROUGH)
+        yield point
+
+
 class _Problem:
     """The objective; a point is weight and bias, `(K, d + 1)`."""
 
-    def __init__(self, x: Tensor, labels: Tensor, strength: float):
-        double = F.pad(x.double(), (0, 1), value=1.0)
-        self.x = {torch.float64: double, torch.float32: double.float()}
-        self.squares = double.square().mean(0)
+    def __init__(self, x: Tensor, labels: Tensor):
+        self.given, self.padded = x, {}
+        self.squares = F.pad(x.double().square().mean(0), (0, 1), value=1.0)
         self.rows, self.labels = torch.arange(len(x)), labels
-        self.penalty = F.pad(torch.full((x.shape[1],), 1 / (strength * len(x)), dtype=torch.float64), (0, 1))
+
+    def set_strength(self, strength: float) -> None:
+        """Of the penalty, scikit-learn's C."""
+        wide = torch.full((self.given.shape[1],), 1 / (strength * len(self.given)), dtype=torch.float64)
+        self.penalty = F.pad(wide, (0, 1))
+        # weights are off their optimum by at most the gradient over the penalty
+        self.enough = TOLERANCE * min(0.5, max(0.1, 100 * wide[0].item()))
+
+    def beginning(self, num_classes: int) -> Tensor:
+        """No weights, and biases for the classes' shares."""
+        bias = torch.bincount(self.labels, minlength=num_classes).double().log()
+        return F.pad(bias[:, None], (self.given.shape[1], 0))
+
+    def x(self, dtype: torch.dtype) -> Tensor:
+        """Features with a last column of ones, kept in each precision that is asked for."""
+        if dtype not in self.padded:
+            self.padded[dtype] = F.pad(self.given.to(dtype), (0, 1), value=1.0)
+        return self.padded[dtype]
 
     def probabilities(self, point: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Class probabilities `(N, K)` and losses `(N,)`."""
-        logits = self.x[dtype] @ point.to(dtype).T
+        logits = self.x(dtype) @ point.to(dtype).T
         logits -= logits.amax(1, keepdim=True)
         own = logits[self.rows, self.labels].double()
         sums = logits.exp_().sum(1, keepdim=True)
@@ -126,7 +159,7 @@ class _Problem:
         """Loss, and its gradient `(K, d + 1)` in float64."""
         residuals, losses = self.probabilities(point, dtype)
         residuals[self.rows, self.labels] -= 1
-        gradient = (residuals.T @ self.x[dtype]).double() / len(self.labels)
+        gradient = (residuals.T @ self.x(dtype)).double() / len(self.labels)
         pulls = self.penalty * point
         return losses.mean().item() + (pulls * point).sum().item() / 2, gradient + pulls
 
@@ -139,7 +172,7 @@ class _Problem:
 
         def evaluate(flat: np.ndarray) -> tuple[float, np.ndarray]:
             loss, gradient = self.loss_and_gradient(torch.from_numpy(flat).view(shape) * scale, dtype)
-            done[0] = gradient.norm().item() < TOLERANCE / 10  # a margin
+            done[0] = gradient.norm().item() < self.enough
             gradient = gradient * scale
             done[0] |= gradient.square().sum().item() / 2 < gap * loss
             return loss, gradient.flatten().numpy()
@@ -148,7 +181,7 @@ class _Problem:
             if done[0]:
                 raise StopIteration
 
-        options = {"maxiter": STEPS, "maxfun": 2 * STEPS, "maxcor": 10, "ftol": 0.0, "gtol": 0.0, "maxls": 50}
+        options = {"maxiter": STEPS, "maxfun": 2 * STEPS, "maxcor": MEMORY, "ftol": 0.0, "gtol": 0.0, "maxls": 50}
         start = (point / scale).flatten().numpy()
         found = minimize(evaluate, start, jac=True, method="L-BFGS-B", callback=callback, options=options)
         return torch.from_numpy(found.x).view(shape) * scale, int(found.nit)

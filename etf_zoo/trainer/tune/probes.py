@@ -23,7 +23,7 @@ from ..data.batches import eval_batches
 from ..data.near_duplicates import grouped_folds, near_duplicates
 from ..data.sealed import choosing
 from ..data.subsets import Images
-from .logistic import fit_logistic, principal_axes
+from .logistic import fit_logistic, principal_axes, rough_path
 
 __all__ = [
     "PROBES",
@@ -41,6 +41,7 @@ STRENGTHS = tuple(10.0**power for power in range(-4, 3))  # scikit-learn's C: la
 SCALINGS = ("whole", "each")
 NEIGHBORS = (1, 3, 5, 10, 20, 50, 100, 200)
 FOLDS = 3
+FALLEN = 3.0  # standard errors below the best accuracy, from which on weaker penalties are not tried
 
 
 @dataclass(frozen=True)
@@ -172,14 +173,14 @@ def fit_probe(
         return _neighbors(features, labels, min(20, len(labels)), "20 neighbors", {})
     with choosing():
         if method == "linear_probe" and strength:
-            return _linear_probe(features, labels, len(names), Choice("each", strength), None)
+            return _linear_probe(features, labels, len(names), Choice("each", strength))
         folds = _folds(features, labels, seed, groups)
         if method == "knn":
             k, accuracy = _choose_neighbors(features, labels, folds)
             details = {"k": k, "cv_top1": 100 * accuracy}
             return _neighbors(features, labels, k, f"{k} neighbors, by cross-validation", details)
-        choice, accuracy = _choose_strength(features, labels, folds)
-        return _linear_probe(features, labels, len(names), choice, accuracy)
+        choice, accuracy, start = _choose_strength(features, labels, folds)
+        return _linear_probe(features, labels, len(names), choice, accuracy, start)
 
 
 def _folds(features: Tensor, labels: Tensor, seed: int, groups: np.ndarray | None) -> list[tuple[Tensor, Tensor]]:
@@ -224,29 +225,55 @@ def _scaled(x: Tensor, scaling: str) -> tuple[Tensor, Tensor, Tensor]:
     return x @ axes, shift, axes / (scale[:, None] if scaling == "each" else scale)
 
 
-def _choose_strength(features: Tensor, labels: Tensor, folds: list[tuple[Tensor, Tensor]]) -> tuple[Choice, float]:
-    """The choice with the best accuracy on the images that the folds hold out; of equals the first of its kind."""
-    scores = {}
+def _choose_strength(
+    features: Tensor, labels: Tensor, folds: list[tuple[Tensor, Tensor]]
+) -> tuple[Choice, float, Tensor | None]:
+    """The choice with the best accuracy on the images that the folds hold out; of equals the first of its kind.
+
+    Strengths are tried from small to large until the accuracy lies `FALLEN` standard errors below the best so far: the
+    weakest penalties take by far the most steps.
+
+    Returns:
+        The choice, its accuracy, and where to start the fit to all images: the mean of the folds' fits, if each of them
+        has all classes.
+    """
+    images, num_classes = sum(len(judged) for _, judged in folds), len(labels.unique())
+    best, highest, start = Choice(SCALINGS[0], STRENGTHS[0]), -1.0, None
     for scaling in SCALINGS:  # which looks at all training images, but at no label
-        x, _, _ = _scaled(features, scaling)
-        right = torch.zeros(len(STRENGTHS))
-        for fit, judged in folds:
-            classes, own = labels[fit].unique(return_inverse=True)
-            fitted = None
-            for i, strength in enumerate(STRENGTHS):
-                fitted = fit_logistic(x[fit], own, len(classes), strength, start=fitted, rough=True)
-                guesses = (x[judged] @ fitted.weight.T + fitted.bias).argmax(1)
-                right[i] += (classes[guesses] == labels[judged]).sum()
-        judged_in_all = sum(len(judged) for _, judged in folds)
-        scores |= {Choice(scaling, c): n / judged_in_all for c, n in zip(STRENGTHS, right.tolist(), strict=True)}
-    best = max(scores, key=lambda choice: scores[choice])
-    return best, scores[best]
+        x = _scaled(features, scaling)[0].float()
+        seen = [labels[fit].unique(return_inverse=True) for fit, _ in folds]
+        paths = [
+            rough_path(x[fit], own, len(classes), STRENGTHS)
+            for (fit, _), (classes, own) in zip(folds, seen, strict=True)
+        ]
+        peak = 0.0
+        for strength, points in zip(STRENGTHS, zip(*paths, strict=True), strict=False):
+            right = 0
+            for (_, judged), (classes, _), point in zip(folds, seen, points, strict=True):
+                guesses = (x[judged] @ point[:, :-1].T.float() + point[:, -1].float()).argmax(1)
+                right += int((classes[guesses] == labels[judged]).sum())
+            accuracy = right / images
+            if accuracy > highest:
+                whole = all(len(classes) == num_classes for classes, _ in seen)
+                best, highest = Choice(scaling, strength), accuracy
+                start = torch.stack(points).mean(0) if whole else None
+            peak = max(peak, accuracy)
+            if accuracy < peak - FALLEN * (peak * (1 - peak) / images) ** 0.5:
+                break
+    return best, highest, start
 
 
-def _linear_probe(features: Tensor, labels: Tensor, num_classes: int, choice: Choice, accuracy: float | None) -> Probe:
+def _linear_probe(
+    features: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    choice: Choice,
+    accuracy: float | None = None,
+    start: Tensor | None = None,
+) -> Probe:
     x, shift, axes = _scaled(features, choice.scaling)
     classes, own = labels.unique(return_inverse=True)
-    fitted = fit_logistic(x, own, len(classes), choice.strength)
+    fitted = fit_logistic(x, own, len(classes), choice.strength, start=start)
     rows = fitted.weight @ axes.T
     offsets = fitted.bias - rows @ shift
     weight = torch.zeros(num_classes, features.shape[1], dtype=torch.float64)

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from etf_zoo.errors import EtfZooError
 from etf_zoo.trainer.tune import logistic
-from etf_zoo.trainer.tune.logistic import fit_logistic, principal_axes
+from etf_zoo.trainer.tune.logistic import fit_logistic, principal_axes, rough_path
 
 
 def made(kind):
@@ -45,7 +45,9 @@ def test_the_gradient_is_that_of_the_objective():
     loss = F.cross_entropy(x @ weight.T + bias, labels) + weight.square().sum() / (2 * 0.7 * len(x))
     loss.backward()
     point = torch.cat([weight, bias[:, None]], 1).detach()
-    ours, gradient = logistic._Problem(x, labels, 0.7).loss_and_gradient(point, torch.float64)
+    problem = logistic._Problem(x, labels)
+    problem.set_strength(0.7)
+    ours, gradient = problem.loss_and_gradient(point, torch.float64)
     assert ours == pytest.approx(loss.item())
     torch.testing.assert_close(gradient, torch.cat([weight.grad, bias.grad[:, None]], 1))
 
@@ -53,23 +55,27 @@ def test_the_gradient_is_that_of_the_objective():
 def test_a_start_changes_the_way_and_not_the_end():
     x, labels = made("overlapping")
     cold = fit_logistic(x, labels, 4, 1.0)
-    warm = fit_logistic(x, labels, 4, 1.0, start=fit_logistic(x, labels, 4, 0.5))
+    start = torch.randn(4, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    warm = fit_logistic(x, labels, 4, 1.0, start=start)
     torch.testing.assert_close(warm.weight, cold.weight, atol=1e-4, rtol=0)
     torch.testing.assert_close(warm.bias, cold.bias, atol=1e-4, rtol=0)
     again = fit_logistic(x, labels, 4, 1.0)
     assert torch.equal(again.weight, cold.weight)
 
 
-def test_a_rough_fit_is_near():
-    x, labels = made("separable")
-    rough, fine = fit_logistic(x, labels, 4, 1.0, rough=True), fit_logistic(x, labels, 4, 1.0)
-    assert rough.steps < fine.steps
-    problem = logistic._Problem(x, labels, 1.0)
-    losses = [
-        problem.loss_and_gradient(torch.cat([fit.weight, fit.bias[:, None]], 1), torch.float64)[0]
-        for fit in (rough, fine)
-    ]
-    assert 0 < losses[0] - losses[1] < 1e-3
+@pytest.mark.parametrize("kind", ["overlapping", "separable", "wide"])
+def test_a_rough_path_is_near(kind):
+    """Above the minimum by little of it, and not below it."""
+    x, labels = made(kind)
+    x = x @ principal_axes(x)
+    strengths = [1e-3, 1e-1, 1.0, 100.0]
+    problem = logistic._Problem(x, labels)
+    for strength, rough in zip(strengths, rough_path(x, labels, 4, strengths), strict=True):
+        fine = fit_logistic(x, labels, 4, strength)
+        problem.set_strength(strength)
+        ends = rough, torch.cat([fine.weight, fine.bias[:, None]], 1)
+        losses = [problem.loss_and_gradient(point, torch.float64)[0] for point in ends]
+        assert -1e-9 < losses[0] / losses[1] - 1 < 5e-3
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(50, 8), (8, 50)])

@@ -15,6 +15,7 @@ from etf_zoo.trainer.data.batches import Split
 from etf_zoo.trainer.data.near_duplicates import grouped_folds, near_duplicates
 from etf_zoo.trainer.data.subsets import load_images
 from etf_zoo.trainer.recipe.config import Data
+from etf_zoo.trainer.tune import probes
 from etf_zoo.trainer.tune.probes import (
     PROBES,
     _votes,
@@ -87,6 +88,28 @@ def test_a_linear_probe_chooses_what_a_search_by_hand_does(blobs):
     found = fit_probe("linear_probe", features, labels, names, seed=1, groups=groups).details
     assert scores[found["scaling"], found["C"]] == pytest.approx(found["cv_top1"])
     assert found["cv_top1"] == pytest.approx(max(scores.values()))
+
+
+def test_weak_penalties_are_not_tried_once_accuracy_has_fallen(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(600) % 3
+    features = 0.5 * F.one_hot(labels, 200) + torch.randn(600, 200, generator=generator)  # weak signs, overfitted soon
+    asked = []
+
+    def watched(x, own, num_classes, strengths):
+        for strength, point in zip(strengths, rough_path(x, own, num_classes, strengths), strict=True):
+            asked.append(strength)
+            yield point
+
+    rough_path = probes.rough_path
+    monkeypatch.setattr(probes, "rough_path", watched)
+    monkeypatch.setattr(probes, "FALLEN", 2.0)
+    early = fit_probe("linear_probe", features, labels, list("abc"), groups=np.arange(600)).details
+    tried = set(asked)
+    monkeypatch.setattr(probes, "FALLEN", 100.0)
+    late = fit_probe("linear_probe", features, labels, list("abc"), groups=np.arange(600)).details
+    assert tried < set(asked) == set(probes.STRENGTHS)
+    assert {**early, "steps": 0, "gradient_norm": 0} == {**late, "steps": 0, "gradient_norm": 0}
 
 
 @pytest.mark.parametrize("k", [1, 5, 20])
