@@ -102,11 +102,12 @@ def _model_and_weights(name: str) -> tuple[Any, str]:
     if source.folder is not None or source.name.startswith("hf-hub:"):
         model = load_model(name)
         return model, str(model.pretrained_cfg.get("tag") or "in the folder")
-    tagged = get_pretrained_cfg(source.name)
-    if tagged is None or not is_converted(tagged):
-        full = f"{source.name}.{default_tag(source.name)}" if source.is_twin and "." not in source.name else ""
-        tagged = get_pretrained_cfg(full) if full and _package(full) else None
-    if tagged is not None and is_converted(tagged):  # its head is known without a download
+    full = source.name
+    if source.is_twin and "." not in full:  # without a tag, what an installed package brings counts
+        tag = default_tag(full)
+        full = f"{full}.{tag}" if _package(f"{full}.{tag}") else full
+    tagged = get_pretrained_cfg(full)
+    if source.is_twin and tagged is not None and is_converted(tagged):  # its head is known without a download
         kwargs = EXACT.saved()
         rewritten: Any = timm.create_model(name, **kwargs)
         rewritten.pretrained_cfg["license"] = tagged.license
