@@ -87,6 +87,11 @@ class Stepper:
                 "without a moving frame can use: set them to 0."
             )
         self.scales = [(head, head.initial_scale()) for head in frame_heads(self.plain).values()]
+        if recipe.data.label == "teacher" and not self.objective.takes_shares:
+            raise EtfZooError(
+                "A teacher gives an image shares of classes, which only loss.name cross_entropy without a moving frame "
+                "can use: take that, or set data.label to class."
+            )
         if recipe.compile:  # what comes behind the features is cheap, and the objective looks into it
             self.plain.forward_features = torch.compile(self.plain.forward_features)
         if is_sharded(accelerator):

@@ -134,11 +134,14 @@ class Finetune(Recipe):
             raise EtfZooError(
                 f"cache_views is for what freezes layers and trains (head, layer, scl), not {self.method}."
             )
-        if self.augment.mixes or self.compile or len(self.sizes) > 1:
+        if self.augment.mixes or self.augment.views > 1 or self.compile or len(self.sizes) > 1:
             raise EtfZooError(
                 "cache_views stores images one by one and at one size, and hooks into the model: set augment.mixup and "
-                "augment.cutmix to 0, compile to false, and a single size."
+                "augment.cutmix to 0, augment.large_views to 1, augment.small_views to 0, compile to false, and give a "
+                "single size."
             )
+        if self.loss.stage_weight:
+            raise EtfZooError("cache_views leaves out the earlier stage that loss.stage_weight is for: set one to 0.")
 
 
 @dataclass

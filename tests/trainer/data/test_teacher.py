@@ -12,7 +12,7 @@ from etf_zoo.sharing.folder import save_folder
 from etf_zoo.trainer.data.augment import colors_of, mix
 from etf_zoo.trainer.data.batches import batch_generator, eval_batches, load_split, train_batches
 from etf_zoo.trainer.data.teacher import taught
-from etf_zoo.trainer.recipe.config import Augment, Data, Optim, Recipe
+from etf_zoo.trainer.recipe.config import Augment, Data, Loss, Optim, Recipe
 from etf_zoo.trainer.run.run import Run
 
 DATA = Data("digits", val_split="test", size=32)
@@ -85,7 +85,12 @@ def test_a_run_learns_from_the_teacher(teacher, tmp_path):
     assert 0 <= run.records[-1]["val_top1"] <= 100
 
 
-def test_errors(teacher):
+def test_errors(teacher, tmp_path):
+    data = dataclasses.replace(DATA, label="teacher", teacher=str(teacher), teacher_size=32, limit=64)
+    recipe = Recipe(output=str(tmp_path / "run"), model="test_resnet_etf", data=data, batch_size=32, sizes=[[0, 32]])
+    for changes in ({"loss": Loss("dot_regression")}, {"model_args": {"moving": True}}):
+        with pytest.raises(EtfZooError, match="shares of classes"):
+            Run(dataclasses.replace(recipe, **changes))
     with pytest.raises(EtfZooError, match="resident"):
         taught(None, str(teacher), 32)
     with pytest.raises(EtfZooError, match=r"no_such|no model|Unknown"):

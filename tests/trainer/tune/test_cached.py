@@ -9,7 +9,7 @@ import torch
 from etf_zoo.errors import EtfZooError
 from etf_zoo.trainer.data.batches import view_batches
 from etf_zoo.trainer.data.stored import StoredInputs
-from etf_zoo.trainer.recipe.config import Augment, Ema, Optim
+from etf_zoo.trainer.recipe.config import Augment, Ema, Loss, Optim
 from etf_zoo.trainer.tune.parts import load_data
 from etf_zoo.trainer.tune.tuning import fine_tune
 from tests.trainer.tune.test_tuning import RECIPE as TUNING
@@ -84,6 +84,8 @@ def test_views_of_a_split(digits):
         ({"method": "ncm"}, r"not ncm"),
         ({"method": "head", "augment": Augment(mixup=0.2)}, r"augment\.mixup and augment\.cutmix to 0"),
         ({"method": "head", "sizes": [[0, 16], [1, 32]]}, r"a single size"),
+        ({"method": "head", "augment": Augment(large_views=2)}, r"augment\.large_views to 1"),
+        ({"method": "head", "loss": Loss(stage_weight=0.3)}, r"loss\.stage_weight"),
     ],
 )
 def test_errors(changes, message):
