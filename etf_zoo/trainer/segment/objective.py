@@ -15,7 +15,7 @@ from etf_zoo.segmentation import STRIDE, Segmenter
 from ..run.objective import class_weights_of
 from .recipe import Segmentation
 
-__all__ = ["PixelObjective", "at_features", "pixel_cross_entropy"]
+__all__ = ["PixelObjective", "masks_at", "pixel_cross_entropy"]
 
 
 def pixel_cross_entropy(
@@ -39,19 +39,24 @@ def pixel_cross_entropy(
     return each / (masks != ignore_index).sum().clamp_min(1)
 
 
-def at_features(features: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
-    """Features of a padded image without their padding, and the masks at the middle of each feature's pixels.
+def masks_at(features: Tensor, masks: Tensor, ignore_index: int = 255) -> Tensor:
+    """Masks at the middle of each feature's pixels; `ignore_index` where the image was padded.
+
+    Cutting the padding off the features instead would give their gradient another memory format, which slows all that
+    lies below.
 
     Args:
         features: `(B, C, h, w)`, of an image whose sides were padded to multiples of `STRIDE`.
         masks: `(B, H, W)` of the image.
+        ignore_index: Number of pixels without a class.
 
     Returns:
-        `(B, C, h', w')` and `(B, h', w')`.
+        `(B, h, w)`.
     """
     stride = -(-masks.shape[-2] // STRIDE) * STRIDE // features.shape[-2]
     small = masks[:, stride // 2 :: stride, stride // 2 :: stride]
-    return features[..., : small.shape[1], : small.shape[2]], small
+    below, beside = (features.shape[i] - small.shape[i - 1] for i in (2, 3))
+    return F.pad(small, (0, beside, 0, below), value=ignore_index)
 
 
 class PixelObjective:
@@ -109,8 +114,8 @@ class PixelObjective:
             label_smoothing=self.recipe.label_smoothing,
         )
         if self.collapse is not None and features is not None:
-            cut, small = at_features(features, masks)
-            loss = loss + self.recipe.center_collapse * self.collapse(cut, small, self.frame)
+            small = masks_at(features, masks, self.recipe.ignore_index)
+            loss = loss + self.recipe.center_collapse * self.collapse(features, small, self.frame)
         return right, loss
 
     def after_step(self) -> None:

@@ -16,7 +16,7 @@ from etf_zoo.losses import CenterCollapseLoss
 from etf_zoo.segmentation import Segmenter, load_segmenter
 from etf_zoo.trainer.recipe.config import Augment, Data, Loss
 from etf_zoo.trainer.segment.data import augment_pairs, eval_pairs, load_masks, train_pairs
-from etf_zoo.trainer.segment.objective import PixelObjective, at_features, pixel_cross_entropy
+from etf_zoo.trainer.segment.objective import PixelObjective, masks_at, pixel_cross_entropy
 from etf_zoo.trainer.segment.recipe import Segmentation
 from etf_zoo.trainer.segment.run import SegmentationRun, export, measure_masks
 
@@ -205,9 +205,11 @@ def test_cross_entropy_of_pixels_beside_a_loop():
 
 def test_masks_at_the_features_pixels():
     masks = torch.arange(40 * 56).view(1, 40, 56)
-    cut, small = at_features(torch.randn(1, 8, 16, 16), masks)  # padded to 64 x 64, stride 4
-    assert cut.shape == (1, 8, 10, 14)
-    assert torch.equal(small, masks[:, 2::4, 2::4])
+    small = masks_at(torch.randn(1, 8, 16, 16), masks, 254)  # padded to 64 x 64, stride 4
+    assert small.shape == (1, 16, 16)
+    assert torch.equal(small[:, :10, :14], masks[:, 2::4, 2::4])
+    assert bool((small[:, 10:] == 254).all())
+    assert bool((small[..., 14:] == 254).all())
 
 
 def test_the_objective_adds_center_collapse_with_its_weight(recipe):
@@ -217,7 +219,11 @@ def test_the_objective_adds_center_collapse_with_its_weight(recipe):
     plain = PixelObjective(recipe, model, counts)
     collapsing = PixelObjective(dataclasses.replace(recipe, center_collapse=0.3), model, counts)
     right, loss = plain(model, images, masks)
-    expected = CenterCollapseLoss()(*at_features(model.decode(images), masks), collapsing.frame)
+    features = model.decode(images)
+    s = 64 // features.shape[-1]
+    small = masks[:, s // 2 :: s, s // 2 :: s]
+    cut = features[..., : small.shape[1], : small.shape[2]]  # without what was padded
+    expected = CenterCollapseLoss()(cut, small, collapsing.frame)
     assert collapsing(model, images, masks)[1].item() == pytest.approx((loss + 0.3 * expected).item(), rel=1e-5)
     hits = (model(images).argmax(1) == masks) & (masks != 255)
     share = [float(h.sum()) / float((m != 255).sum()) for h, m in zip(hits, masks, strict=True)]
