@@ -223,15 +223,17 @@ def rates_of(method: str, part: dict[str, Tensor], base: int, total: int) -> dic
         head = based(method, part, base, total, TRIALS[0], rate)
         return accuracy(head, part["test"], part["test_labels"], base)
 
-    base_rate, base_top1 = best_rate(of_base, 1e-3) if method in FITTED else (0.0, 0.0)  # the other is fitted already
+    found = {}
+    if method in FITTED:  # the other is fitted already
+        found["base_rate"], found["base_top1"] = best_rate(of_base, 1e-3)
+    base_rate = found.get("base_rate", 0.0)
     heads = {seed: based(method, part, base - 15, total, seed, base_rate) for seed in TRIALS}
 
     def of_sessions(rate: float) -> float:
         found = [run(part, head, 3, seed, rate=rate)["top1"] for seed, head in heads.items()]
         return statistics.mean(top1 for stages in found for top1 in stages)
 
-    rate, top1 = best_rate(of_sessions, 1e-3)
-    found = {"base_rate": base_rate, "base_top1": base_top1, "rate": rate, "top1": top1}
+    found["rate"], found["top1"] = best_rate(of_sessions, 1e-3)
     return {key: float(f"{value:.4g}") for key, value in found.items()}
 
 
