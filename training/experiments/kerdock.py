@@ -75,8 +75,8 @@ DEFAULTS: dict[str, dict[str, int]] = {
     "classes": {"dim": 16, "images": 25_000, "epochs": 6},
 }
 GRID: dict[str, list[tuple[float, float | str | None]]] = {
-    "Kerdock": [(0.01, 10.0), (0.02, 10.0), (0.01, "auto")],
-    "learned": [(0.01, None), (0.02, None)],
+    "Kerdock": [(0.01, 10.0), (0.02, 10.0), (0.04, 10.0), (0.01, "auto")],
+    "learned": [(0.005, None), (0.01, None), (0.02, None)],
     "supervised": [(0.01, None), (0.02, None)],
 }
 INSTANCES: dict[str, dict[str, Any]] = {
@@ -269,7 +269,7 @@ def choose_table() -> str:
     body = [
         [cell["name"], f"{cell['lr']:g}", "" if cell["scale"] is None else f"{cell['scale']}"]
         + [f"{cell[key]:.2f}" for key in ("train_loss", "train_top1", "held_out_knn")]
-        for cell in read("choose")
+        for cell in sorted(read("choose"), key=lambda cell: (cell["name"], cell["lr"]))
     ]
     return "\n".join(markdown(columns, body)) + "\n"
 
@@ -360,6 +360,8 @@ def main() -> None:
         tables = {"choose": choose_table(), "instances": instances_table()}
         tables |= {part: classes_table(part) for part in ("features", "classes")}
         for part, text in tables.items():
+            if not read(part):
+                continue
             (RESULTS / f"{part}.md").write_text(text, encoding="utf-8")
 
 
