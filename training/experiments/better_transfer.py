@@ -31,6 +31,7 @@ import argparse
 import shutil
 import statistics
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -41,6 +42,7 @@ from safetensors.torch import save_file
 
 from etf_zoo.errors import EtfZooError
 from etf_zoo.trainer.data.batches import limited, load_split
+from etf_zoo.trainer.data.sealed import choosing
 from etf_zoo.trainer.data.teacher import taught
 from etf_zoo.trainer.recipe.config import Recipe
 from etf_zoo.trainer.recipe.parsing import merged, parse_entries
@@ -154,7 +156,12 @@ def decode(args: argparse.Namespace) -> None:
 
 
 def measure(work: Path, cell: Cell) -> dict[str, Any]:
-    """Train and score."""
+    """Train and score; what something is chosen by cannot open any split but that of training."""
+    with nullcontext() if cell.scoring.test else choosing():
+        return _measure(work, cell)
+
+
+def _measure(work: Path, cell: Cell) -> dict[str, Any]:
     folder = work / cell.key.replace(" ", "_").replace(",", "")
     resume = (folder / "checkpoints").is_dir() and any((folder / "checkpoints").iterdir())
     recipe = replace(cell.recipe, output=str(folder), resume=resume)

@@ -9,7 +9,9 @@ import pytest
 import timm
 import torch
 
+from etf_zoo.errors import EtfZooError
 from etf_zoo.trainer.data.batches import load_split
+from etf_zoo.trainer.data.sealed import choosing
 from etf_zoo.trainer.recipe.config import Data, Recipe
 from etf_zoo.trainer.run.model import make_model
 from training.experiments import better_transfer, sooner, transfer_score
@@ -105,6 +107,21 @@ def test_the_backbone_alone_is_taken_over():
     assert torch.equal(target.fc.weight, own)
     with pytest.raises(RuntimeError, match="lacks"):
         load_backbone(timm.create_model("test_vit", num_classes=3), target)
+
+
+def test_images_to_judge_by(monkeypatch):
+    monkeypatch.setattr(transfer_score, "near_duplicates", lambda features: np.arange(len(features)) // 2)
+    monkeypatch.setattr(transfer_score, "backbone_features", lambda model, split, **_: torch.zeros(len(split), 1))
+    fitted_on, judged = transfer_score.images_of("digits", Scoring(sets=("digits",)))
+    whole = load_split(Data("digits", size=96), "train")
+    assert len(fitted_on) + len(judged) == len(whole)
+    assert 0.35 < len(judged) / len(whole) < 0.5  # pairs of two digits take more along
+    rows = [set((np.asarray(split.index) // 2).tolist()) for split in (fitted_on, judged)]
+    assert not rows[0] & rows[1]  # what looks alike is on one side
+    train, test = transfer_score.images_of("digits", Scoring(sets=("digits",), test=True))
+    assert (len(train), len(test)) == (len(whole), 450)
+    with choosing(), pytest.raises(EtfZooError, match="while something is chosen"):
+        transfer_score.images_of("digits", Scoring(sets=("digits",), test=True, epochs=3))
 
 
 def test_a_cell_from_training_to_its_line(tmp_path, monkeypatch):
