@@ -1,7 +1,8 @@
 """Accuracy over the number of images a class: the tables and the picture of `docs/results/photos.md`.
 
 `python training/experiments/photos.py`, after the grids of `training/recipes/photos*.yaml`: it reads their
-`cells.jsonl`, writes `table.md` and `shots.png` into `training/results/photos`, and measures nothing.
+`cells.jsonl`, writes `summary.md`, `heads.md`, `table.md` (both, and the rates that were tried) and `shots.png` into
+`training/results/photos`, and measures nothing.
 """
 
 from __future__ import annotations
@@ -24,7 +25,19 @@ RESULTS = Path("training/results")
 FOLDERS = ("photos", "photos_layer", "photos_full")
 SHOTS = (1, 5, 10, 0)  # images a class; 0 for all
 # What the picture shows, of all rows.
-SHOWN = ("ncm", "linear_probe", "head learned", "layer learned", "layer warm frame", "layer frame", "full learned")
+SHOWN = (
+    "ncm",
+    "linear_probe",
+    "head learned",
+    "head learned cosine",
+    "layer learned",
+    "layer warm frame",
+    "layer frame",
+    "full learned",
+)
+NOTE = """Top-1 (%) with its 95 % interval over training subsets and test images, and the number of subsets. A
+difference is paired: the same training images, the same test images; \\* tells from zero. Rates were chosen on held-out
+training images."""
 Record = dict[str, Any]
 Key = tuple[str, str, str, int]  # weights, data, method, images a class
 
@@ -70,7 +83,7 @@ def tables(cells: dict[Key, dict[int, Record]]) -> str:
         body = [[method, *(_shown(mine.get((method, shots))) for shots in SHOTS)] for method in methods]
         best = ["best", *(_best(mine, shots) for shots in SHOTS)]
         head = ["", *(f"{shots} a class" if shots else "all" for shots in SHOTS)]
-        lines += [f"## {data}, {weights} ({test} test images)", "", *markdown(head, [*body, best]), ""]
+        lines += [f"**{data}**, {weights}, {test} test images:", "", *markdown(head, [*body, best]), ""]
     return "\n".join(lines)
 
 
@@ -116,15 +129,16 @@ def draw(cells: dict[Key, dict[int, Record]], path: Path) -> None:
     """Accuracy over the number of images a class, a panel for each data set; bars are intervals."""
     found = {key: value for key, value in estimates(cells).items() if key[2] in SHOWN}
     panels = list(dict.fromkeys(key[:2] for key in found))
+    shown = [method for method in SHOWN if any(key[2] == method for key in found)]
     figure = Figure(figsize=(4.2 * len(panels) + 1, 3.6), layout="constrained")
     for ax, (weights, data) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        for color, method in zip(COLORS, SHOWN, strict=False):
+        for color, method in zip(COLORS, shown, strict=False):
             at = [i for i, shots in enumerate(SHOTS) if (weights, data, method, shots) in found]
             if not at:
                 continue
             mine = [found[weights, data, method, SHOTS[i]] for i in at]
             ends = [[one.mean - one.low for one in mine], [one.high - one.mean for one in mine]]
-            place = np.array(at) + 0.06 * (SHOWN.index(method) - len(SHOWN) / 2)
+            place = np.array(at) + 0.06 * (shown.index(method) - (len(shown) - 1) / 2)
             ax.errorbar(
                 place, [one.mean for one in mine], ends, marker="o", ms=4, lw=1.2, capsize=2, color=color, label=method
             )
@@ -141,24 +155,18 @@ def draw(cells: dict[Key, dict[int, Record]], path: Path) -> None:
 def main() -> None:
     folders = [RESULTS / name for name in FOLDERS if (RESULTS / name / CELLS).is_file()]
     cells = read(folders)
+    summary, heads = tables(cells), differences(cells)
     text = [
         "# Real photographs",
-        "",
-        "Top-1 (%) with its 95 % interval over training subsets and test images, and the number of subsets.",
-        "",
-        tables(cells),
+        NOTE,
+        summary,
         "## Heads, each minus the learned one",
-        "",
-        differences(cells),
-        "",
-        "A difference is paired: the same training images, the same test images. \\* tells from zero.",
-        "",
-        "## Rates, on held-out training images",
-        "",
+        heads,
+        "## Rates",
         rates(folders),
-        "",
     ]
-    (folders[0] / "table.md").write_text("\n".join(text), encoding="utf-8")
+    for name, content in (("summary", summary), ("heads", heads), ("table", "\n\n".join(text))):
+        (folders[0] / f"{name}.md").write_text(f"{content.strip()}\n", encoding="utf-8")
     draw(cells, folders[0] / "shots.png")
     print(f"Table: {folders[0] / 'table.md'}")
 

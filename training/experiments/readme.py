@@ -251,6 +251,8 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "kerdock-instances": _text("kerdock", "instances.md"),
     "kerdock-features": _text("kerdock", "features.md"),
     "standing": standing,
+    "photos": _text("photos", "summary.md"),
+    "photos-heads": _text("photos", "heads.md"),
     "later-sessions": _text("later", "sessions.md"),
     "later-ood": _text("later", "ood.md"),
     "later-ood-sessions": _text("later", "ood_sessions.md"),

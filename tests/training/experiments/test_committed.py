@@ -5,7 +5,7 @@ import json
 import pytest
 
 from etf_zoo.trainer.recipe.config import parse
-from training.experiments import comparison
+from training.experiments import comparison, photos
 from training.experiments.comparison import Comparison
 from training.experiments.grid import CELLS, Results
 from training.experiments.readme import RESULTS, ROOT
@@ -37,7 +37,13 @@ def test_comparisons(name, monkeypatch):
     assert (RESULTS / name / "table.md").read_text(encoding="utf-8") == comparison.table(settings, records)
 
 
-@pytest.mark.parametrize("name", ["cifar100_heads", "cifar100_longtail", *MEASURED])
+def test_photos():
+    grid = photos.read([RESULTS / name for name in photos.FOLDERS if (RESULTS / name / CELLS).is_file()])
+    for name, text in (("summary", photos.tables(grid)), ("heads", photos.differences(grid))):
+        assert (RESULTS / "photos" / f"{name}.md").read_text(encoding="utf-8") == f"{text.strip()}\n"
+
+
+@pytest.mark.parametrize("name", ["cifar100_heads", "cifar100_longtail", *MEASURED, "photos"])
 def test_no_line_is_damaged(name):
     file = RESULTS / name / CELLS
     lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]

@@ -1,0 +1,56 @@
+"""The tables and the picture of photographs, from made cells."""
+
+import numpy as np
+import pytest
+
+from training.experiments import photos
+from training.experiments.grid import CELLS, Results
+from training.experiments.intervals import pack
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    """Two grids; the learned head is right on the first half of ten images, the cosine head on the first seven."""
+    found = []
+    for name, methods in (("photos", {"ncm": 4, "head learned 5-shot": 5, "head learned cosine 5-shot": 7}), ("b", {})):
+        folder = tmp_path / name
+        results = Results(folder / CELLS, tmp_path / "locks")
+        for method, right in methods.items():
+            for seed in (0, 1):
+                correct = np.arange(10) < right
+                record = {"weights": "w", "data": "d", "method": method, "seed": seed, "correct": pack(correct)}
+                results.append({"key": f"{method}|{seed}", **record, "test_images": 10})
+        found.append(folder)
+    monkeypatch.setattr(photos, "RESULTS", tmp_path)
+    monkeypatch.setattr(photos, "FOLDERS", ("photos", "b"))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("method", "wanted"),
+    [("ncm", ("ncm", 0)), ("layer warm frame 10-shot", ("layer warm frame", 10)), ("x shot", ("x shot", 0))],
+)
+def test_shots_in_a_name(method, wanted):
+    assert photos.split_shots(method) == wanted
+
+
+def test_what_each_cell_of_the_table_says(folders):
+    cells = photos.read(folders)
+    names = ("ncm", "head learned 5-shot", "head learned cosine 5-shot")
+    assert cells.keys() == {("w", "d", *photos.split_shots(name)) for name in names}
+    text = photos.tables(cells)
+    assert "**d**, w, 10 test images:" in text
+    assert "| ncm |  |  |  | 40.0 [" in text
+    assert "| best |  | head learned cosine |  | ncm |" in text
+    lines = photos.differences(cells).splitlines()
+    assert len(lines) == 3
+    assert lines[2].startswith("| d | w | head | learned cosine | 5 a class | +20.0 [")
+    assert lines[2].endswith("| 2 x 10 |")
+
+
+def test_the_report(folders):
+    photos.main()
+    assert (folders[0] / "shots.png").stat().st_size > 1000
+    text = (folders[0] / "table.md").read_text()
+    assert "## Rates" in text
+    assert (folders[0] / "summary.md").read_text() in text
