@@ -27,6 +27,7 @@ from etf_zoo.trainer.data.subsets import Images, few_shot_indices, load_images
 from etf_zoo.trainer.recipe.config import Data
 from etf_zoo.trainer.tune.probes import backbone_features
 
+SCRIPT = "training/benchmarks/nearest_imagenet.py"
 SIZE = 224
 
 
@@ -81,7 +82,7 @@ def main() -> None:
         results[name] = figures(head(features), before, classes, labels)
     found = {
         "what": "A classifier of ImageNet's 1,000 classes, converted; images of Tiny ImageNet's 200, enlarged (%)",
-        "command": f"python training/benchmarks/nearest_imagenet.py --output {args.output}",
+        "command": f"python {SCRIPT} --per-class {args.per_class} --output {args.output}",
         "model": args.model,
         "timm": timm.__version__,
         "images": len(test),

@@ -1,8 +1,8 @@
 """Accuracy over the number of images a class: the tables and the picture of `docs/results/photos.md`.
 
 `python training/experiments/photos.py`, after the grids of `training/recipes/photos*.yaml`: it reads their
-`cells.jsonl`, writes `summary.md`, `heads.md`, `table.md` (both, and the rates that were tried) and `shots.png` into
-`training/results/photos`, and measures nothing.
+`cells.jsonl`, writes `short.md`, `summary.md`, `heads.md`, `table.md` (with the rates that were tried) and `shots.png`
+into `training/results/photos`, and measures nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from training.experiments.intervals import Estimate, estimate, paired_difference
 from training.experiments.transfer_report import markdown
 
 RESULTS = Path("training/results")
-FOLDERS = ("photos", "photos_layer", "photos_full")
+FOLDERS = ("photos", "photos_layer", "photos_full", "photos_full_more")
 SHOTS = (1, 5, 10, 0)  # images a class; 0 for all
 # What the picture shows, of all rows.
 SHOWN = (
@@ -87,6 +87,18 @@ def tables(cells: dict[Key, dict[int, Record]]) -> str:
     return "\n".join(lines)
 
 
+def short(cells: dict[Key, dict[int, Record]]) -> str:
+    """Means alone: a row for each method of `SHOWN`, a column for each weights and data set."""
+    found = estimates(cells)
+    places = list(dict.fromkeys(key[:2] for key in found))
+    body = []
+    for method in SHOWN:
+        row = [[found.get((*place, method, shots)) for shots in SHOTS] for place in places]
+        if any(one for some in row for one in some):
+            body.append([method, *(" / ".join(f"{one.mean:.1f}" if one else "-" for one in some) for some in row)])
+    return "\n".join(markdown(["1 / 5 / 10 / all images a class", *(f"{data}, {w}" for w, data in places)], body))
+
+
 def _shown(found: Estimate | None) -> str:
     if found is None:
         return ""
@@ -98,21 +110,32 @@ def _best(mine: dict[tuple[str, int], Estimate], shots: int) -> str:
     return max(some, key=lambda method: some[method]) if some else ""
 
 
+def control_of(method: str) -> str:
+    """What a method is compared with: the learned head tuned in the same way, and that with the frozen backbone's.
+
+    Example:
+        >>> control_of("full warm frame"), control_of("full learned"), control_of("ncm")
+        ('full learned', 'head learned', '')
+    """
+    kind, _, head = method.partition(" ")
+    if kind not in ("head", "layer", "scl", "full"):
+        return ""
+    return f"{kind} learned" if head != "learned" else "head learned"
+
+
 def differences(cells: dict[Key, dict[int, Record]]) -> str:
-    """Every head minus the learned one of the same way to tune, on the same images."""
+    """Every head minus the learned one of the same way to tune, and that minus the frozen one, on the same images."""
     body = []
-    for key, some in cells.items():
-        weights, data, method, shots = key
-        kind, _, head = method.partition(" ")
-        control = cells.get((weights, data, f"{kind} learned", shots))
-        if kind not in ("head", "layer", "full") or head == "learned" or control is None:
+    for (weights, data, method, shots), some in cells.items():
+        control = cells.get((weights, data, control_of(method), shots))
+        if control is None or control is some:
             continue
         found = paired_difference(hits(some), hits(control))
         tells = " \\*" if found.tells else ""
         number = f"{shots} a class" if shots else "all"
         shown = f"{found.mean:+.1f} [{found.low:+.1f}, {found.high:+.1f}]{tells}"
-        body.append([data, weights, kind, head, number, shown, f"{found.subsets} x {found.images}"])
-    return "\n".join(markdown(["data", "weights", "tuned", "head", "images", "minus learned", "n"], body))
+        body.append([data, weights, number, method, control_of(method), shown, f"{found.subsets} x {found.images}"])
+    return "\n".join(markdown(["data", "weights", "images", "method", "control", "minus control", "n"], body))
 
 
 def rates(folders: Sequence[Path]) -> str:
@@ -160,12 +183,13 @@ def main() -> None:
         "# Real photographs",
         NOTE,
         summary,
-        "## Heads, each minus the learned one",
+        "## Differences",
         heads,
         "## Rates",
         rates(folders),
     ]
-    for name, content in (("summary", summary), ("heads", heads), ("table", "\n\n".join(text))):
+    files = {"summary": summary, "short": short(cells), "heads": heads, "table": "\n\n".join(text)}
+    for name, content in files.items():
         (folders[0] / f"{name}.md").write_text(f"{content.strip()}\n", encoding="utf-8")
     draw(cells, folders[0] / "shots.png")
     print(f"Table: {folders[0] / 'table.md'}")

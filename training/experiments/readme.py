@@ -157,6 +157,17 @@ def small_maps(page: Path) -> str:
     return "\n".join(markdown(["model", "pixels", "images a second", "the library's", "ratio"], body))
 
 
+def cache_speed(page: Path) -> str:
+    """Training on stored inputs of the first tuned layer beside training on images."""
+    body = []
+    for run in _read(BENCHMARKS / "cache_speed_cpu.json")["runs"]:
+        speed, whole = run["images_per_second"], run["times_faster_20_epochs"]
+        steps = [str(speed["images"]), str(speed["stored"]), f"{run['times_faster_steps']}"]
+        body.append([run["method"], run["layer"], f"{run['tuned_percent']} %", *steps, f"{whole['1']}", f"{whole['8']}"])
+    columns = ["method", "first tuned layer", "tuned", "images/s", "stored: images/s", "times faster"]
+    return "\n".join(markdown([*columns, "20 epochs, 1 view", "20 epochs, 8 views"], body))
+
+
 def head_cost(page: Path) -> str:
     """Milliseconds of a training step of the head alone, and what stays in memory, beside `nn.Linear`."""
     body = [
@@ -241,6 +252,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "longtail": _text("cifar100_longtail", "table.md"),
     "pretrain-speed": pretrain_speed,
     "small-maps": small_maps,
+    "cache-speed": cache_speed,
     "head-cost": head_cost,
     "codes": codes,
     "collapse-speed": collapse_speed,
@@ -252,6 +264,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "kerdock-features": _text("kerdock", "features.md"),
     "standing": standing,
     "photos": _text("photos", "summary.md"),
+    "photos-short": _text("photos", "short.md"),
     "photos-heads": _text("photos", "heads.md"),
     "later-sessions": _text("later", "sessions.md"),
     "later-ood": _text("later", "ood.md"),

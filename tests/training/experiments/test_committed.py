@@ -39,7 +39,8 @@ def test_comparisons(name, monkeypatch):
 
 def test_photos():
     grid = photos.read([RESULTS / name for name in photos.FOLDERS if (RESULTS / name / CELLS).is_file()])
-    for name, text in (("summary", photos.tables(grid)), ("heads", photos.differences(grid))):
+    texts = {"summary": photos.tables(grid), "short": photos.short(grid), "heads": photos.differences(grid)}
+    for name, text in texts.items():
         assert (RESULTS / "photos" / f"{name}.md").read_text(encoding="utf-8") == f"{text.strip()}\n"
 
 

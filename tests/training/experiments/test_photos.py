@@ -26,6 +26,11 @@ def folders(tmp_path, monkeypatch):
     return found
 
 
+def test_controls():
+    names = ("head learned", "full learned", "full warm frame", "layer frame", "ncm")
+    assert [photos.control_of(n) for n in names] == ["head learned"] * 2 + ["full learned", "layer learned", ""]
+
+
 @pytest.mark.parametrize(
     ("method", "wanted"),
     [("ncm", ("ncm", 0)), ("layer warm frame 10-shot", ("layer warm frame", 10)), ("x shot", ("x shot", 0))],
@@ -42,9 +47,10 @@ def test_what_each_cell_of_the_table_says(folders):
     assert "**d**, w, 10 test images:" in text
     assert "| ncm |  |  |  | 40.0 [" in text
     assert "| best |  | head learned cosine |  | ncm |" in text
+    assert photos.short(cells).splitlines()[2] == "| ncm | - / - / - / 40.0 |"
     lines = photos.differences(cells).splitlines()
     assert len(lines) == 3
-    assert lines[2].startswith("| d | w | head | learned cosine | 5 a class | +20.0 [")
+    assert lines[2].startswith("| d | w | 5 a class | head learned cosine | head learned | +20.0 [")
     assert lines[2].endswith("| 2 x 10 |")
 
 
