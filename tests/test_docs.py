@@ -33,6 +33,7 @@ RECIPES: dict[str, type] = {
     "segment": Segmentation,
     "comparison": Comparison,
     "transfer_table": Table,
+    "choose": Table,
 }
 # What needs more than this repository: timm's weights from the Hub.
 NETWORK = ("pretrained=True, num_classes=102", "local-dir:runs", 'load_segmenter("runs')

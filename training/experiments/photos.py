@@ -88,11 +88,11 @@ def tables(cells: dict[Key, dict[int, Record]]) -> str:
 
 
 def short(cells: dict[Key, dict[int, Record]]) -> str:
-    """Means alone: a row for each method of `SHOWN`, a column for each weights and data set."""
+    """Means alone, on frozen features: a row for each method of `SHOWN`, a column for each weights and data set."""
     found = estimates(cells)
     places = list(dict.fromkeys(key[:2] for key in found))
     body = []
-    for method in SHOWN:
+    for method in (method for method in SHOWN if not method.startswith(("layer", "full"))):
         row = [[found.get((*place, method, shots)) for shots in SHOTS] for place in places]
         if any(one for some in row for one in some):
             body.append([method, *(" / ".join(f"{one.mean:.1f}" if one else "-" for one in some) for some in row)])

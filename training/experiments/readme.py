@@ -163,7 +163,9 @@ def cache_speed(page: Path) -> str:
     for run in _read(BENCHMARKS / "cache_speed_cpu.json")["runs"]:
         speed, whole = run["images_per_second"], run["times_faster_20_epochs"]
         steps = [str(speed["images"]), str(speed["stored"]), f"{run['times_faster_steps']}"]
-        body.append([run["method"], run["layer"], f"{run['tuned_percent']} %", *steps, f"{whole['1']}", f"{whole['8']}"])
+        body.append(
+            [run["method"], run["layer"], f"{run['tuned_percent']} %", *steps, f"{whole['1']}", f"{whole['8']}"]
+        )
     columns = ["method", "first tuned layer", "tuned", "images/s", "stored: images/s", "times faster"]
     return "\n".join(markdown([*columns, "20 epochs, 1 view", "20 epochs, 8 views"], body))
 
