@@ -6,6 +6,7 @@ import pytest
 
 from etf_zoo.trainer.recipe.config import parse
 from training.experiments import comparison, photos
+from training.experiments.choices import read_choices
 from training.experiments.comparison import Comparison
 from training.experiments.grid import CELLS, Results
 from training.experiments.readme import RESULTS, ROOT
@@ -15,14 +16,14 @@ from training.experiments.transfer_table import Table, cells, names_of, newest
 RECIPES = ROOT / "training" / "recipes"
 
 
-MEASURED = ["transfer", "flowers17_scratch"]  # recipes of tables that are by the present protocol
+MEASURED = ["transfer", "transfer_rates", "flowers17_scratch"]  # recipes of tables that are by the present protocol
 
 
 @pytest.mark.parametrize("name", MEASURED)
 def test_transfer_tables(name, monkeypatch):
     monkeypatch.chdir(ROOT)
     table = parse(Table, ["--config", str(RECIPES / f"{name}.yaml"), "--report_only"])
-    wanted = cells(table)
+    wanted = cells(table, read_choices(RESULTS / name))
     records = newest(wanted, Results(RESULTS / name / CELLS, RESULTS).read())
     text = report(records, names_of(table), left=len(wanted) - len(records))
     assert (RESULTS / name / "table.md").read_text(encoding="utf-8") == text
