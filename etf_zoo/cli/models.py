@@ -12,6 +12,7 @@ from timm.models import get_pretrained_cfg
 from ..errors import EtfZooError
 from ..frames.describe import describe_frame
 from ..layers.classifier import FrameClassifier
+from ..layers.subspaces import SubspaceClassifier
 from ..models.convert import EXACT
 from ..models.find import find_model, load_model
 from ..models.names import base_name, frame_heads
@@ -122,7 +123,8 @@ def _model_and_weights(name: str) -> tuple[Any, str]:
 def _head(head: FrameClassifier) -> dict[str, Any]:
     report = head.frame_report()
     digits = 9 if head.implicit else 6
-    frame = describe_frame(head.frame, head.num_classes + head.reserve, head.dim)
+    kind = "subspaces" if isinstance(head, SubspaceClassifier) else head.frame
+    frame = describe_frame(kind, head.num_classes + head.reserve, head.dim)
     return {
         "frame": f"{frame}, computed and not stored" if head.implicit else frame,
         "width": head.dim,
@@ -133,6 +135,7 @@ def _head(head: FrameClassifier) -> dict[str, Any]:
         "equiangularity error": float(f"{report.equiangularity_error:.2g}"),
         "tightness error": float(f"{report.tightness_error:.2g}"),
         **({"room for more classes": head.reserve} if head.reserve else {}),
+        **({"lengths": f"{head.lengths.min():.4g} to {head.lengths.max():.4g}"} if head.has_lengths else {}),
         "feature norm": head.feature_norm,
         "logit scale": round(head.logit_scale.item(), 4),
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .build import CUSTOM, HELMERT
+from .build import CUSTOM, HELMERT, SUBSPACES
 
 __all__ = ["describe_frame"]
 
@@ -37,6 +37,8 @@ def describe_frame(frame: str, num_classes: int, dim: int, *, orientation: str =
         text = f"independent random directions for {size}, the control for the geometry"
     elif frame == "hierarchy":
         text = f"frame of {size} whose cosines follow the class tree"
+    elif frame == SUBSPACES:
+        text = f"subspaces of a class tree for {size}, scored by the length of the feature's projection"
     elif frame == CUSTOM:
         text = f"frame of {size}, given as a matrix"
     else:

@@ -97,10 +97,10 @@ def _head_text(config: dict[str, Any], name: str, folder: Path) -> str:
     frame, orientation = args.get("frame", "auto"), args.get("orientation", "auto")
     text = "a fixed frame, never trained: "
     reserve = args.get("reserve", 0)
-    text += describe_frame(
-        frame, config["num_classes"] + reserve, _frame_width(config, folder), orientation=orientation
-    )
+    classes, frame = config["num_classes"] + reserve, "subspaces" if args.get("subspaces") else frame
+    text += describe_frame(frame, classes, _frame_width(config, folder), orientation=orientation)
     text += f", {reserve} of them in reserve for classes to come" if reserve else ""
+    text += ", whose prototypes have stored lengths" if args.get("lengths") else ""
     if args.get("neck") == "linear":
         return text + ", behind a linear neck; the two together are a learned classifier by another name"
     if args.get("neck") == "center":

@@ -9,8 +9,10 @@ from etf_zoo import FrameClassifier, attach_frame
 from etf_zoo.errors import EtfZooError
 from etf_zoo.frames import imbalanced_frame, simplex_etf
 from etf_zoo.losses import FrameCrossEntropy
+from etf_zoo.sharing.card import render_card
 from etf_zoo.sharing.folder import save_folder
 from etf_zoo.sharing.plain import fold_head
+from etf_zoo_cli import main
 
 LENGTHS = torch.tensor([3.0, 2.0, 0.5])
 
@@ -117,3 +119,12 @@ def test_errors(change, words):
 def test_blocks_of_classes_know_none():
     with pytest.raises(EtfZooError, match="unit rows"):
         FrameCrossEntropy(head())
+
+
+def test_info_and_card_tell_of_them(tmp_path, capsys):
+    model = attach_frame(timm.create_model("test_resnet"), 3, frame="simplex", lengths=LENGTHS)
+    save_folder(model, tmp_path, label_names=list("abc"), pretrained_cfg={"license": "apache-2.0"})
+    assert main(["info", str(tmp_path)]) == 0
+    assert "0.5 to 3" in capsys.readouterr().out
+    (tmp_path / "metrics.json").write_text("{}")
+    assert "whose prototypes have stored lengths" in render_card(tmp_path)

@@ -13,6 +13,7 @@ from etf_zoo.frames import Hierarchy
 from etf_zoo.layers.cosine import learn_prototypes
 from etf_zoo.layers.subspaces import SubspaceClassifier
 from etf_zoo.losses import FrameCrossEntropy
+from etf_zoo.sharing.card import render_card
 from etf_zoo.sharing.folder import save_folder
 from etf_zoo.sharing.plain import export_plain
 
@@ -63,6 +64,8 @@ def test_a_twin_with_it_is_saved_and_loaded_and_reset(tmp_path):
     again = timm.create_model(f"local-dir:{tmp_path / 'm'}", pretrained=True).eval()
     assert isinstance(again.get_classifier(), SubspaceClassifier)
     assert torch.equal(again(images), model(images))
+    (tmp_path / "m" / "metrics.json").write_text("{}")
+    assert "subspaces of a class tree for 5 classes in 7 dimensions" in render_card(tmp_path / "m")
     save_folder(again, tmp_path / "twice", half=False)  # and what was loaded can be saved again
     twice = timm.create_model(f"local-dir:{tmp_path / 'twice'}", pretrained=True).eval()
     assert torch.equal(twice(images), model(images))
