@@ -22,7 +22,7 @@ from training.experiments.intervals import Estimate, estimate, paired_difference
 from training.experiments.transfer_report import markdown
 
 RESULTS = Path("training/results")
-FOLDERS = ("photos", "photos_layer", "photos_full", "photos_full_more")
+FOLDERS = ("photos", "photos_layer", "photos_full")
 SHOTS = (1, 5, 10, 0)  # images a class; 0 for all
 # What the picture shows, of all rows.
 SHOWN = (
@@ -32,7 +32,7 @@ SHOWN = (
     "head learned cosine",
     "layer learned",
     "layer warm frame",
-    "layer frame",
+    "scl learned",
     "full learned",
 )
 NOTE = """Top-1 (%) with its 95 % interval over training subsets and test images, and the number of subsets. A
@@ -92,7 +92,7 @@ def short(cells: dict[Key, dict[int, Record]]) -> str:
     found = estimates(cells)
     places = list(dict.fromkeys(key[:2] for key in found))
     body = []
-    for method in (method for method in SHOWN if not method.startswith(("layer", "full"))):
+    for method in (method for method in SHOWN if not method.startswith(("layer", "scl", "full"))):
         row = [[found.get((*place, method, shots)) for shots in SHOTS] for place in places]
         if any(one for some in row for one in some):
             body.append([method, *(" / ".join(f"{one.mean:.1f}" if one else "-" for one in some) for some in row)])
@@ -111,7 +111,9 @@ def _best(mine: dict[tuple[str, int], Estimate], shots: int) -> str:
 
 
 def control_of(method: str) -> str:
-    """What a method is compared with: the learned head tuned in the same way, and that with the frozen backbone's.
+    """What a method is compared with: the learned head tuned in the same way.
+
+    A learned head of `layer` and `scl` with that of `full`, and that of `full` with the frozen backbone's.
 
     Example:
         >>> control_of("full warm frame"), control_of("full learned"), control_of("ncm")
@@ -120,11 +122,13 @@ def control_of(method: str) -> str:
     kind, _, head = method.partition(" ")
     if kind not in ("head", "layer", "scl", "full"):
         return ""
-    return f"{kind} learned" if head != "learned" else "head learned"
+    if head == "learned":
+        return "full learned" if kind in ("layer", "scl") else "head learned"
+    return f"{kind} learned"
 
 
 def differences(cells: dict[Key, dict[int, Record]]) -> str:
-    """Every head minus the learned one of the same way to tune, and that minus the frozen one, on the same images."""
+    """Every method minus its control, see `control_of`, on the same images."""
     body = []
     for (weights, data, method, shots), some in cells.items():
         control = cells.get((weights, data, control_of(method), shots))

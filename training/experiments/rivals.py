@@ -48,6 +48,9 @@ def prepare(folder: Path, data: str, shots: int, seed: int) -> None:
     model = load_model(MODEL)
     torch.save(model.state_dict(), folder / "lite0.pth")
     save_for_hf(model, str(folder / "lite0"), safe_serialization="both")
+    config = json.loads((folder / "lite0" / "config.json").read_text())
+    config.pop("model_args", None)  # of which transformers would take the number of classes twice
+    (folder / "lite0" / "config.json").write_text(json.dumps(config))
 
 
 def run_fastai(folder: Path, epochs: int, seed: int) -> float:

@@ -27,8 +27,9 @@ def folders(tmp_path, monkeypatch):
 
 
 def test_controls():
-    names = ("head learned", "full learned", "full warm frame", "layer frame", "ncm")
-    assert [photos.control_of(n) for n in names] == ["head learned"] * 2 + ["full learned", "layer learned", ""]
+    names = ("head learned", "full learned", "full warm frame", "scl learned", "layer frame", "ncm")
+    controls = ["head learned"] * 2 + ["full learned"] * 2 + ["layer learned", ""]
+    assert [photos.control_of(name) for name in names] == controls
 
 
 @pytest.mark.parametrize(
