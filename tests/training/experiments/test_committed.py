@@ -45,7 +45,7 @@ def test_photos():
         assert (RESULTS / "photos" / f"{name}.md").read_text(encoding="utf-8") == f"{text.strip()}\n"
 
 
-@pytest.mark.parametrize("name", ["cifar100_heads", "cifar100_longtail", *MEASURED, "photos", "photos_layer", "photos_full"])
+@pytest.mark.parametrize("name", ["cifar100_heads", "cifar100_longtail", *MEASURED, *photos.FOLDERS])
 def test_no_line_is_damaged(name):
     file = RESULTS / name / CELLS
     lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
