@@ -6,6 +6,7 @@ from torch import distributed as dist
 from torch import multiprocessing as mp
 
 from etf_zoo.metrics import MistakeSeverity, NeuralCollapse, sum_over_processes
+from etf_zoo.metrics.segmentation import SegmentationScores
 
 K, D, N = 6, 20, 301
 
@@ -25,17 +26,19 @@ def measured(rows, group=None):
     x, y = x[rows], y[rows]
     distances = 2 - (torch.arange(K)[:, None] % 2 == torch.arange(K) % 2).float()
     distances.fill_diagonal_(0)
-    collapse, severity = NeuralCollapse(K, D), MistakeSeverity(distances)
+    collapse, severity, pixels = NeuralCollapse(K, D), MistakeSeverity(distances), SegmentationScores(K)
     for a, b in zip(x.split(32), y.split(32), strict=True):
         collapse.update(a, b)
         severity.update(a @ weight.T, b)
+        pixels.update((a @ weight.T).argmax(1), b)
     collapse.reduce(group)
     for a in x.split(50):
         collapse.update_agreement(a, weight)
     collapse.reduce(group)
     collapse.reduce(group)  # once too often does no harm
     severity.reduce(group)
-    return collapse.compute(weight) | severity.compute()
+    pixels.reduce(group)
+    return collapse.compute(weight) | severity.compute() | pixels.compute()
 
 
 SPLITS = (110, N)  # unequal shares with a class that one process never sees; a process without any sample
