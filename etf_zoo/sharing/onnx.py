@@ -73,7 +73,9 @@ def export_onnx(model: nn.Module, folder: str | Path, *, output: str = "logits",
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise MissingPackageError(f"ONNX export needs {error.name}: pip install 'etf-zoo[onnx]'.") from None
-    if torch.__version__ < _OLDEST_TORCH:  # older exporters know no named dimension and no batch norm
+    if (
+        tuple(map(int, torch.__version__.split(".")[:2])) < _OLDEST_TORCH
+    ):  # older exporters know no named dimension and no batch norm
         oldest = ".".join(map(str, _OLDEST_TORCH))
         raise ExportError(f"ONNX export needs torch {oldest} or newer, not {torch.__version__}: pip install -U torch.")
     images = torch.randn(2, *get_model_input_config(model)["input_size"])
