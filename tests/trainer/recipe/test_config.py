@@ -47,9 +47,9 @@ def test_every_recipe_reads(path, tmp_path, monkeypatch):
         comparison = parse(Comparison, ["--config", str(path)])
         assert all(recipe_of(comparison, cell).data.label_column == cell.labels for cell in cells_of(comparison))
     elif "\nweights:" in text:
-        # the weights of some are not kept, so they have no hash
+        # the weights of some are not kept, so they have no hash, and no rate that was chosen for them
         monkeypatch.setattr("training.experiments.transfer_table._identity", lambda *args, **kwargs: "")
-        monkeypatch.setattr("training.experiments.choices.Choice.best", lambda self, *args: self.values[0])  # as if tried
+        monkeypatch.setattr("training.experiments.choices.Choice.best", lambda self, *args: self.values[0])
         assert cells(parse(Table, ["--config", str(path)]))
     elif "\nclass_names:" in text:
         assert parse(Segmentation, ["--config", str(path)]).class_names
