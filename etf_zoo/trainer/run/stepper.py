@@ -44,7 +44,7 @@ def prepare(recipe: Recipe, accelerator: Accelerator, model: nn.Module) -> tuple
     if accelerator.device.type == "cpu":
         use_products(model)
     # DDP would send these buffers to every process at every step; they never change
-    fixed = ("weight", "signs", "rotation")
+    fixed = ("weight", "lengths", "signs", "rotation")
     model._ddp_params_and_buffers_to_ignore = [f"{name}.{own}" for name in frame_heads(model) for own in fixed]  # type: ignore
     return accelerator.prepare(model, make_optimizer(recipe.optim, model))
 

@@ -80,9 +80,9 @@ def test_the_search_sees_held_out_images_and_no_test(tmp_path, monkeypatch):
     train, seen = parts.train.subset(np.arange(300)), set()
     take = Split.take
 
-    def watched(split, rows, device):
+    def watched(split, rows, device, **options):
         seen.update(id(split) for _ in rows[:1])
-        return take(split, rows, device)
+        return take(split, rows, device, **options)
 
     monkeypatch.setattr(Split, "take", watched)
     tuned = fine_tune(recipe(tmp_path, lr="auto", epochs=1, keep="last"), train, parts.test)

@@ -52,7 +52,7 @@ def logged(tmp_path):
 def test_training_watches_held_out_images_and_not_the_test(tmp_path, digits, monkeypatch, head):
     looked = []  # at which images, by whatever way
     plain = Split.take
-    monkeypatch.setattr(Split, "take", lambda split, *args: looked.append(id(split)) or plain(split, *args))
+    monkeypatch.setattr(Split, "take", lambda split, *a, **k: looked.append(id(split)) or plain(split, *a, **k))
     tuned = fine_tune(recipe(tmp_path, head=head), *digits)
     assert len(tuned.train) + len(tuned.run.val_split) == 400
     assert set(looked) == {id(tuned.train), id(tuned.run.val_split)}

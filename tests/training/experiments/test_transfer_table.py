@@ -243,7 +243,15 @@ def test_a_training_reports_the_images_that_it_was_given(tmp_path, monkeypatch):
 
 def test_stored_inputs_give_what_a_training_on_images_gives(tmp_path):
     """With one view nothing is augmented: the same steps on the same numbers, up to their 16 bits."""
-    fields = {"method": "layer", "layer": "layer4", "head": "warm_learned", "cache_views": 1, "shots": 5, "epochs": 3}
+    fields = {
+        "method": "layer",
+        "layer": "layer4",
+        "head": "warm_learned",
+        "cache_views": 1,
+        "shots": 5,
+        "epochs": 3,
+        "batch_size": 50,
+    }
     cell = one_cell("ncm", methods={"layer": {**fields, "weights": ["other"]}})
     found = run_cell(str(tmp_path), cell)
     train, test = (load_images(cell.settings.data, split) for split in ("train", "test"))
