@@ -38,6 +38,8 @@ class GuardedFrame(nn.Module):
             label smoothing, see `smoothed_probability`; then call `reset_scale`.
     """
 
+    UNSENT = ("weight", "lengths", "signs", "rotation")  # buffers that are fixed, or that a moving frame sends itself
+
     weight: Tensor
     signs: Tensor
     rotation: Tensor

@@ -21,6 +21,7 @@ from ..frames.describe import describe_frame
 from ..models.names import as_names, frame_heads
 from ..text import code, markdown, quoted
 from ..weights.native import CONFIG_NAME, WEIGHTS_NAME, cards_folder, recorded_location
+from .origin import tell_origin
 
 __all__ = ["CARD_NAME", "METRICS_NAME", "card_problems", "render_card", "top1_of_seeds", "write_card"]
 
@@ -207,43 +208,6 @@ def _base_model(config: dict[str, Any], metrics: dict[str, Any]) -> str | None:
     return hub_id.partition("@")[0] if hub_id else None
 
 
-def _made(config: dict[str, Any], metrics: dict[str, Any]) -> str:
-    """How the weights came about, in words."""
-    training, grown = metrics.get("training"), " ".join(map(_grown, metrics.get("added", [])))
-    if training is None:
-        source = metrics.get("source") or config.get("source") or config.get("base_model") or "a trained checkpoint"
-        description = markdown(config["pretrained_cfg"].get("description", "converted"))
-        return f"{description}. Source: `{code(source)}`. {grown or 'Nothing was trained.'}"
-    recipe = training["recipe"]
-    start = f"From the weights of `{code(recipe['model'])}`: " if recipe.get("pretrained") else ""
-    processes = f" in {training['processes']} processes" if training.get("processes", 1) > 1 else ""
-    commit = f", commit {code(training['commit'][:12])}" if training.get("commit") else ""
-    return (
-        f"{start}{training['steps']} steps on {training['train_images']} images in {training['hours']} hours on "
-        f"{markdown(training['device'])}{processes}{commit}. {markdown(recipe.get('notes', ''))}".rstrip()
-        + f" {grown}".rstrip()
-    )
-
-
-def _grown(session: dict[str, Any]) -> str:
-    """How classes were added, in words."""
-    names = session["classes"]
-    shown = ", ".join(map(markdown, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-    text = (
-        f"Then {len(names)} classes were added from {session['images']} images: {shown}. The neck alone was fitted, "
-        f"{session['steps']} steps at a rate of {session['rate']:g}, to these and to the mean of each class before."
-    )
-    if session["before"] is not None:
-        text += (
-            f" Top-1 on test images of the classes that were there: {session['before']:.2f} % before, "
-            f"{session['old']:.2f} % after"
-        )
-        text += f"; of the new ones {session['new']:.2f} %." if session["new"] is not None else "."
-    if not session["rejects"]:
-        text += " No threshold of familiarity was fitted: no held-out images were there."
-    return text
-
-
 def _settings(recipe: dict[str, Any]) -> str:
     """The settings of a recipe that are not the usual ones, as YAML that a training reads."""
     usual = json.loads(DEFAULTS.read_text(encoding="utf-8"))["finetune" if "method" in recipe else "pretrain"]
@@ -355,7 +319,7 @@ def render_card(folder: str | Path, *, repo_id: str | None = None) -> str:
         results=_results(metrics, name),
         seeds=_seeds(folder),
         measured=_measured(cfg, metrics, load_name, bool(embedded or repo_id)),
-        made=_made(config, metrics),
+        made=tell_origin(config, metrics),
         recipe=_settings(recipe),
         recipe_file=(folder / "recipe.yaml").is_file(),
         use=metrics.get("intended_use") or _USE,

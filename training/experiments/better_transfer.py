@@ -46,10 +46,12 @@ from etf_zoo.trainer.data.sealed import choosing
 from etf_zoo.trainer.data.teacher import taught
 from etf_zoo.trainer.recipe.config import Recipe
 from etf_zoo.trainer.recipe.parsing import merged, parse_entries
+from etf_zoo.trainer.run import checkpoint
+from etf_zoo.trainer.run.checkpoint import CHECKPOINTS
 from etf_zoo.trainer.run.run import Run
 from etf_zoo.trainer.run.script import run_script
 from training.experiments.better_transfer_table import mean_score, write_tables
-from training.experiments.grid import CELLS, Results, run_grid, settings_digest
+from training.experiments.grid import CELLS, Results, raise_failed, run_grid, settings_digest
 from training.experiments.transfer_score import SETS, Scoring, images_of, score
 
 RESULTS = Path("training/results/better_transfer")
@@ -163,8 +165,7 @@ def measure(work: Path, cell: Cell) -> dict[str, Any]:
 
 def _measure(work: Path, cell: Cell) -> dict[str, Any]:
     folder = work / cell.key.replace(" ", "_").replace(",", "")
-    resume = (folder / "checkpoints").is_dir() and any((folder / "checkpoints").iterdir())
-    recipe = replace(cell.recipe, output=str(folder), resume=resume)
+    recipe = replace(cell.recipe, output=str(folder), resume=checkpoint.exists(folder / CHECKPOINTS))
     source: Any = load_split(replace(recipe.data, label="class"), "train")
     order = np.random.default_rng(0).permutation(len(source))
     train, held = source.subset(np.sort(order[UNTRAINED:])), source.subset(np.sort(order[:UNTRAINED]))
@@ -274,8 +275,7 @@ def main() -> None:
             cells = plan(args, list(results.read().values()), first)
             failed += run_grid(cells, partial(measure, args.work), results, args.work / "locks", args.jobs)
     write_tables(list(results.read().values()), args.results, list(CANDIDATES))
-    if failed:
-        raise EtfZooError(f"{len(failed)} cells failed, see above: {', '.join(failed)}.")
+    raise_failed(failed)
 
 
 if __name__ == "__main__":

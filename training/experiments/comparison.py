@@ -22,7 +22,7 @@ from torch import nn
 
 from etf_zoo.errors import EtfZooError
 from etf_zoo.metrics.shots import accuracy_by_shots
-from etf_zoo.trainer.data.batches import AnySplit, eval_batches, find_source, limited, load_hierarchy, load_split
+from etf_zoo.trainer.data.batches import AnySplit, find_source, limited, load_hierarchy, load_split
 from etf_zoo.trainer.data.holdout import holdout_indices
 from etf_zoo.trainer.data.long_tail import long_tail_indices
 from etf_zoo.trainer.recipe.config import Data, Recipe, final_size, parse
@@ -34,7 +34,8 @@ from etf_zoo.trainer.run.model import make_model
 from etf_zoo.trainer.run.run import Run
 from etf_zoo.trainer.run.script import run_script
 from etf_zoo.trainer.tune.probes import backbone_features, fit_probe
-from training.experiments.grid import CELLS, Record, Results, run_grid, settings_digest, weights_digest
+from training.experiments.frozen import predictions
+from training.experiments.grid import Record, fill_table, settings_digest, weights_digest
 from training.experiments.transfer_report import markdown
 
 PROTOCOL = 2  # how cells are measured; a change that changes figures is another one
@@ -168,7 +169,9 @@ def run_cell(settings: Comparison, cell: Cell) -> dict[str, Any]:
     run.fit()
     figures = last_figures(run)
     if recipe.data.long_tail:
-        figures |= accuracy_by_shots(*_predicted(run), train.class_counts())
+        judged: Any = run.val_split
+        guesses = predictions(run.plain_model(), judged, final_size(recipe))
+        figures |= accuracy_by_shots(guesses, torch.from_numpy(judged.labels), train.class_counts())
     if settings.probe_labels and settings.probe_labels != cell.labels:
         data = dataclasses.replace(recipe.data, label_column=settings.probe_labels)
         figures["probe_top1"] = probe(run, data, rows, settings.probe_strength)
@@ -180,17 +183,6 @@ def last_figures(run: Run) -> dict[str, float]:
     """What the run's evaluation after its last epoch gave."""
     figures = run.records[-1]
     return {name.removeprefix("val_"): value for name, value in figures.items() if name.startswith("val_")}
-
-
-@torch.no_grad()
-def _predicted(run: Run) -> tuple[torch.Tensor, torch.Tensor]:
-    """Predicted classes of the images that the run was evaluated on, and the true ones."""
-    model = run.plain_model().eval()
-    size, batch = final_size(run.recipe), run.eval_batch_size
-    batches = eval_batches(run.val_split, size=size, batch_size=batch, colors=run.colors, device=run.accelerator.device)
-    pairs = [(model(images).argmax(1).cpu(), labels.cpu()) for images, labels in batches]
-    predictions, labels = (torch.cat(part) for part in zip(*pairs, strict=True))
-    return predictions, labels
 
 
 def _tree(data: Data, split: AnySplit) -> torch.Tensor | None:
@@ -279,15 +271,15 @@ def _mean(values: list[float], each: bool) -> str:
 def main() -> None:
     refuse_processes()
     settings = parse(Comparison)
-    folder, locks = Path(settings.results), Path(settings.base.output) / "locks"
-    results, failed = Results(folder / CELLS, locks), []
-    if not settings.table_only:
-        wanted = with_digests(settings, cells(settings))
-        failed = run_grid(wanted, partial(run_cell, settings), results, locks, settings.jobs)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "table.md").write_text(table(settings, results.read().values()), encoding="utf-8")
-    if failed:
-        raise EtfZooError(f"{len(failed)} cells failed, see above: {', '.join(failed)}.")
+    fill_table(
+        Path(settings.results),
+        Path(settings.base.output) / "locks",
+        lambda: with_digests(settings, cells(settings)),
+        partial(run_cell, settings),
+        partial(table, settings),
+        jobs=settings.jobs,
+        table_only=settings.table_only,
+    )
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from etf_zoo.trainer.tune.trunk import replayed, store_inputs
 from etf_zoo.trainer.tune.tuning import Finetune, features_of, start_head, strip_head
 from training.experiments.grid import digest, lock_file, weights_digest
 
-__all__ = ["frozen_features", "hits", "stored_inputs", "tune_stored"]
+__all__ = ["frozen_features", "hits", "predictions", "stored_inputs", "tune_stored"]
 
 VIEW_SEED = 0  # of the augmented views, which all seeds share
 
@@ -134,10 +134,21 @@ def _some_images(settings: Finetune, model: nn.Module) -> Tensor:
     return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 
-@torch.no_grad()
 def hits(model: nn.Module, settings: Finetune, test: Images | StoredInputs) -> np.ndarray:
     """For each test image whether a model is right, in float32 as probes are."""
+    return predictions(model, test, final_size(settings)).numpy() == test.labels
+
+
+@torch.no_grad()
+def predictions(model: nn.Module, split: Images | StoredInputs, size: int) -> Tensor:
+    """Classes `(N,)` that a model predicts, on the CPU; images are normalized as its weights were.
+
+    Args:
+        model: Moved to the accelerator and left in evaluation mode.
+        split: The images.
+        size: Pixels of a side.
+    """
     device = make_accelerator().device
     model = model.to(device).eval()
-    batches = eval_batches(test, size=final_size(settings), batch_size=256, colors=colors_of(model), device=device)
-    return torch.cat([model(images).argmax(1).eq(labels).cpu() for images, labels in batches]).numpy()
+    batches = eval_batches(split, size=size, batch_size=256, colors=colors_of(model), device=device)
+    return torch.cat([model(images).argmax(1).cpu() for images, _ in batches])

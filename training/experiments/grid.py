@@ -14,7 +14,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, partial
 from multiprocessing import connection
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import Any, Protocol, TypeVar, cast
 
 import timm
 
+from etf_zoo.errors import EtfZooError
 from etf_zoo.trainer.run.launching import side_by_side
 from etf_zoo.trainer.run.locks import acquire
 from etf_zoo.trainer.run.model import find_model
@@ -32,7 +33,9 @@ __all__ = [
     "Cell",
     "Results",
     "digest",
+    "fill_table",
     "lock_file",
+    "raise_failed",
     "run_grid",
     "run_jobs",
     "settings_digest",
@@ -201,6 +204,43 @@ def run_grid(
     done = results.read()
     left = [cell for cell in cells if cell.key not in done]
     return [cell.key for cell in run_jobs(partial(_finish, measure, results.file, locks), left, jobs)]
+
+
+def raise_failed(failed: Sequence[str]) -> None:
+    """Raise EtfZooError if cells failed; to be called when what the others gave is written."""
+    if failed:
+        raise EtfZooError(f"{len(failed)} cells failed, see above: {', '.join(failed)}.")
+
+
+def fill_table(
+    folder: Path,
+    locks: Path,
+    cells: Callable[[], Sequence[Cell]],
+    measure: Callable[[Any], Record],
+    table: Callable[[Iterable[Record]], str],
+    *,
+    jobs: int = 1,
+    table_only: bool = False,
+) -> None:
+    """Measure what is missing, and write `table.md` from all that is there.
+
+    Args:
+        folder: Of the cells and the table.
+        locks: Folder of locks.
+        cells: Gives all cells; asked only where some are to be measured.
+        measure: See `run_grid`.
+        table: Finished cells to text.
+        jobs: See `run_grid`.
+        table_only: Whether to measure nothing.
+
+    Raises:
+        EtfZooError: If cells failed, once the table is written.
+    """
+    results = Results(folder / CELLS, locks)
+    failed = [] if table_only else run_grid(cells(), measure, results, locks, jobs)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "table.md").write_text(table(results.read().values()), encoding="utf-8")
+    raise_failed(failed)
 
 
 def _finish(measure: Callable[[Any], Record], file: Path, locks: Path, cell: Cell) -> None:

@@ -28,7 +28,7 @@ from etf_zoo.trainer.run.script import run_script
 from etf_zoo.trainer.segment.data import load_masks
 from etf_zoo.trainer.segment.recipe import Segmentation
 from etf_zoo.trainer.segment.run import SegmentationRun, export
-from training.experiments.grid import CELLS, Record, Results, run_grid, settings_digest, weights_digest
+from training.experiments.grid import Record, fill_table, settings_digest, weights_digest
 from training.experiments.transfer_report import markdown
 
 
@@ -125,14 +125,15 @@ def table(settings: Pixels, records: Iterable[Record]) -> str:
 def main() -> None:
     refuse_processes()
     settings = parse(Pixels)
-    folder, locks = Path(settings.results), Path(settings.base.output) / "locks"
-    results, failed = Results(folder / CELLS, locks), []
-    if not settings.table_only:
-        failed = run_grid(cells(settings), partial(run_cell, settings), results, locks, settings.jobs)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "table.md").write_text(table(settings, results.read().values()), encoding="utf-8")
-    if failed:
-        raise EtfZooError(f"{len(failed)} cells failed, see above: {', '.join(failed)}.")
+    fill_table(
+        Path(settings.results),
+        Path(settings.base.output) / "locks",
+        partial(cells, settings),
+        partial(run_cell, settings),
+        partial(table, settings),
+        jobs=settings.jobs,
+        table_only=settings.table_only,
+    )
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from etf_zoo.trainer.recipe.parsing import merged, parse_entries
 from etf_zoo.trainer.run.run import Run
 from etf_zoo.trainer.run.script import run_script
 from training.experiments.better_transfer import SOURCE, UNTRAINED
-from training.experiments.grid import CELLS, Results, run_grid, settings_digest
+from training.experiments.grid import CELLS, Results, raise_failed, run_grid, settings_digest
 from training.experiments.transfer_report import markdown
 
 matplotlib.use("Agg")
@@ -211,8 +211,7 @@ def main() -> None:
     records = list(results.read().values())
     (args.results / "table.md").write_text(table(records), encoding="utf-8")
     draw(records, args.results)
-    if failed:
-        raise EtfZooError(f"{len(failed)} runs failed, see above: {', '.join(failed)}.")
+    raise_failed(failed)
 
 
 if __name__ == "__main__":

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from etf_zoo.models.names import split_head, timm_classifier_names
-from etf_zoo.trainer.data.augment import colors_of
-from etf_zoo.trainer.data.batches import eval_batches, limited
+from etf_zoo.trainer.data.batches import limited
 from etf_zoo.trainer.data.holdout import holdout_indices
 from etf_zoo.trainer.data.near_duplicates import near_duplicates
 from etf_zoo.trainer.data.subsets import Images, few_shot_indices, load_images
@@ -28,6 +27,7 @@ from etf_zoo.trainer.run.launching import make_accelerator
 from etf_zoo.trainer.run.model import make_model
 from etf_zoo.trainer.run.run import Run
 from etf_zoo.trainer.tune.probes import backbone_features, fit_probe
+from training.experiments.frozen import predictions
 from training.experiments.intervals import pack
 
 __all__ = ["METHODS", "SETS", "Scoring", "load_backbone", "score"]
@@ -168,13 +168,6 @@ def _tuned(model: Any, recipe: Recipe, rate: float, fitted_on: Images, judged: I
     few = judged.subset(np.arange(min(64, len(judged))))  # the end of an epoch is measured on something
     run = Run(tuning, some, few, network)
     run.fit()
-    answers = _answers(run.plain_model(), judged, how.size, run.accelerator.device)
+    answers = predictions(run.plain_model(), judged, how.size)
     shutil.rmtree(tuning.output)
     return answers
-
-
-@torch.no_grad()
-def _answers(model: Any, split: Images, size: int, device: torch.device) -> Tensor:
-    model.eval()
-    batches = eval_batches(split, size=size, batch_size=256, colors=colors_of(model), device=device)
-    return torch.cat([model(images).argmax(1).cpu() for images, _ in batches])

@@ -40,7 +40,7 @@ from etf_zoo.trainer.tune.probes import PROBES, backbone_size, fit_probe
 from etf_zoo.trainer.tune.tuning import Finetune, features_of, fine_tune, strip_head
 from training.experiments.choices import Choice, Trials, read_choices
 from training.experiments.frozen import frozen_features, hits, stored_inputs, tune_stored
-from training.experiments.grid import CELLS, Results, digest, run_grid, settings_digest, weights_digest
+from training.experiments.grid import CELLS, Results, digest, raise_failed, run_grid, settings_digest, weights_digest
 from training.experiments.intervals import pack
 from training.experiments.transfer_report import Names, write_report
 
@@ -370,8 +370,7 @@ def main() -> None:
     records = newest(wanted, done) if table.report_only else [done[c.key] for c in wanted if c.key in done]
     write_report(records, folder, names_of(table), left=len(wanted) - len(records))
     print(f"Table: {folder / 'table.md'}")
-    if failed:
-        raise EtfZooError(f"{len(failed)} cells failed, see above: {', '.join(failed)}.")
+    raise_failed(failed)
 
 
 __all__ = ["Cell", "Table", "available", "cells", "entries_of", "main", "names_of", "newest", "run_cell", "settings_of"]

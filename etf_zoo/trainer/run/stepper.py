@@ -43,9 +43,9 @@ def prepare(recipe: Recipe, accelerator: Accelerator, model: nn.Module) -> tuple
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if accelerator.device.type == "cpu":
         use_products(model)
-    # DDP would send these buffers to every process at every step; they never change
-    fixed = ("weight", "lengths", "signs", "rotation")
-    model._ddp_params_and_buffers_to_ignore = [f"{name}.{own}" for name in frame_heads(model) for own in fixed]  # type: ignore
+    # DDP would send these buffers to every process at every step
+    fixed = [f"{name}.{own}" for name, head in frame_heads(model).items() for own in head.UNSENT]
+    model._ddp_params_and_buffers_to_ignore = fixed  # type: ignore[assignment]
     return accelerator.prepare(model, make_optimizer(recipe.optim, model))
 
 
