@@ -30,7 +30,6 @@ __all__ = ["DECODERS", "Segmenter", "load_segmenter", "overlay", "palette", "sav
 DECODERS = ("fpn", "deeplabv3plus", "linknet", "unet")
 FORMAT = "etf-zoo segmentation 1"
 STRIDE = 32  # of the backbone's last maps: images are padded to a multiple
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 class Segmenter(nn.Module):
@@ -45,7 +44,7 @@ class Segmenter(nn.Module):
         pretrained: Whether the backbone starts from weights.
 
     Shape:
-        `(B, 3, H, W)` to `(B, K, H, W)`.
+        `(B, 3, H, W)`, normalized by `normalize`, to `(B, K, H, W)`.
 
     Raises:
         MissingPackageError: Without segmentation-models-pytorch.
@@ -56,6 +55,9 @@ class Segmenter(nn.Module):
         >>> model(torch.randn(1, 3, 48, 64)).shape  # doctest: +SKIP
         torch.Size([1, 5, 48, 64])
     """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(
         self,
@@ -76,6 +78,9 @@ class Segmenter(nn.Module):
             raise EtfZooError(f"A learned head takes no {', '.join(head_args)}: leave them out, or use head='frame'.")
         body = _body(backbone, decoder, pretrained)
         self.encoder, self.decoder = body.encoder, body.decoder
+        cfg = body.encoder.model.pretrained_cfg
+        self.register_buffer("mean", _per_channel(cfg["mean"]), persistent=False)
+        self.register_buffer("std", _per_channel(cfg["std"]), persistent=False)
         self.features = int(body.segmentation_head[0].in_channels)
         self.num_classes = num_classes
         if head == "frame":
@@ -91,6 +96,10 @@ class Segmenter(nn.Module):
             "head_args": dict(head_args or {}),
         }
 
+    def normalize(self, images: Tensor) -> Tensor:
+        """Pixels `(B, 3, H, W)` from 0 to 255, centered and scaled as the backbone's weights were trained."""
+        return (images.float() - self.mean) / self.std
+
     def decode(self, images: Tensor) -> Tensor:
         """What the pixel classifier gets: `(B, features, H / s, W / s)` of the padded image."""
         height, width = images.shape[-2:]
@@ -103,6 +112,10 @@ class Segmenter(nn.Module):
         size = (height + -height % STRIDE, width + -width % STRIDE)
         logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
         return logits[..., :height, :width]
+
+
+def _per_channel(values: Sequence[float]) -> Tensor:
+    return 255 * torch.tensor(values)[:, None, None]
 
 
 def _body(backbone: str, decoder: str, pretrained: bool) -> Any:
@@ -200,18 +213,12 @@ def load_segmenter(folder: str | Path) -> tuple[Segmenter, dict[str, Any]]:
 # ---------------------------------------------------------------------------------------------------------- prediction
 
 
-def normalize(images: Tensor) -> Tensor:
-    """Pixels `(B, 3, H, W)` from 0 to 255 as the backbones take them."""
-    mean, std = (torch.tensor(values, device=images.device)[:, None, None] * 255 for values in IMAGENET)
-    return (images.float() - mean) / std
-
-
 @torch.inference_mode()
-def segment(model: nn.Module, image: Image.Image, image_size: Sequence[int]) -> np.ndarray:
+def segment(model: Segmenter, image: Image.Image, image_size: Sequence[int]) -> np.ndarray:
     """Class of each pixel of an image.
 
     Args:
-        model: A `Segmenter`, in evaluation mode.
+        model: In evaluation mode.
         image: Any size; it is shown to the model at `image_size`.
         image_size: Height and width.
 
@@ -221,7 +228,7 @@ def segment(model: nn.Module, image: Image.Image, image_size: Sequence[int]) -> 
     height, width = image_size
     shown = np.asarray(image.convert("RGB").resize((width, height), Image.Resampling.BILINEAR))
     device = next(model.parameters()).device
-    logits = model(normalize(torch.tensor(shown, device=device).permute(2, 0, 1)[None]))
+    logits = model(model.normalize(torch.tensor(shown, device=device).permute(2, 0, 1)[None]))
     logits = F.interpolate(logits, size=(image.height, image.width), mode="bilinear", align_corners=False)
     return logits.argmax(1)[0].cpu().numpy()
 

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from torch import nn
@@ -29,6 +30,17 @@ def test_logits_have_the_images_resolution(head):
     assert isinstance(net.classifier, FrameClassifier if head == "frame" else nn.Conv2d)
     if isinstance(net.classifier, FrameClassifier):
         assert "classifier.weight" not in dict(net.named_parameters())  # the frame is not trained
+
+
+@pytest.mark.parametrize("backbone", ["test_resnet", "tf_efficientnet_lite0_etf", "resnet18_etf"])
+def test_pixels_are_normalized_as_the_backbones_weights_want_it(backbone):
+    net = Segmenter(backbone, 5, decoder="linknet")
+    cfg = timm.create_model(backbone).pretrained_cfg
+    black, white = net.normalize(torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 3, 1, 1))
+    for k, (mean, std) in enumerate(zip(cfg["mean"], cfg["std"], strict=True)):
+        assert black[k].item() == pytest.approx(-mean / std)
+        assert white[k].item() == pytest.approx((1 - mean) / std)
+    assert "mean" not in net.state_dict()  # it belongs to the backbone's name
 
 
 def test_padding_is_not_seen_where_there_is_none_to_do(model):

@@ -17,7 +17,6 @@ from torch.nn import functional as F
 
 from etf_zoo.errors import EtfZooError
 from etf_zoo.images import UnreadableImageError, read_image
-from etf_zoo.segmentation import normalize
 
 from ..data.augment import Draws, crop_matrix, jitter
 from ..data.batches import batch_generator, find_source
@@ -188,7 +187,7 @@ def train_pairs(
         device: Where the batch goes.
 
     Yields:
-        Images `(B, 3, H, W)`, normalized, and masks `(B, H, W)`.
+        Images `(B, 3, H, W)` in 0..255 and masks `(B, H, W)`.
     """
     size = recipe.batch_size
     rows = np.random.default_rng([recipe.seed, 1, epoch]).permutation(len(split))
@@ -196,20 +195,19 @@ def train_pairs(
         part = rows[step * size : (step + 1) * size][rank::world]
         images, masks = _take(split, part, device)
         generator = batch_generator(recipe.seed, epoch, step)
-        images, masks = augment_pairs(
+        yield augment_pairs(
             images, masks, recipe.augment, generator, rank=rank, world=world, ignore_index=split.ignore_index
         )
-        yield normalize(images), masks
 
 
 def eval_pairs(
     split: MaskSplit, batch_size: int, *, rank: int = 0, world: int = 1, device: torch.device | str = "cpu"
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """All images once over all processes, as they are."""
+    """All images once over all processes, as they are, and masks; see `train_pairs`."""
     rows = np.arange(len(split))[rank::world]
     for start in range(0, len(rows), batch_size):
         images, masks = _take(split, rows[start : start + batch_size], device)
-        yield normalize(images), masks.long()
+        yield images, masks.long()
 
 
 def _take(split: MaskSplit, rows: np.ndarray, device: torch.device | str) -> tuple[Tensor, Tensor]:

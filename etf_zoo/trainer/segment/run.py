@@ -71,14 +71,16 @@ class SegmentationRun(Run):
         """This process's share of an epoch's batches, from a step on."""
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         split, device = cast(Any, self.train_split), self.accelerator.device
-        return train_pairs(split, self.recipe, epoch, start=first, rank=rank, world=world, device=device)
+        normalize = cast(Segmenter, self.trained_model()).normalize
+        for images, masks in train_pairs(split, self.recipe, epoch, start=first, rank=rank, world=world, device=device):
+            yield normalize(images), masks
 
     def evaluate(self, split: Any = None) -> dict[str, float]:
         """Figures on the validation images or on others, see `measure_masks`; of the averaged weights, if any."""
         model = self.trained_model() if self.stepper.ema is None else self.stepper.ema.module
-        return self.measure(model, split or self.val_split)
+        return self.measure(cast(Segmenter, model), split or self.val_split)
 
-    def measure(self, model: nn.Module, split: Any) -> dict[str, float]:
+    def measure(self, model: Segmenter, split: Any) -> dict[str, float]:
         """Figures of a model; `rare_iou` is the mean over the classes with the fewest training pixels."""
         figures = measure_masks(model, split, self.accelerator, batch_size=self.eval_batch_size)
         rarest = np.argsort(self.class_counts(), kind="stable")[:RAREST]
@@ -87,7 +89,7 @@ class SegmentationRun(Run):
 
 
 @torch.no_grad()
-def measure_masks(model: nn.Module, split: MaskSplit, accelerator: Any, *, batch_size: int) -> dict[str, float]:
+def measure_masks(model: Segmenter, split: MaskSplit, accelerator: Any, *, batch_size: int) -> dict[str, float]:
     """Figures of a model on a split, exact over processes; every process has to call it.
 
     Args:
@@ -107,7 +109,7 @@ def measure_masks(model: nn.Module, split: MaskSplit, accelerator: Any, *, batch
     loss = torch.zeros((), dtype=torch.float64, device=accelerator.device)
     rank, world = accelerator.process_index, accelerator.num_processes
     for images, masks in eval_pairs(split, batch_size, rank=rank, world=world, device=accelerator.device):
-        logits = model(images)
+        logits = model(model.normalize(images))
         valid = (masks != split.ignore_index).sum()
         loss += pixel_cross_entropy(logits, masks, None, ignore_index=split.ignore_index) * valid
         scores.update(logits.argmax(1), masks)
@@ -120,7 +122,7 @@ def measure_masks(model: nn.Module, split: MaskSplit, accelerator: Any, *, batch
 
 
 @torch.no_grad()
-def picture(model: nn.Module, split: MaskSplit, count: int, path: Path) -> None:
+def picture(model: Segmenter, split: MaskSplit, count: int, path: Path) -> None:
     """Images, truth and predictions side by side, a row each, as a PNG.
 
     Args:
@@ -134,7 +136,7 @@ def picture(model: nn.Module, split: MaskSplit, count: int, path: Path) -> None:
     shown = []
     for images, masks in eval_pairs(split.subset(rows), 1, device=device):
         i, k = len(shown), len(split.label_names)
-        image, guess = split.images[rows[i]], model(images).argmax(1)[0].cpu().numpy()
+        image, guess = split.images[rows[i]], model(model.normalize(images)).argmax(1)[0].cpu().numpy()
         truth = masks[0].cpu().numpy()
         shown.append(np.concatenate([image, overlay(image, truth, k), overlay(image, guess, k)], axis=1))
     Image.fromarray(np.concatenate(shown)).save(path)

@@ -214,8 +214,8 @@ def test_masks_at_the_features_pixels():
 
 def test_the_objective_adds_center_collapse_with_its_weight(recipe):
     model = Segmenter("test_efficientnet", 3, head="learned", decoder="linknet").eval()
-    images, masks = next(eval_pairs(load_masks(recipe, "train"), 4))
-    counts = [900, 90, 10]
+    pixels, masks = next(eval_pairs(load_masks(recipe, "train"), 4))
+    images, counts = model.normalize(pixels), [900, 90, 10]
     plain = PixelObjective(recipe, model, counts)
     collapsing = PixelObjective(dataclasses.replace(recipe, center_collapse=0.3), model, counts)
     right, loss = plain(model, images, masks)
@@ -233,8 +233,9 @@ def test_the_objective_adds_center_collapse_with_its_weight(recipe):
 
 def test_weights_and_logit_adjustment_go_by_pixels(recipe):
     model = Segmenter("test_efficientnet", 3, head="learned", decoder="linknet").eval()
-    images, masks = next(eval_pairs(load_masks(recipe, "train"), 2))
-    counts, logits = [900, 90, 10], model(images)
+    pixels, masks = next(eval_pairs(load_masks(recipe, "train"), 2))
+    images, counts = model.normalize(pixels), [900, 90, 10]
+    logits = model(images)
     weighted = PixelObjective(dataclasses.replace(recipe, loss=Loss(class_weights=True)), model, counts)
     weights = torch.tensor([1000 / (3 * n) for n in counts])
     wanted = pixel_cross_entropy(logits, masks, weights, ignore_index=255)
