@@ -16,13 +16,25 @@ what stage 1 chose, and tunes each backbone at the rate that was best for its ki
 line of `cells.jsonl`, and what is there is not run again: start the command again after a stop. Without a stage the
 tables are written.
 
-On a machine with one GPU: the data sets in the folder that ETF_ZOO_DATA names, then the commands above. As encoded
-images they take 200 MB and are decoded once; `python training/prepare.py --data.source tiny_imagenet --data.size 64
---out DATA/tiny_imagenet` writes them as uint8 arrays, 1.3 GB, which need no decoding. A ResNet-18 at 64 pixels leaves
-most of a large GPU idle, so `--jobs` starts several runs at a time; under NVIDIA's MPS (`nvidia-cuda-mps-control -d`)
-they also compute at the same time. `--results` says where lines and tables go, `--work` where checkpoints, weights and
-locks do; copy both back to go on elsewhere. A try that a CPU does in a minute: `--stage 1 --images 256 --epochs 1
---sets flowers17 --results /tmp/try --work /tmp/try/work --only learned --rates 0.1`.
+A GPU for 15 minutes is enough for one of the later stages, by an estimate that nobody has tested: 17,500 steps at the
+21 ms that ResNet-18 took in `training/results/zoo_gpu` are 6 minutes, and scoring takes one or two. Bring the data sets
+in the folder that ETF_ZOO_DATA names: encoded, 200 MB (of Tiny ImageNet the training files are enough), which are
+decoded once, by as many processes as there are cores; or as arrays, 1.3 GB and ready, by `python training/prepare.py
+--data.source tiny_imagenet --data.size 64 --out DATA/tiny_imagenet`, the three others with `--data.size 96`. Then
+
+    nvidia-cuda-mps-control -d
+    timeout 540 python training/experiments/better_transfer.py --stage 2 --rates --jobs 6 \
+        --only learned "learned cosine" frame "frame, MLP" "learned, MLP" "learned cosine, MLP"
+
+trains six at a time: a ResNet-18 leaves most of a large GPU idle, under MPS kernels of several processes run at once,
+and each process wants two or three cores. `--rates` without any takes those that stage 1 chose, each head its own: three
+runs less, and no candidate waits for the controls. These come first, then candidates by what stage 1 says, and learned
+heads behind the same neck, which tell whether the neck does it. `timeout` ends all with a signal at which they save; the
+same command goes on, each run from where it was. Another 15 minutes are for the nine runs that judge: `--stage 3
+--jobs 9 --only learned "learned cosine" "frame, MLP"`. `--results` says where lines and tables go, `--work` where
+checkpoints, locks and the weights of stage 3 do (45 MB each); copy both back to go on elsewhere. A try that a CPU does
+in two minutes: `--stage 1 --images 256 --epochs 1 --sets flowers17 --results /tmp/try --work /tmp/try/work --only
+learned --rates 0.1`.
 """
 
 from __future__ import annotations
@@ -84,6 +96,7 @@ KINDS = {"learned": "learned", "learned_cosine": "learned cosine", "frame": "fra
 SCALE = {"logit_scale": 30.0}
 MLP = {**SCALE, "neck": "mlp"}
 NONL = {"name": "prototype_contrast", "args": {"own_class": False}}
+RANDOM = "random weights"  # scored untrained: what there is without any pretraining
 # name -> what a recipe has otherwise; the first three try all rates. What matters most by the literature comes first.
 CANDIDATES: dict[str, dict[str, Any]] = {
     "learned": {"head": "learned"},
@@ -112,6 +125,7 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     "frame, NTCE": {"model_args": SCALE, "loss": {"name": "prototype_contrast"}},
     "frame, target cosine 0.6": {"target_cosine": [0.6]},
     "frame, target cosine 0.3": {"target_cosine": [0.3]},
+    RANDOM: {},
 }
 
 
@@ -173,9 +187,10 @@ def _measure(work: Path, cell: Cell) -> dict[str, Any]:
         train = limited(train, recipe.data.limit, recipe.seed)
         train, held = (taught(split, recipe.data.teacher, recipe.data.teacher_size) for split in (train, held))
     run = Run(recipe, train, held)
-    if not run.fit():
+    trained = cell.name != RANDOM
+    if trained and not run.fit():
         raise EtfZooError("The time budget ended a run.")
-    model: Any = run.plain_model()
+    last, model = run.records[-1] if trained else {}, run.plain_model()
     found = {
         "stage": cell.stage,
         "name": cell.name,
@@ -186,9 +201,9 @@ def _measure(work: Path, cell: Cell) -> dict[str, Any]:
         "steps": run.step,
         "images": run.train_images,
         "seconds": round(run.seconds()),
-        "train_top1": run.records[-1]["train_top1"],
+        "train_top1": last.get("train_top1"),
         # of a teacher's classes it is another thing, no accuracy
-        "source_top1": run.records[-1]["val_top1"] if recipe.data.label == "class" else None,
+        "source_top1": last.get("val_top1") if recipe.data.label == "class" else None,
         "scores": score(model, recipe, cell.scoring),
     }
     if cell.keep:
@@ -237,7 +252,7 @@ def plan(args: argparse.Namespace, records: Sequence[dict[str, Any]], first: boo
     for seed in args.seeds or ((0, 1, 2) if args.stage == 3 else (0,)):
         for name in args.only or CANDIDATES:
             head = CANDIDATES[name].get("head", "frame")
-            tries = name in KINDS.values() and args.stage < 3 and seed == 0
+            tries = bool(args.rates) and name in KINDS.values() and args.stage < 3 and seed == 0
             if first:
                 rates = args.rates if tries else []
             else:
@@ -259,7 +274,9 @@ def main() -> None:
         "--only", nargs="+", choices=tuple(CANDIDATES), metavar="NAME", help="by default all candidates"
     )
     parser.add_argument("--seeds", type=int, nargs="+", help="by default 0, in stage 3 0 1 2")
-    parser.add_argument("--rates", type=float, nargs="+", default=list(RATES))
+    parser.add_argument(
+        "--rates", type=float, nargs="*", default=list(RATES), help="to try; none for those that a stage before chose"
+    )
     parser.add_argument("--sets", nargs="+", default=list(SETS))
     parser.add_argument("--epochs", type=int, default=0, help="instead of the stage's")
     parser.add_argument("--images", type=int, default=0, help="of the source, instead of the stage's")

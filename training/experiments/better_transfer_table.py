@@ -49,16 +49,12 @@ def difference(own: Sequence[Record], control: Sequence[Record], method: str) ->
 
 
 def table(records: Sequence[Record], stage: int, order: Sequence[str]) -> str:
-    """A stage in Markdown; empty if it has no cells."""
+    """A stage in Markdown, each candidate less the better control of the same seeds; empty if it has no cells."""
     runs = best_runs(records, stage)
     if not runs:
         return ""
     tried = {name: sorted({r["lr"] for r in records if (r["stage"], r["name"]) == (stage, name)}) for name in runs}
     references = [runs[name] for name in CONTROLS if name in runs]
-
-    def better(methods: Sequence[str]) -> float:
-        return max((mean_of(own, methods) for own in references), default=math.nan)
-
     columns = ["pretraining", "runs", "rates tried", "rate", "source", *METHODS, "mean", "less the better control"]
     body = []
     for name in sorted(runs, key=list(order).index):
@@ -66,20 +62,33 @@ def table(records: Sequence[Record], stage: int, order: Sequence[str]) -> str:
         source = [r["source_top1"] for r in own if r["source_top1"] is not None]
         row = [name, str(len(own)), ", ".join(f"{rate:g}" for rate in tried[name]), f"{own[0]['lr']:g}"]
         row.append(f"{statistics.mean(source):.1f}" if source else "")
-        row += [
-            f"{mean_of(own, [m]):.1f}" + (f" ({mean_of(own, [m]) - better([m]):+.1f})" if references else "")
-            for m in METHODS
-        ]
-        mean = mean_of(own, METHODS)
-        body.append(
-            [*row, f"{mean:.2f}", "" if name in CONTROLS or not references else f"{mean - better(METHODS):+.2f}"]
-        )
+        row += [_with_gap(f"{mean_of(own, [m]):.1f}", _gap(own, references, [m])) for m in METHODS]
+        each = [f"{mean_score(run):.2f}" for run in own]
+        row.append(f"{mean_of(own, METHODS):.2f}" + (f" ({', '.join(each)})" if len(each) > 1 else ""))
+        gap = math.nan if name in CONTROLS else _gap(own, references, METHODS)
+        body.append([*row, "" if math.isnan(gap) else f"{gap:+.2f}"])
     return "\n".join(markdown(columns, body)) + "\n"
 
 
 def mean_of(runs: Sequence[Record], methods: Sequence[str]) -> float:
     """Mean over runs, sets and methods."""
     return statistics.mean(mean_score(run, methods) for run in runs)
+
+
+def _gap(own: Sequence[Record], references: Sequence[Sequence[Record]], methods: Sequence[str]) -> float:
+    """What runs have over the better of others, over the seeds that both have; no number without any."""
+    gaps = []
+    for reference in references:
+        seeds = {r["seed"] for r in own} & {r["seed"] for r in reference}
+        if seeds:
+            sides = ([r for r in side if r["seed"] in seeds] for side in (own, reference))
+            ours, theirs = (mean_of(side, methods) for side in sides)
+            gaps.append(ours - theirs)
+    return min(gaps, default=math.nan)
+
+
+def _with_gap(text: str, gap: float) -> str:
+    return text if math.isnan(gap) else f"{text} ({gap:+.1f})"
 
 
 def by_set(records: Sequence[Record], stage: int, order: Sequence[str]) -> str:

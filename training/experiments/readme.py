@@ -78,6 +78,30 @@ def _order(path: Path) -> tuple[str, str, bool]:
     return base, tag, not name.endswith("_etf")
 
 
+def pairs(page: Path) -> str:
+    """Accuracy and calibration of each frame beside its learned head, both measured at the same size of images."""
+    found = []
+    for frame in sorted([*(ROOT / "model_cards").glob("*_etf.*"), *(RESULTS / "zoo_gpu").glob("*_etf")]):
+        learned = frame.with_name(frame.name.replace("_etf", "_control").replace("e23s30", "e23"))
+        recipe = _read(frame / "metrics.json")["training"]["recipe"]
+        scale, size = recipe["model_args"].get("logit_scale", "auto"), recipe["sizes"][-1][1]
+        found.append((frame, scale, size, *(sorted(side.glob("metrics*.json")) for side in (frame, learned))))
+    small = RESULTS / "resnet18_64px"
+    found.append((small, "auto", 64, [small / "resnet18_etf.json"], [small / "resnet18_control.json"]))
+    body = []
+    for folder, scale, size, *files in found:
+        frame, learned = ([_read(file) for file in side] for side in files)
+        measured = frame[0]["dataset"]["size"]
+        sides = [[m["results"] for m in side if m["dataset"]["size"] == measured] for side in (frame, learned)]
+        if all(sides):
+            row = [f"[{folder.name}]({os.path.relpath(folder, page.parent)})"]
+            row += ["default" if scale == "auto" else f"{scale:g}", f"{size}", f"{measured}", f"{len(sides[0])}"]
+            row += [f"{statistics.mean(r[what] for r in side):.1f}" for what in ("top1", "ece") for side in sides]
+            body.append(row)
+    columns = ["model", "frame's scale", "trained at (px)", "measured at", "runs", "top-1: frame", "learned"]
+    return "\n".join(markdown([*columns, "calibration error: frame", "learned"], body))
+
+
 def standing(page: Path) -> str:
     """Where the frame is ahead, level and behind: ResNet-18, three pretraining runs of each head."""
     link = os.path.relpath(ROOT / "docs" / "results", page.parent)
@@ -265,6 +289,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "kerdock-instances": _text("kerdock", "instances.md"),
     "kerdock-features": _text("kerdock", "features.md"),
     "standing": standing,
+    "pairs": pairs,
     "photos": _text("photos", "summary.md"),
     "photos-short": _text("photos", "short.md"),
     "photos-heads": _text("photos", "heads.md"),

@@ -47,6 +47,14 @@ def test_heads_try_all_rates_and_candidates_take_that_of_their_kind():
     assert chosen_rate(done[1:], 2, "frame", (0.1, 0.3)) == 0.3  # an earlier stage counts as it is
 
 
+def test_without_rates_to_try_all_take_those_of_the_stage_before_at_once():
+    done = [cell("frame", 0.1, 5), cell("frame", 0.3, 9), cell("learned", 0.1, 7), cell("learned", 0.3, 6)]
+    args = argparse.Namespace(**{**vars(ARGS), "stage": 2, "rates": [], "only": ["learned", "frame", "frame, MLP"]})
+    assert plan(args, done, True) == []
+    cells = plan(args, done, False)
+    assert [(c.name, c.recipe.optim.lr) for c in cells] == [("learned", 0.1), ("frame", 0.3), ("frame, MLP", 0.3)]
+
+
 def test_stage_three_takes_what_stage_two_chose():
     done = [
         cell("frame", 0.1, 5),
@@ -91,7 +99,7 @@ def test_tables():
     text = table(records, 1, list(CANDIDATES))
     assert "| learned | 1 | 0.1, 0.3 | 0.1 | 10.0 | 50.0 (-5.0) |" in text
     assert "| frame | 2 | 0.1 | 0.1 | 10.0 | 75.0 (+20.0) |" in text
-    assert "| 75.00 | +20.00 |" in text
+    assert "| 75.00 (75.00, 75.00) | +20.00 |" in text  # of the seed that both have
     assert table(records, 2, list(CANDIDATES)) == ""
     sets = by_set(records, 1, list(CANDIDATES))
     assert "| frame | learned | ncm | 1 | +25.0 [" in sets  # the one seed that both have

@@ -23,6 +23,15 @@ def test_table_of_models():
     assert "](../model_cards/resnet18_etf.e23s30_tiny) |" in text
 
 
+def test_pairs_are_of_one_recipe_and_size():
+    lines = TABLES["pairs"](ROOT / "docs" / "results" / "fixed_frame.md").splitlines()
+    row = next(line for line in lines if "resnet18_etf.e60_tiny" in line)
+    assert row.endswith("| 30 | 96 | 96 | 3 | 58.5 | 57.0 | 5.8 | 8.6 |")  # means of metrics*.json, worked out by hand
+    assert any("resnet18_64px" in line and "| 64 | 64 | 1 | 45.6 | 46.0 | 3.7 | 3.6 |" in line for line in lines)
+    # the second file is of another size
+    assert any("mobilenetv3_small_100_etf]" in line and "| 96 | 1 | 37.9 |" in line for line in lines)
+
+
 @pytest.mark.parametrize("name", [name for name in TABLES if name != "scratch"])
 def test_each_table_has_a_row(name):
     lines = TABLES[name](ROOT / "README.md").splitlines()
