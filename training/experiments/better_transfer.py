@@ -27,13 +27,13 @@ decoded once, by as many processes as there are cores; or as arrays, 1.3 GB and 
         --only learned "learned cosine" frame "frame, MLP" "learned, MLP" "learned cosine, MLP"
 
 trains six at a time: a ResNet-18 leaves most of a large GPU idle, under MPS kernels of several processes run at once,
-and each process wants two or three cores. `--rates` without any takes those that stage 1 chose, each head its own: three
-runs less, and no candidate waits for the controls. These come first, then candidates by what stage 1 says, and learned
-heads behind the same neck, which tell whether the neck does it. `timeout` ends all with a signal at which they save; the
-same command goes on, each run from where it was. Another 15 minutes are for the nine runs that judge: `--stage 3
---jobs 9 --only learned "learned cosine" "frame, MLP"`. `--results` says where lines and tables go, `--work` where
-checkpoints, locks and the weights of stage 3 do (45 MB each); copy both back to go on elsewhere. A try that a CPU does
-in two minutes: `--stage 1 --images 256 --epochs 1 --sets flowers17 --results /tmp/try --work /tmp/try/work --only
+and each process wants two or three cores. `--rates` without any takes those that stage 1 chose, each head its own:
+three runs less, and no candidate waits for the controls. These come first, then candidates by what stage 1 says, and
+learned heads behind the same neck, which tell whether the neck does it. `timeout` ends all with a signal at which they
+save; the same command goes on, each run from where it was. Another 15 minutes are for the nine runs that judge:
+`--stage 3 --jobs 9 --only learned "learned cosine" "frame, MLP"`. `--results` says where lines and tables go, `--work`
+where checkpoints, locks and the weights of stage 3 do (45 MB each); copy both back to go on elsewhere. A try that a CPU
+does in two minutes: `--stage 1 --images 256 --epochs 1 --sets flowers17 --results /tmp/try --work /tmp/try/work --only
 learned --rates 0.1`.
 """
 
