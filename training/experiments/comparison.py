@@ -4,7 +4,8 @@
 
 Each cell (variant, labels, seed) is one training run. Cells are run in the order of the file; several processes of this
 script share them, each taking the next one that no other holds, and a rerun goes on where the last one stopped. Every
-finished cell is one line of `cells.jsonl` in `results`, from which the table is written.
+finished cell is one line of `cells.jsonl` in `results`, from which the table is written. Where `rates` are to be
+chosen, each trial is one line of `choices.jsonl`.
 """
 
 from __future__ import annotations
@@ -17,28 +18,44 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import timm
 import torch
+from accelerate.utils import set_seed
 from torch import nn
 
 from etf_zoo.errors import EtfZooError
 from etf_zoo.metrics.shots import accuracy_by_shots
+from etf_zoo.models.head_config import split_head_args
+from etf_zoo.models.names import base_name
 from etf_zoo.trainer.data.batches import AnySplit, find_source, limited, load_hierarchy, load_split
+from etf_zoo.trainer.data.duplicates import group_rows
 from etf_zoo.trainer.data.holdout import holdout_indices
 from etf_zoo.trainer.data.long_tail import long_tail_indices
+from etf_zoo.trainer.data.sealed import choosing
 from etf_zoo.trainer.recipe.config import Data, Recipe, final_size, parse
 from etf_zoo.trainer.recipe.parsing import merged, parse_entries
 from etf_zoo.trainer.run import checkpoint
 from etf_zoo.trainer.run.checkpoint import CHECKPOINTS
 from etf_zoo.trainer.run.launching import refuse_processes
-from etf_zoo.trainer.run.model import make_model
+from etf_zoo.trainer.run.model import find_model, make_model
 from etf_zoo.trainer.run.run import Run
 from etf_zoo.trainer.run.script import run_script
 from etf_zoo.trainer.tune.probes import backbone_features, fit_probe
+from training.experiments.choices import CHOICES
 from training.experiments.frozen import predictions
-from training.experiments.grid import Record, fill_table, settings_digest, weights_digest
+from training.experiments.grid import (
+    Record,
+    Results,
+    fill_table,
+    raise_failed,
+    run_grid,
+    settings_digest,
+    weights_digest,
+)
 from training.experiments.transfer_report import markdown
 
 PROTOCOL = 2  # how cells are measured; a change that changes figures is another one
+HELD_OUT = 0.25  # of the training images, to choose rates by
 OLD = """† Measured by an earlier protocol: the first step at rate 0, learned heads from timm's random weights, and a
 probe that stopped before it converged."""
 
@@ -57,6 +74,9 @@ class Comparison:
         probe_labels: After training on other labels than these, a linear probe of the frozen features for these.
         probe_strength: scikit-learn's C of that probe, on standardized features.
         holdout: Share of the training images to measure on in the place of `val_split`, for choices; 0 for none.
+        rates: Learning rates to choose among, each variant and labels for itself, with the first seed: by accuracy on
+            a quarter of the training images, those that look the same on one side. Empty for the recipe's.
+        random_start: Variants whose learned head starts from timm's random weights in the place of zeros.
         crm: Variants whose figures after conditional risk minimization have a row of their own.
         jobs: Processes that run cells.
         table_only: Write the table from what is there, run nothing.
@@ -70,6 +90,8 @@ class Comparison:
     probe_labels: str = ""
     probe_strength: float = 0.01
     holdout: float = 0.0
+    rates: list[float] = field(default_factory=list)
+    random_start: list[str] = field(default_factory=list)
     crm: list[str] = field(default_factory=list)
     jobs: int = 1
     table_only: bool = False
@@ -82,13 +104,14 @@ class Cell:
     variant: str
     labels: str
     seed: int
-
+    rate: float = 0.0  # learning rate; 0 for that of the recipe
     settings: str = ""  # digest of the recipe and the images
 
     @property
     def name(self) -> str:
         """Of its folder."""
-        return f"{self.variant.replace(' ', '_').replace('+', 'and').replace(',', '')}-{self.labels}-{self.seed}"
+        rate = f"-{self.rate:g}" if self.rate else ""
+        return f"{self.variant.replace(' ', '_').replace('+', 'and').replace(',', '')}-{self.labels}-{self.seed}{rate}"
 
     @property
     def key(self) -> str:
@@ -123,15 +146,62 @@ def with_digests(settings: Comparison, wanted: list[Cell]) -> list[Cell]:
     for cell in wanted:
         recipe = recipe_of(settings, cell)
         weights = weights_digest(recipe.model, recipe.pretrained)
-        key = settings_digest(recipe, *shared, weights, *images[cell.labels])
+        start = ["random start"] if cell.variant in settings.random_start else []
+        key = settings_digest(recipe, *shared, *start, weights, *images[cell.labels])
         found.append(dataclasses.replace(cell, settings=key))
     return found
+
+
+def trials(settings: Comparison, wanted: list[Cell]) -> tuple[list[Cell], Comparison]:
+    """Cells that try every rate for every variant and labels, with the first seed; and what they are measured by."""
+    first: dict[tuple[str, str], Cell] = {}
+    for cell in wanted:
+        first.setdefault((cell.variant, cell.labels), cell)
+    base = dataclasses.replace(settings.base, output=str(Path(settings.base.output) / "trials"))
+    trying = dataclasses.replace(settings, base=base, holdout=HELD_OUT, probe_labels="")
+    tried = [dataclasses.replace(cell, rate=rate) for cell in first.values() for rate in settings.rates]
+    return with_digests(trying, tried), trying
+
+
+def at_own_rates(settings: Comparison, wanted: list[Cell], locks: Path) -> list[Cell]:
+    """The cells, each with the rate that was best for its variant and labels; what is not tried yet is tried first.
+
+    Raises:
+        EtfZooError: If a trial failed, or another process has not ended one.
+    """
+    tried, trying = trials(settings, wanted)
+    results = Results(Path(settings.results) / CHOICES, locks)
+    raise_failed(run_grid(tried, partial(try_rate, trying), results, locks, settings.jobs))
+    done = results.read()
+    if missing := [cell.key for cell in tried if cell.key not in done]:
+        raise EtfZooError(f"Another process still tries rates: {', '.join(missing)}. Run this again when it has ended.")
+    best: dict[tuple[str, str], Cell] = {}
+    for cell in tried:  # of equals the first
+        now = best.setdefault((cell.variant, cell.labels), cell)
+        if done[cell.key]["top1"] > done[now.key]["top1"]:
+            best[cell.variant, cell.labels] = cell
+    return [dataclasses.replace(cell, rate=best[cell.variant, cell.labels].rate) for cell in wanted]
+
+
+def try_rate(settings: Comparison, cell: Cell) -> dict[str, Any]:
+    """Accuracy of a cell on held-out training images; no others can be opened."""
+    with choosing():
+        figures = run_cell(settings, cell)["results"]
+    return {
+        "variant": cell.variant,
+        "labels": cell.labels,
+        "seed": cell.seed,
+        "rate": cell.rate,
+        "top1": figures["top1"],
+    }
 
 
 def recipe_of(settings: Comparison, cell: Cell) -> Recipe:
     """The recipe of a cell."""
     entries = merged(dataclasses.asdict(settings.base), settings.variants[cell.variant])
     entries["seed"], entries["data"]["label_column"] = cell.seed, cell.labels
+    if cell.rate:
+        entries["optim"]["lr"] = cell.rate
     entries["output"] = str(Path(settings.base.output) / cell.name)
     entries["resume"] = checkpoint.exists(Path(entries["output"]) / CHECKPOINTS)
     return parse_entries(Recipe, entries)
@@ -146,12 +216,22 @@ def small_stem(model: nn.Module) -> None:
     nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
 
 
+def timm_start(recipe: Recipe, num_classes: int) -> nn.Module:
+    """The model of a learned head as timm starts it: the same backbone, the head's weights random."""
+    if recipe.head != "learned" or recipe.pretrained:
+        raise EtfZooError("random_start is for a learned head on a backbone from random weights.")
+    set_seed(recipe.seed)
+    base = base_name(find_model(recipe.model, False).architecture)
+    return timm.create_model(base, num_classes=num_classes, **split_head_args(recipe.model_args)[1])
+
+
 def run_cell(settings: Comparison, cell: Cell) -> dict[str, Any]:
     """Train one cell and measure it."""
     recipe = recipe_of(settings, cell)
     train: Any = load_split(recipe.data, recipe.data.train_split)
     if settings.holdout:
-        stays, held = holdout_indices(train.labels, settings.holdout, 0)
+        train: Any = limited(train, recipe.data.limit, recipe.seed)
+        stays, held = holdout_indices(train.labels, settings.holdout, 0, _series(train))
         train, val = train.subset(stays), train.subset(held)
     else:
         val = load_split(recipe.data, recipe.data.val_split)
@@ -161,6 +241,8 @@ def run_cell(settings: Comparison, cell: Cell) -> dict[str, Any]:
         train = train.subset(rows)
     tree = _tree(recipe.data, val)
     model = make_model(recipe, len(train.label_names), tree, train.class_counts())
+    if cell.variant in settings.random_start:
+        model = timm_start(recipe, len(train.label_names))
     if settings.stem == "3x3":
         # a neck drew random numbers: draw the stem after what all backbones drew, so that all get the same
         make_model(dataclasses.replace(recipe, head="learned", model_args={}), len(train.label_names))
@@ -177,6 +259,16 @@ def run_cell(settings: Comparison, cell: Cell) -> dict[str, Any]:
         figures["probe_top1"] = probe(run, data, rows, settings.probe_strength)
     names = {"variant": cell.variant, "labels": cell.labels, "seed": cell.seed, "protocol": PROTOCOL}
     return {**names, "results": figures, "training": run.summary()}
+
+
+_SERIES: dict[str, np.ndarray] = {}
+
+
+def _series(split: Any) -> np.ndarray:
+    """`group_rows` of a split, compared once in a process: all trials hold out of the same images."""
+    if split.digest not in _SERIES:
+        _SERIES[split.digest] = group_rows(split)
+    return _SERIES[split.digest]
 
 
 def last_figures(run: Run) -> dict[str, float]:
@@ -242,8 +334,11 @@ def table(settings: Comparison, records: Iterable[Record]) -> str:
                 results = [_shown(cell["results"], prefix) for cell in mine]
                 values = [_mean([r[k] for r in results if k in r], each=k.endswith("top1")) for k in shown.values()]
                 old = " †" if any(cell["protocol"] != PROTOCOL for cell in mine) else ""
-                body.append([f"{name}{words}{old}", str(len(mine)), *values])
-        lines += [f"Trained on `{labels}`:", "", *markdown(["variant", "seeds", *shown], body)]
+                rates = {cell["training"]["recipe"]["optim"]["lr"] for cell in mine} if settings.rates else ()
+                rate = [", ".join(f"{rate:g}" for rate in sorted(rates))] if settings.rates else []
+                body.append([f"{name}{words}{old}", str(len(mine)), *rate, *values])
+        header = ["variant", "seeds", *(["rate"] if settings.rates else []), *shown]
+        lines += [f"Trained on `{labels}`:", "", *markdown(header, body)]
         planned = [cell for cell in cells(settings) if cell.labels == labels]
         have = {(cell["variant"], cell["seed"]) for cell in some}
         left = []
@@ -271,10 +366,16 @@ def _mean(values: list[float], each: bool) -> str:
 def main() -> None:
     refuse_processes()
     settings = parse(Comparison)
+    locks = Path(settings.base.output) / "locks"
+
+    def wanted() -> list[Cell]:
+        found = cells(settings)
+        return with_digests(settings, at_own_rates(settings, found, locks) if settings.rates else found)
+
     fill_table(
         Path(settings.results),
-        Path(settings.base.output) / "locks",
-        lambda: with_digests(settings, cells(settings)),
+        locks,
+        wanted,
         partial(run_cell, settings),
         partial(table, settings),
         jobs=settings.jobs,

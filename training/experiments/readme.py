@@ -273,6 +273,7 @@ def kerdock_code(page: Path) -> str:
 TABLES: dict[str, Callable[[Path], str]] = {
     "results": source,
     "transfer": _text("transfer", "summary.md"),
+    "transfer-rates": _text("transfer_rates", "summary.md"),
     "scratch": _text("flowers17_scratch", "summary.md"),
     "heads": _text("cifar100_heads", "table.md"),
     "longtail": _text("cifar100_longtail", "table.md"),

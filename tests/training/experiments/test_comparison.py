@@ -12,6 +12,7 @@ from etf_zoo.trainer.recipe.config import Data, Recipe, parse
 from etf_zoo.trainer.run.locks import acquire
 from etf_zoo.trainer.run.model import make_model
 from training.experiments import comparison
+from training.experiments.choices import CHOICES
 from training.experiments.comparison import Comparison, cells, small_stem, table
 from training.experiments.grid import CELLS, Results, lock_file
 
@@ -74,6 +75,48 @@ def test_cells_are_run_once_and_shared(script, tmp_path, capsys):
     (results / "table.md").unlink()
     script("--table_only")
     assert row in (results / "table.md").read_text()
+
+
+def test_each_variant_has_its_own_rate(script, tmp_path, capsys):
+    results = script("--rates", "[0.0001, 0.01]")
+    trials = Results(results / CHOICES, tmp_path).read().values()
+    tried = {(trial["variant"], trial["rate"]): trial["top1"] for trial in trials}
+    assert set(tried) == {(name, rate) for name in ("frame", "learned, flat") for rate in (0.0001, 0.01)}
+    assert {trial["seed"] for trial in trials} == {0}
+    done = Results(results / CELLS, tmp_path).read().values()
+    assert len(done) == 3
+    for cell in done:
+        best = max((0.0001, 0.01), key=lambda rate: tried[cell["variant"], rate])
+        assert cell["training"]["recipe"]["optim"]["lr"] == best == 0.01
+    assert "| frame | 2 | 0.01 |" in (results / "table.md").read_text()
+    capsys.readouterr()
+    script("--rates", "[0.0001, 0.01]")
+    assert started(capsys) == []
+
+
+def test_a_trial_that_opens_the_test_images_is_refused(script, tmp_path):
+    settings = parse(Comparison, ["--config", str(tmp_path / "list.yaml")])
+    with pytest.raises(ValueError, match="'test' was asked for while something is chosen"):
+        comparison.try_rate(settings, cells(settings)[0])
+
+
+def test_a_trial_of_another_process_is_waited_for(script, tmp_path):
+    settings = parse(Comparison, ["--config", str(tmp_path / "list.yaml"), "--rates", "[0.01]"])
+    lock = tmp_path / "locks"
+    tried = comparison.trials(settings, cells(settings))[0][0]
+    with acquire(lock_file(lock, tried.key)), pytest.raises(ValueError, match="Another process still tries rates"):
+        comparison.at_own_rates(settings, cells(settings), lock)
+
+
+def test_a_learned_head_may_start_as_timm_has_it():
+    recipe = Recipe(model="resnet10t_etf", head="learned", model_args={"orientation": "blocks"}, seed=3)
+    ours, theirs = (start(recipe, 5).state_dict() for start in (make_model, comparison.timm_start))
+    assert not ours["fc.weight"].any()
+    assert theirs["fc.weight"].std() > 0.01
+    assert {name for name in ours if not torch.equal(ours[name], theirs[name])} == {"fc.weight", "fc.bias"}
+    for wrong in ({"head": "frame"}, {"pretrained": True}):
+        with pytest.raises(ValueError, match="random_start is for a learned head"):
+            comparison.timm_start(dataclasses.replace(recipe, **wrong), 5)
 
 
 def test_a_recipe_changes_where_its_variant_says(tmp_path):
