@@ -10,11 +10,11 @@ stage 3 the same, three seeds, measured on test images. Stages 1 and 2 judge by 
 sets, and the source's accuracy is that of training images that no run trains on. Test images are opened in stage 3
 only.
 
-The two controls and the plain frame try each of `--rates`. The best rate of a kind of head, by the mean score of
-seed 0, is then that of all candidates with this kind of head; stage 3 takes what stage 2 chose, if there is no stage 2
-what stage 1 chose, and tunes each backbone at the rate that was best for its kind in stage 2. Each finished cell is a
-line of `cells.jsonl`, and what is there is not run again: start the command again after a stop. Without a stage the
-tables are written.
+The two controls and the frame try each of `--rates`, plain and behind an MLP. The best rate, by the mean score of seed
+0, is then that of all other candidates with this kind of head, with or without a neck; stage 3 takes what stage 2
+chose, if there is no stage 2 what stage 1 chose, and tunes each backbone at the rate that was best for its kind in
+stage 2. Each finished cell is a line of `cells.jsonl`, one that diverged too, and what is there is not run again: start
+the command again after a stop. Without a stage the tables are written.
 
 A GPU for 15 minutes is enough for one of the later stages, by an estimate that nobody has tested: 17,500 steps at the
 21 ms that ResNet-18 took in `training/results/zoo_gpu` are 6 minutes, and scoring takes one or two. Bring the data sets
@@ -52,7 +52,7 @@ from typing import Any
 import numpy as np
 from safetensors.torch import save_file
 
-from etf_zoo.errors import EtfZooError
+from etf_zoo.errors import DivergedError, EtfZooError
 from etf_zoo.trainer.data.batches import limited, load_split
 from etf_zoo.trainer.data.sealed import choosing
 from etf_zoo.trainer.data.teacher import taught
@@ -97,7 +97,7 @@ SCALE = {"logit_scale": 30.0}
 MLP = {**SCALE, "neck": "mlp"}
 NONL = {"name": "prototype_contrast", "args": {"own_class": False}}
 RANDOM = "random weights"  # scored untrained: what there is without any pretraining
-# name -> what a recipe has otherwise; the first three try all rates. What matters most by the literature comes first.
+# name -> what a recipe has otherwise; the first six try all rates. What matters most by the literature comes first.
 CANDIDATES: dict[str, dict[str, Any]] = {
     "learned": {"head": "learned"},
     "learned cosine": {"head": "learned_cosine", "model_args": SCALE},
@@ -127,6 +127,7 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     "frame, target cosine 0.3": {"target_cosine": [0.3]},
     RANDOM: {},
 }
+TRYING = tuple(CANDIDATES)[:6]  # a neck asks for a rate of its own
 
 
 @dataclass(frozen=True)
@@ -173,8 +174,13 @@ def decode(args: argparse.Namespace) -> None:
 
 def measure(work: Path, cell: Cell) -> dict[str, Any]:
     """Train and score; what something is chosen by cannot open any split but that of training."""
-    with nullcontext() if cell.scoring.test else choosing():
-        return _measure(work, cell)
+    try:
+        with nullcontext() if cell.scoring.test else choosing():
+            return _measure(work, cell)
+    except DivergedError as error:  # which says something of the rate: a cell without scores
+        recipe = cell.recipe
+        found = {"stage": cell.stage, "name": cell.name, "seed": cell.seed, "lr": recipe.optim.lr, "head": recipe.head}
+        return {**found, "diverged": str(error)}
 
 
 def _measure(work: Path, cell: Cell) -> dict[str, Any]:
@@ -213,21 +219,29 @@ def _measure(work: Path, cell: Cell) -> dict[str, Any]:
     return found
 
 
-def chosen_rate(records: Sequence[dict[str, Any]], stage: int, head: str, rates: Sequence[float] = ()) -> float | None:
-    """The rate of the best seed-0 run with a kind of head, of this stage or the nearest before it; None without any.
+def rate_source(name: str) -> str:
+    """Whose best rate a candidate takes: its own, or that of the same head, plain or behind an MLP."""
+    if name in TRYING:
+        return name
+    head = KINDS[CANDIDATES[name].get("head", "frame")]
+    return f"{head}, MLP" if "neck" in CANDIDATES[name].get("model_args", {}) else head
+
+
+def chosen_rate(records: Sequence[dict[str, Any]], stage: int, name: str, rates: Sequence[float] = ()) -> float | None:
+    """The rate of the best seed-0 run, of this stage or the nearest before it; None without any.
 
     Args:
         records: Finished cells.
         stage: Of the cells that it is for.
-        head: The recipe's word for the kind.
+        name: See `rate_source`.
         rates: Those that have to be tried before one of this very stage is chosen.
     """
     for before in (s for s in (2, 1) if s <= stage):
-        tried = [r for r in records if (r["stage"], r["name"], r["seed"]) == (before, KINDS[head], 0)]
+        tried = [r for r in records if (r["stage"], r["name"], r["seed"]) == (before, name, 0)]
         if before == stage and not set(rates) <= {r["lr"] for r in tried}:
             continue
-        if tried:
-            return max(tried, key=mean_score)["lr"]
+        if scored := [r for r in tried if "scores" in r]:
+            return max(scored, key=mean_score)["lr"]
     return None
 
 
@@ -235,7 +249,7 @@ def tuning_rate(records: Sequence[dict[str, Any]], name: str) -> float:
     """Rate at which a candidate's backbone was tuned best in stage 2, mean over sets; the middle one without a run."""
     by_rate: dict[float, list[float]] = {}
     for record in records:
-        if (record["stage"], record["name"]) == (2, name):
+        if (record["stage"], record["name"]) == (2, name) and "scores" in record:
             for scores in record["scores"].values():
                 for rate, accuracy in scores["full_by_rate"].items():
                     by_rate.setdefault(float(rate), []).append(accuracy)
@@ -243,7 +257,7 @@ def tuning_rate(records: Sequence[dict[str, Any]], name: str) -> float:
 
 
 def plan(args: argparse.Namespace, records: Sequence[dict[str, Any]], first: bool) -> list[Cell]:
-    """Cells to measure: first the three heads at all rates (not in stage 3), then all at the rates chosen."""
+    """Cells to measure: first what tries all rates (not in stage 3), then all at the rates chosen."""
     changes = {"epochs": args.epochs} if args.epochs else {}
     if args.images:
         changes["data"] = {"limit": args.images}
@@ -251,15 +265,15 @@ def plan(args: argparse.Namespace, records: Sequence[dict[str, Any]], first: boo
     cells = []
     for seed in args.seeds or ((0, 1, 2) if args.stage == 3 else (0,)):
         for name in args.only or CANDIDATES:
-            head = CANDIDATES[name].get("head", "frame")
-            tries = bool(args.rates) and name in KINDS.values() and args.stage < 3 and seed == 0
+            source = rate_source(name)
+            tries = bool(args.rates) and name in TRYING and args.stage < 3 and seed == 0
             if first:
                 rates = args.rates if tries else []
             else:
-                rate = chosen_rate(records, args.stage, head, args.rates)
+                rate = chosen_rate(records, args.stage, source, args.rates)
                 rates = [] if tries or rate is None else [rate]
                 if rate is None:
-                    print(f"{name} is left out: no rate is known for its head, run {KINDS[head]!r} first.")
+                    print(f"{name} is left out: no rate is known, run {source!r} first.")
             for rate in rates:
                 recipe = recipe_of(args.stage, name, rate, seed, changes)
                 how = replace(scoring, rates=(tuning_rate(records, name),)) if args.stage == 3 else scoring

@@ -24,10 +24,10 @@ def mean_score(record: Record, methods: Sequence[str] = METHODS) -> float:
 
 
 def best_runs(records: Sequence[Record], stage: int) -> dict[str, list[Record]]:
-    """Name -> runs of a stage at the rate that has the best mean score of seed 0, by seed."""
-    found = {}
-    for name in dict.fromkeys(r["name"] for r in records if r["stage"] == stage):
-        own = [r for r in records if (r["stage"], r["name"]) == (stage, name)]
+    """Name -> runs of a stage at the rate that has the best mean score of seed 0, by seed; none that diverged."""
+    found, scored = {}, [r for r in records if r["stage"] == stage and "scores" in r]
+    for name in dict.fromkeys(r["name"] for r in scored):
+        own = [r for r in scored if r["name"] == name]
         rate = max((r for r in own if r["seed"] == min(o["seed"] for o in own)), key=mean_score)["lr"]
         found[name] = sorted((r for r in own if r["lr"] == rate), key=lambda r: r["seed"])
     return found
@@ -53,14 +53,17 @@ def table(records: Sequence[Record], stage: int, order: Sequence[str]) -> str:
     runs = best_runs(records, stage)
     if not runs:
         return ""
-    tried = {name: sorted({r["lr"] for r in records if (r["stage"], r["name"]) == (stage, name)}) for name in runs}
+    tried: dict[str, dict[float, str]] = {name: {} for name in runs}
+    for r in records:
+        if r["stage"] == stage and r["name"] in runs:
+            tried[r["name"]][r["lr"]] = f"{r['lr']:g}" + (" (diverged)" if "diverged" in r else "")
     references = [runs[name] for name in CONTROLS if name in runs]
     columns = ["pretraining", "runs", "rates tried", "rate", "source", *METHODS, "mean", "less the better control"]
     body = []
     for name in sorted(runs, key=list(order).index):
         own = runs[name]
         source = [r["source_top1"] for r in own if r["source_top1"] is not None]
-        row = [name, str(len(own)), ", ".join(f"{rate:g}" for rate in tried[name]), f"{own[0]['lr']:g}"]
+        row = [name, str(len(own)), ", ".join(tried[name][rate] for rate in sorted(tried[name])), f"{own[0]['lr']:g}"]
         row.append(f"{statistics.mean(source):.1f}" if source else "")
         row += [_with_gap(f"{mean_of(own, [m]):.1f}", _gap(own, references, [m])) for m in METHODS]
         each = [f"{mean_score(run):.2f}" for run in own]

@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 
-from etf_zoo.errors import EtfZooError
+from etf_zoo.errors import DivergedError, EtfZooError
 from etf_zoo.trainer.data.batches import load_split
 from etf_zoo.trainer.data.sealed import choosing
 from etf_zoo.trainer.recipe.config import Data, Recipe
@@ -35,24 +35,48 @@ def cell(name, lr, right, *, stage=1, seed=0, of=40):
 def test_heads_try_all_rates_and_candidates_take_that_of_their_kind():
     first = plan(ARGS, [], True)
     assert {(c.name, c.recipe.optim.lr) for c in first} == {
-        (name, rate) for name in ("learned", "learned cosine", "frame") for rate in (0.1, 0.3)
+        (f"{head}{neck}", rate)
+        for head in ("learned", "learned cosine", "frame")
+        for neck in ("", ", MLP")
+        for rate in (0.1, 0.3)
     }
     done = [cell("frame", 0.1, 5), cell("frame", 0.3, 9), cell("learned", 0.1, 7), cell("learned", 0.3, 6)]
+    done += [cell("frame, MLP", 0.1, 8), cell("frame, MLP", 0.3, 7)]
     rates = {c.name: c.recipe.optim.lr for c in plan(ARGS, done, False)}
-    assert rates["frame, MLP"] == 0.3
-    assert rates["learned, MLP"] == 0.1
-    assert "learned cosine, MLP" not in rates  # no rate is known
+    assert rates["frame, two depths"] == 0.3
+    assert rates["learned, entropy"] == 0.1
+    assert rates["frame, MLP, entropy"] == rates["frame, MLP of 3 layers"] == 0.1
+    assert "learned cosine, NONL" not in rates  # no rate is known
     assert "frame" not in rates  # tried before
     assert chosen_rate(done[1:], 1, "frame", (0.1, 0.3)) is None  # not all of them yet
     assert chosen_rate(done[1:], 2, "frame", (0.1, 0.3)) == 0.3  # an earlier stage counts as it is
+    again = argparse.Namespace(**{**vars(ARGS), "seeds": [1], "only": ["frame, MLP"]})
+    assert [c.recipe.optim.lr for c in plan(again, done, False)] == [0.1]
+
+
+def test_a_run_that_diverged_is_a_rate_that_was_tried(tmp_path, monkeypatch):
+    diverged = {"name": "learned, MLP", "lr": 0.3, "stage": 1, "seed": 0, "diverged": "The loss is nan."}
+    done = [cell("learned, MLP", 0.1, 7), diverged]
+    assert chosen_rate(done, 1, "learned, MLP", (0.1, 0.3)) == 0.1
+    assert chosen_rate([diverged], 1, "learned, MLP", (0.3,)) is None
+    assert "| learned, MLP | 1 | 0.1, 0.3 (diverged) | 0.1 |" in table(done, 1, list(CANDIDATES))
+    assert table([diverged], 1, list(CANDIDATES)) == ""
+
+    def fail(*_):
+        raise DivergedError("The loss is nan.")
+
+    monkeypatch.setattr(better_transfer, "_measure", fail)
+    recipe = recipe_of(1, "learned, MLP", 0.3, 0, {})
+    record = better_transfer.measure(tmp_path, better_transfer.Cell(1, "learned, MLP", 0, recipe, Scoring()))
+    assert record == {**diverged, "head": "learned"}
 
 
 def test_without_rates_to_try_all_take_those_of_the_stage_before_at_once():
     done = [cell("frame", 0.1, 5), cell("frame", 0.3, 9), cell("learned", 0.1, 7), cell("learned", 0.3, 6)]
-    args = argparse.Namespace(**{**vars(ARGS), "stage": 2, "rates": [], "only": ["learned", "frame", "frame, MLP"]})
+    args = argparse.Namespace(**{**vars(ARGS), "stage": 2, "rates": [], "only": ["learned", "frame", "frame, entropy"]})
     assert plan(args, done, True) == []
     cells = plan(args, done, False)
-    assert [(c.name, c.recipe.optim.lr) for c in cells] == [("learned", 0.1), ("frame", 0.3), ("frame, MLP", 0.3)]
+    assert [(c.name, c.recipe.optim.lr) for c in cells] == [("learned", 0.1), ("frame", 0.3), ("frame, entropy", 0.3)]
 
 
 def test_stage_three_takes_what_stage_two_chose():
