@@ -363,24 +363,23 @@ def _mean(values: list[float], each: bool) -> str:
     return f"{mean} ({', '.join(f'{value:.2f}' for value in values)})" if each and len(values) > 1 else mean
 
 
+def to_measure(settings: Comparison, locks: Path) -> list[Cell]:
+    """All cells with their keys, once their rates are chosen."""
+    found = cells(settings)
+    return with_digests(settings, at_own_rates(settings, found, locks) if settings.rates else found)
+
+
 def main() -> None:
     refuse_processes()
     settings = parse(Comparison)
-    locks = Path(settings.base.output) / "locks"
-
-    def wanted() -> list[Cell]:
-        found = cells(settings)
-        return with_digests(settings, at_own_rates(settings, found, locks) if settings.rates else found)
-
-    fill_table(
-        Path(settings.results),
-        locks,
-        wanted,
-        partial(run_cell, settings),
-        partial(table, settings),
-        jobs=settings.jobs,
-        table_only=settings.table_only,
-    )
+    folder, locks = Path(settings.results), Path(settings.base.output) / "locks"
+    passes = len(settings.passes)
+    # with rates to choose pass by pass: the first are then whole before the rates of the last are tried
+    for last in range(1, passes + 1) if settings.rates and not settings.table_only else [passes]:
+        now = dataclasses.replace(settings, passes=settings.passes[:last])
+        measure, write = partial(run_cell, settings), partial(table, settings)
+        listed = partial(to_measure, now, locks)
+        fill_table(folder, locks, listed, measure, write, jobs=settings.jobs, table_only=settings.table_only)
 
 
 if __name__ == "__main__":
