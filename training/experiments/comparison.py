@@ -11,7 +11,9 @@ chosen, each trial is one line of `choices.jsonl`.
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,7 +25,7 @@ import torch
 from accelerate.utils import set_seed
 from torch import nn
 
-from etf_zoo.errors import EtfZooError
+from etf_zoo.errors import DivergedError, EtfZooError
 from etf_zoo.metrics.shots import accuracy_by_shots
 from etf_zoo.models.head_config import split_head_args
 from etf_zoo.models.names import base_name
@@ -184,16 +186,13 @@ def at_own_rates(settings: Comparison, wanted: list[Cell], locks: Path) -> list[
 
 
 def try_rate(settings: Comparison, cell: Cell) -> dict[str, Any]:
-    """Accuracy of a cell on held-out training images; no others can be opened."""
-    with choosing():
-        figures = run_cell(settings, cell)["results"]
-    return {
-        "variant": cell.variant,
-        "labels": cell.labels,
-        "seed": cell.seed,
-        "rate": cell.rate,
-        "top1": figures["top1"],
-    }
+    """Accuracy of a cell on held-out training images; 0 where it diverged."""
+    try:
+        top1 = run_cell(settings, cell)["results"]["top1"]
+    except DivergedError as error:  # which says something of the rate
+        print(f"{cell.key}: {error}", file=sys.stderr, flush=True)
+        top1 = 0.0
+    return {"variant": cell.variant, "labels": cell.labels, "seed": cell.seed, "rate": cell.rate, "top1": top1}
 
 
 def recipe_of(settings: Comparison, cell: Cell) -> Recipe:
@@ -226,7 +225,12 @@ def timm_start(recipe: Recipe, num_classes: int) -> nn.Module:
 
 
 def run_cell(settings: Comparison, cell: Cell) -> dict[str, Any]:
-    """Train one cell and measure it."""
+    """Train one cell and measure it; on held-out training images, to choose by, with all others closed."""
+    with choosing() if settings.holdout else nullcontext():
+        return _run_cell(settings, cell)
+
+
+def _run_cell(settings: Comparison, cell: Cell) -> dict[str, Any]:
     recipe = recipe_of(settings, cell)
     train: Any = load_split(recipe.data, recipe.data.train_split)
     if settings.holdout:

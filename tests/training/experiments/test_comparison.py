@@ -8,6 +8,7 @@ import torch
 import yaml
 from torch import nn
 
+from etf_zoo.errors import DivergedError
 from etf_zoo.trainer.recipe.config import Data, Recipe, parse
 from etf_zoo.trainer.run.locks import acquire
 from etf_zoo.trainer.run.model import make_model
@@ -95,9 +96,17 @@ def test_each_variant_has_its_own_rate(script, tmp_path, capsys):
 
 
 def test_a_trial_that_opens_the_test_images_is_refused(script, tmp_path):
-    settings = parse(Comparison, ["--config", str(tmp_path / "list.yaml")])
+    settings = parse(Comparison, ["--config", str(tmp_path / "list.yaml"), "--holdout", "0.25"])
     with pytest.raises(ValueError, match="'test' was asked for while something is chosen"):
-        comparison.try_rate(settings, cells(settings)[0])
+        comparison.run_cell(settings, cells(settings)[0])  # whose probe for the other labels is of test images
+
+
+def test_a_rate_that_diverges_is_tried(monkeypatch):
+    def diverge(*args):
+        raise DivergedError("not finite")
+
+    monkeypatch.setattr(comparison, "run_cell", diverge)
+    assert comparison.try_rate(Comparison(), comparison.Cell("a", "x", 0, 0.8))["top1"] == 0
 
 
 def test_a_trial_of_another_process_is_waited_for(script, tmp_path):
