@@ -105,7 +105,7 @@ def run_cell(settings: Pixels, cell: Cell) -> Record:
 
 
 def table(settings: Pixels, records: Iterable[Record]) -> str:
-    """Means over seeds for each variant: on the test split, and of the trials on the validation split."""
+    """Means over seeds for each variant, of mIoU and the rarest each seed's: on the test split; trials on the other."""
     records = list(records)
     text = []
     for title, is_trial in (("On the test images:", False), ("Trials, on the validation images:", True)):
@@ -114,12 +114,18 @@ def table(settings: Pixels, records: Iterable[Record]) -> str:
             mine = [r["results"] for r in records if r["variant"] == name and (name in settings.trials) == is_trial]
             if mine:
                 by_class = [f"iou_{label}" for label in settings.base.class_names]
-                keys = ["miou", "rare_iou", "accuracy", *by_class]
-                body.append([name, str(len(mine)), *(f"{np.nanmean([r[key] for r in mine]):.2f}" for key in keys)])
+                both = [_mean([r[key] for r in mine], each=True) for key in ("miou", "rare_iou")]
+                others = [_mean([r[key] for r in mine]) for key in ("accuracy", *by_class)]
+                body.append([name, str(len(mine)), *both, *others])
         if body:
             heads = ["variant", "runs", "mIoU", "four rarest", "accuracy", *settings.base.class_names]
             text += [title, "", *markdown(heads, body), ""]
     return "\n".join(text).strip() + "\n"
+
+
+def _mean(values: list[float], each: bool = False) -> str:
+    mean = f"{np.nanmean(values):.2f}"
+    return f"{mean} ({', '.join(f'{value:.2f}' for value in values)})" if each and len(values) > 1 else mean
 
 
 def main() -> None:
