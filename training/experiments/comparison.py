@@ -111,9 +111,9 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Of its folder."""
-        rate = f"-{self.rate:g}" if self.rate else ""
-        return f"{self.variant.replace(' ', '_').replace('+', 'and').replace(',', '')}-{self.labels}-{self.seed}{rate}"
+        """Of its folder: with the settings, as a run under changed ones must not resume from the former's."""
+        variant = self.variant.replace(" ", "_").replace("+", "and").replace(",", "")
+        return f"{variant}-{self.labels}-{self.seed}-{self.settings}"
 
     @property
     def key(self) -> str:

@@ -72,7 +72,8 @@ class Cell:
 def recipe_of(settings: Pixels, cell: Cell) -> Segmentation:
     """The recipe of a cell."""
     entries = merged(dataclasses.asdict(settings.base), settings.variants[cell.variant])
-    folder = Path(settings.base.output) / f"{cell.variant.replace(' ', '_').replace(',', '')}-{cell.seed}"
+    words = [cell.variant.replace(" ", "_").replace(",", ""), str(cell.seed), cell.settings]
+    folder = Path(settings.base.output) / "-".join(words)  # settings: a run under changed ones must not resume this
     entries |= {"seed": cell.seed, "output": str(folder), "resume": checkpoint.exists(folder / CHECKPOINTS)}
     return parse_entries(Segmentation, entries)
 

@@ -64,18 +64,24 @@ def test_cells_are_run_once_and_shared(script, tmp_path, capsys):
     assert started(capsys) == [wanted[1].key]
     done = Results(results / CELLS, tmp_path).read()
     assert set(done) == {cell.key for cell in wanted}
-    found = {cell.name: done[cell.key] for cell in wanted}
+    found = {(cell.variant, cell.seed): done[cell.key] for cell in wanted}
     for cell in found.values():
         assert 0 <= cell["results"]["top1"] <= 100
         assert 10 < cell["results"]["probe_top1"] <= 100  # chance is 10
         assert "severity" not in cell["results"]  # digits have no tree
-    assert found["learned_flat-label-0"]["training"]["recipe"]["head"] == "learned"
-    top1 = [found[f"frame-label-{seed}"]["results"]["top1"] for seed in (0, 1)]
+    assert found["learned, flat", 0]["training"]["recipe"]["head"] == "learned"
+    top1 = [found["frame", seed]["results"]["top1"] for seed in (0, 1)]
     row = f"| frame | 2 | {np.mean(top1):.2f} ({top1[0]:.2f}, {top1[1]:.2f}) |"
     assert row in (results / "table.md").read_text()
     (results / "table.md").unlink()
     script("--table_only")
     assert row in (results / "table.md").read_text()
+
+
+def test_changed_settings_start_anew(script, tmp_path):
+    first, both = (Results(script("--base.optim.lr", rate) / CELLS, tmp_path).read() for rate in ("0.01", "1e-9"))
+    assert len(both) == 2 * len(first)
+    assert len({cell["results"]["loss"] for cell in both.values()}) == len(both)  # resumed, they would be the former's
 
 
 def test_each_variant_has_its_own_rate(script, tmp_path, capsys):
