@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from etf_zoo.trainer.run.small_maps import use_products
+from etf_zoo.trainer.run.faster_layers import use_faster_layers
 from etf_zoo.trainer.tune.methods import first_tuned, prepare, tuned_share
 from etf_zoo.trainer.tune.trunk import layer_input, replayed
 
@@ -44,7 +44,7 @@ def measure(method: str, layer: str) -> dict[str, Any]:
     """Speeds of one method."""
     model: Any = timm.create_model(MODEL, num_classes=CLASSES)
     first = first_tuned(model, method, layer)
-    use_products(prepare(model, method, layer).to(memory_format=torch.channels_last))  # type: ignore[call-overload]
+    use_faster_layers(prepare(model, method, layer).to(memory_format=torch.channels_last))  # type: ignore[call-overload]
     tuned, total = tuned_share(model)
     images = torch.randn(BATCH, 3, SIZE, SIZE).contiguous(memory_format=torch.channels_last)
     began = time.process_time()

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 import etf_zoo  # noqa: F401  registers the twins
 from etf_zoo.trainer.data.augment import Draws, augment, crop_matrix
 from etf_zoo.trainer.recipe.config import Augment
-from etf_zoo.trainer.run.small_maps import use_products
+from etf_zoo.trainer.run.faster_layers import use_faster_layers
 
 MODELS = ("resnet18_etf", "mobilenetv3_small_100_etf", "convnext_atto_etf")
 SIZES = ((64, 64), (64, 32), (128, 96))  # stored, trained at
@@ -52,7 +52,7 @@ def compare(name: str, stored: int, size: int, rounds: int) -> dict[str, Any]:
     images = torch.randint(0, 256, (BATCH, stored, stored, 3), dtype=torch.uint8, generator=generator)
     images = images.permute(0, 3, 1, 2)  # as a resident split gives them
     labels = torch.randint(0, 200, (BATCH,), generator=generator)
-    model: Any = use_products(timm.create_model(name, num_classes=200)).to(memory_format=torch.channels_last)
+    model: Any = use_faster_layers(timm.create_model(name, num_classes=200)).to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     batch = augment(images, Augment(), size, generator).div_(255).contiguous(memory_format=torch.channels_last)
 

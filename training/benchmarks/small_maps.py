@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from etf_zoo.trainer.run.small_maps import use_products
+from etf_zoo.trainer.run.faster_layers import use_faster_layers
 
 MODELS = ("resnet18", "resnet50", "mobilenetv3_small_100", "convnext_atto")
 SIZES = (32, 48, 64)
@@ -41,7 +41,7 @@ def step_seconds(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -
 def row(name: str, size: int, turns: int) -> dict[str, float | int | str]:
     torch.manual_seed(0)
     plain = timm.create_model(name, num_classes=200).to(memory_format=torch.channels_last)
-    models = {"products": use_products(copy.deepcopy(plain)), "library": plain}
+    models = {"products": use_faster_layers(copy.deepcopy(plain)), "library": plain}
     images = torch.randn(BATCH, 3, size, size).to(memory_format=torch.channels_last)
     labels = torch.randint(0, 200, (BATCH,))
     seconds: dict[str, list[float]] = {kind: [] for kind in models}

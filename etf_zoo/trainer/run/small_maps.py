@@ -9,58 +9,19 @@ the taps that meet a pixel give the same numbers but for rounding. What that sav
 from __future__ import annotations
 
 import functools
-import math
 from itertools import product
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["SmallMapConv2d", "dense_product", "depthwise_product", "use_products"]
+__all__ = ["MAX_INPUTS", "MAX_OUTPUTS", "dense_product", "depthwise_product"]
 
-# Beyond these the library is as fast or faster (seen with oneDNN of torch 2.14 on an AVX2 machine).
+# Beyond these the library is as fast or faster, as seen on an AVX2 machine; `faster_layers` measures where it may.
 MAX_OUTPUTS = 9  # pixels that a dense convolution gives
 MAX_INPUTS = 16  # pixels that a depthwise convolution takes
 
 Pair = tuple[int, int]
-
-
-def use_products(model: nn.Module) -> nn.Module:
-    """Let a model's convolutions compute small maps by products while gradients are on, in place.
-
-    Args:
-        model: Any module. Of its layers, plain `nn.Conv2d` ones change that are dense or depthwise, pad with zeros and
-            have no dilation. Weights and their names stay.
-
-    Returns:
-        The same model.
-    """
-    for module in model.modules():
-        if (
-            type(module) is nn.Conv2d
-            and (module.groups == 1 or module.groups == module.in_channels == module.out_channels)
-            and module.dilation == (1, 1)
-            and module.padding_mode == "zeros"
-            and not isinstance(module.padding, str)
-        ):
-            module.__class__ = SmallMapConv2d
-    return model
-
-
-class SmallMapConv2d(nn.Conv2d):
-    """`nn.Conv2d` that computes small maps by products while gradients are on."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """As `nn.Conv2d`."""
-        if torch.is_grad_enabled() and input.ndim == 4:
-            height, width = input.shape[2:]
-            geometry = zip((height, width), self.kernel_size, self.stride, self.padding, strict=True)
-            outputs = [_outputs(*axis) for axis in geometry]  # type: ignore[arg-type]
-            if self.groups == 1 and min(outputs) > 0 and math.prod(outputs) <= MAX_OUTPUTS:
-                return dense_product(input, self.weight, self.bias, self.stride, self.padding)  # type: ignore[arg-type]
-            if self.groups > 1 and min(outputs) > 0 and height * width <= MAX_INPUTS:
-                return depthwise_product(input, self.weight, self.bias, self.stride, self.padding)  # type: ignore
-        return super().forward(input)
 
 
 def _outputs(length: int, taps: int, step: int, pad: int) -> int:

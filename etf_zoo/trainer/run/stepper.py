@@ -18,10 +18,10 @@ from etf_zoo.layers.moving import copy_moving_frames
 
 from ..data.batches import batch_generator, mix
 from ..recipe.config import Recipe
+from .faster_layers import keep_freed_memory, use_faster_layers
 from .launching import gather_in, is_sharded
 from .model import make_optimizer
 from .objective import Objective
-from .small_maps import use_products
 
 __all__ = ["Stepper", "channels_last", "prepare"]
 
@@ -42,7 +42,8 @@ def prepare(recipe: Recipe, accelerator: Accelerator, model: nn.Module) -> tuple
     if channels_last(recipe, accelerator):
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if accelerator.device.type == "cpu":
-        use_products(model)
+        keep_freed_memory()
+        use_faster_layers(model)
     # DDP would send these buffers to every process at every step
     fixed = [f"{name}.{own}" for name, head in frame_heads(model).items() for own in head.UNSENT]
     model._ddp_params_and_buffers_to_ignore = fixed  # type: ignore[assignment]
