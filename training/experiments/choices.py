@@ -18,6 +18,7 @@ from etf_zoo.trainer.data.subsets import Images, load_images, training_rows
 from etf_zoo.trainer.recipe.config import Data
 from etf_zoo.trainer.run.model import make_model
 from etf_zoo.trainer.tune.probes import PROBES
+from etf_zoo.trainer.tune.settle import once
 from etf_zoo.trainer.tune.tuning import Finetune, features_of, fine_tune, strip_head
 from training.experiments.frozen import frozen_features, stored_inputs, tune_stored
 from training.experiments.grid import Record, Results, digest, settings_digest
@@ -166,7 +167,7 @@ def choose(settings: Finetune, images: TrainingImages, work: Path, frozen: Path 
     """
     if settings.method in PROBES:
         raise EtfZooError(f"{settings.method} chooses by cross-validation itself.")
-    settings = dataclasses.replace(settings, data=images.data, output=str(work), holdout=0, eval_every=settings.epochs)
+    settings = dataclasses.replace(settings, data=images.data, output=str(work), holdout=0, eval_every=once(settings))
     shutil.rmtree(work, ignore_errors=True)  # of a run that was killed
     with choosing():
         train = images.load()

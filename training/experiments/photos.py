@@ -1,8 +1,8 @@
 """Accuracy over the number of images a class: the tables and the picture of `docs/results/photos.md`.
 
 `python training/experiments/photos.py`, after the grids of `training/recipes/photos*.yaml`: it reads their
-`cells.jsonl`, writes `short.md`, `summary.md`, `heads.md`, `table.md` (with the rates that were tried) and `shots.png`
-into `training/results/photos`, and measures nothing.
+`cells.jsonl`, writes `short.md`, `summary.md`, `heads.md`, `defaults.md`, `table.md` (with all that was tried) and
+`shots.png` into `training/results/photos`, and measures nothing.
 """
 
 from __future__ import annotations
@@ -16,13 +16,23 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from etf_zoo.trainer.plots import COLORS, GRID, INK
-from training.experiments.choices import read_choices
+from training.experiments.choices import CHOICES, read_choices
 from training.experiments.grid import CELLS, Results
 from training.experiments.intervals import Estimate, estimate, paired_difference, stacked, unpack
 from training.experiments.transfer_report import markdown
 
 RESULTS = Path("training/results")
-FOLDERS = ("photos", "photos_layer", "photos_full")
+FOLDERS = (
+    "photos",
+    "photos_layer",
+    "photos_layer_more",
+    "photos_top",
+    "photos_full",
+    "photos_full_more",
+    "photos_defaults",
+)
+CHOSEN = (*FOLDERS, "photos_epochs")  # those with choices
+DEFAULTS = "finetune, defaults"
 SHOTS = (1, 5, 10, 0)  # images a class; 0 for all
 # What the picture shows, of all rows.
 SHOWN = (
@@ -30,10 +40,10 @@ SHOWN = (
     "linear_probe",
     "head learned",
     "head learned cosine",
-    "layer learned",
-    "layer warm frame",
     "scl learned",
+    "top learned",
     "full learned",
+    DEFAULTS,
 )
 NOTE = """Top-1 (%) with its 95 % interval over training subsets and test images, and the number of subsets. A
 difference is paired: the same training images, the same test images; \\* tells from zero. Rates were chosen on held-out
@@ -88,7 +98,7 @@ def tables(cells: dict[Key, dict[int, Record]]) -> str:
 
 
 def short(cells: dict[Key, dict[int, Record]]) -> str:
-    """Means alone, on frozen features: a row for each method of `SHOWN`, a column for each weights and data set."""
+    """Means alone: a row for each method of `SHOWN` that all data sets have, a column for each weights and data set."""
     found = estimates(cells)
     places = list(dict.fromkeys(key[:2] for key in found))
     body = []
@@ -113,17 +123,18 @@ def _best(mine: dict[tuple[str, int], Estimate], shots: int) -> str:
 def control_of(method: str) -> str:
     """What a method is compared with: the learned head tuned in the same way.
 
-    A learned head of `layer` and `scl` with that of `full`, and that of `full` with the frozen backbone's.
+    A learned head of `layer`, `scl` and `top` (the last convolution) with that of `full`, and that of `full` with the
+    frozen backbone's.
 
     Example:
         >>> control_of("full warm frame"), control_of("full learned"), control_of("ncm")
         ('full learned', 'head learned', '')
     """
     kind, _, head = method.partition(" ")
-    if kind not in ("head", "layer", "scl", "full"):
+    if kind not in ("head", "layer", "scl", "top", "full"):
         return ""
     if head == "learned":
-        return "full learned" if kind in ("layer", "scl") else "head learned"
+        return "full learned" if kind in ("layer", "scl", "top") else "head learned"
     return f"{kind} learned"
 
 
@@ -142,14 +153,42 @@ def differences(cells: dict[Key, dict[int, Record]]) -> str:
     return "\n".join(markdown(["data", "weights", "images", "method", "control", "minus control", "n"], body))
 
 
-def rates(folders: Sequence[Path]) -> str:
-    """What each rate gave on held-out training images."""
+def beside_defaults(cells: dict[Key, dict[int, Record]]) -> str:
+    """`finetune` at its defaults beside the others that were measured on the same training images.
+
+    Which of the others is best is known from the test images alone, so that is more than anybody could choose.
+    """
+    body = []
+    for (weights, data, method, shots), own in cells.items():
+        if method != DEFAULTS:
+            continue
+        others = {
+            m: {seed: some[seed] for seed in own}
+            for (w, d, m, s), some in cells.items()
+            if (w, d, s) == (weights, data, shots) and m != method and own.keys() <= some.keys()
+        }
+        means = {m: estimate(stacked(hits(some))).mean for m, some in others.items()}
+        row = [data, weights, f"{shots} a class" if shots else "all", f"{estimate(stacked(hits(own))).mean:.1f}"]
+        for which in (max(means, key=lambda m: means[m], default=""), "linear_probe", "ncm"):
+            if which not in others:
+                row.append("")
+                continue
+            found = paired_difference(hits(own), hits(others[which]))
+            tells = " \\*" if found.tells else ""
+            row.append(f"{which}: {means[which]:.1f}, {found.mean:+.1f} [{found.low:+.1f}, {found.high:+.1f}]{tells}")
+        body.append([*row, str(len(own))])
+    header = ["data", "weights", "images", DEFAULTS, "best other: its figure, difference", "", "", "draws"]
+    return "\n".join(markdown(header, body))
+
+
+def tried(folders: Sequence[Path]) -> str:
+    """What each value that was tried gave on held-out training images."""
     body = []
     for folder in folders:
-        for (weights, data, method), tried in read_choices(folder).items():
-            shown = ", ".join(f"{value:g}: {top1:.1f}" for value, top1 in sorted(tried.items()))
+        for (weights, data, method), gave in read_choices(folder).items():
+            shown = ", ".join(f"{value:g}: {top1:.1f}" for value, top1 in sorted(gave.items()))
             body.append([data, weights, method, shown])
-    return "\n".join(markdown(["data", "weights", "method", "rate: top-1 (%)"], body))
+    return "\n".join(markdown(["data", "weights", "method", "rate, or epochs: top-1 (%)"], body))
 
 
 def draw(cells: dict[Key, dict[int, Record]], path: Path) -> None:
@@ -182,17 +221,21 @@ def draw(cells: dict[Key, dict[int, Record]], path: Path) -> None:
 def main() -> None:
     folders = [RESULTS / name for name in FOLDERS if (RESULTS / name / CELLS).is_file()]
     cells = read(folders)
-    summary, heads = tables(cells), differences(cells)
+    chosen = [RESULTS / name for name in CHOSEN if (RESULTS / name / CHOICES).is_file()]
+    summary, heads, defaults = tables(cells), differences(cells), beside_defaults(cells)
     text = [
         "# Real photographs",
         NOTE,
         summary,
         "## Differences",
         heads,
-        "## Rates",
-        rates(folders),
+        "## Defaults",
+        defaults,
+        "## Chosen on held-out training images",
+        tried(chosen),
     ]
-    files = {"summary": summary, "short": short(cells), "heads": heads, "table": "\n\n".join(text)}
+    tables_of = {"summary": summary, "short": short(cells), "heads": heads, "defaults": defaults}
+    files = {**tables_of, "table": "\n\n".join(text)}
     for name, content in files.items():
         (folders[0] / f"{name}.md").write_text(f"{content.strip()}\n", encoding="utf-8")
     draw(cells, folders[0] / "shots.png")

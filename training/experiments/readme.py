@@ -294,6 +294,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "photos": _text("photos", "summary.md"),
     "photos-short": _text("photos", "short.md"),
     "photos-heads": _text("photos", "heads.md"),
+    "photos-defaults": _text("photos", "defaults.md"),
     "later-sessions": _text("later", "sessions.md"),
     "later-ood": _text("later", "ood.md"),
     "later-ood-sessions": _text("later", "ood_sessions.md"),

@@ -37,6 +37,7 @@ from etf_zoo.trainer.run.launching import refuse_processes
 from etf_zoo.trainer.run.model import find_model, make_model
 from etf_zoo.trainer.run.script import run_script
 from etf_zoo.trainer.tune.probes import PROBES, backbone_size, fit_probe
+from etf_zoo.trainer.tune.settle import once
 from etf_zoo.trainer.tune.tuning import Finetune, features_of, fine_tune, strip_head
 from training.experiments.choices import Choice, Trials, read_choices
 from training.experiments.frozen import frozen_features, hits, stored_inputs, tune_stored
@@ -229,8 +230,8 @@ def settings_of(entries: dict[str, Any]) -> Finetune:
     """The recipe of a cell."""
     settings = parse_entries(Finetune, entries)
     # without a holdout the test images are looked at once, at the end; and no cell goes on from a checkpoint
-    looks = settings.eval_every if settings.holdout else settings.epochs
-    return dataclasses.replace(settings, eval_every=looks, save_every=settings.epochs)
+    looks = settings.eval_every if settings.holdout else once(settings)
+    return dataclasses.replace(settings, eval_every=looks, save_every=once(settings))
 
 
 def _identity(table: Table, settings: Finetune, source: bool = False) -> str:

@@ -56,7 +56,7 @@ class Optim(Fields):
 
     Attributes:
         name: Any optimizer of `timm.optim.create_optimizer_v2`.
-        lr: Peak learning rate.
+        lr: Peak learning rate; 0 for 0.002, in fine-tuning with `method: full` 0.001.
         min_lr: Learning rate that the cosine ends at.
         layer_decay: Factor on the learning rate from one block to the one before it; 1 for the same rate everywhere.
         weight_decay: Not applied to norms, biases and what the model exempts.
@@ -69,7 +69,7 @@ class Optim(Fields):
     group: ClassVar[str] = "optim"
 
     name: str = "adamw"
-    lr: Annotated[float, Range(0, 1000, above=True)] = 2e-3
+    lr: Annotated[float, Range(0, 1000, note="0 for the program's own")] = 0.0
     min_lr: Annotated[float, Range(0, 1000)] = 0.0
     layer_decay: Annotated[float, Range(0, 1, above=True, note="1 for none")] = 1.0
     weight_decay: Annotated[float, Range(0, 1000)] = 0.05
@@ -80,7 +80,7 @@ class Optim(Fields):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.min_lr > self.lr:
+        if self.lr and self.min_lr > self.lr:
             raise EtfZooError(f"optim.min_lr is at most optim.lr, got {self.min_lr} and {self.lr}.")
 
 
@@ -217,6 +217,8 @@ class Recipe(Fields):
         super().__post_init__()
         if self.head not in self.heads:
             raise EtfZooError(f"head takes one of {', '.join(self.heads)}, got {self.head!r}.")
+        if not self.optim.lr:
+            self.optim = dataclasses.replace(self.optim, lr=self.own_rate())
         from .checks import check_loss, check_optimizer  # these import torch and timm
 
         check_optimizer(self.optim)
@@ -230,6 +232,10 @@ class Recipe(Fields):
             self.data = dataclasses.replace(self.data, size=largest)
         if self.data.test_share == "auto":
             self.data = dataclasses.replace(self.data, test_share=TEST_SHARE)
+
+    def own_rate(self) -> float:
+        """The learning rate where `optim.lr` says none."""
+        return 2e-3
 
     def _check_target_cosine(self) -> None:
         if len(self.target_cosine) > 2:

@@ -1,30 +1,67 @@
-"""What a fine-tuning leaves open until its images are known: batch size, and whether some are held out."""
+"""What a fine-tuning leaves open until its images are known: batch size, epochs, and whether some are held out."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
 
 from ..data.subsets import Images
+from ..recipe.fields import MAX_COUNT
 
-__all__ = ["batch_for", "settle"]
+__all__ = ["batch_for", "epochs_for", "once", "settle", "with_length"]
 
-HOLDOUT = 0.1  # of each class, where that is an image of it
-STEPS = 100  # that a training takes at least, by smaller batches where images are few
+HOLDOUT = 0.1  # of each class, where that is two images of it
+FEWEST = 2
+EPOCHS = 20
+STEPS = 100  # that a training takes at least, by smaller batches and more epochs where images are few
 BATCHES = (64, 32, 16)
 
 
-def batch_for(images: int, epochs: int) -> int:
+def batch_for(images: int, epochs: int = 0) -> int:
     """The largest batch size of 64, 32 and 16 that gives 100 steps or more; else 16, or all images.
+
+    Args:
+        images: That are trained on.
+        epochs: Passes over them; 0 for 20.
 
     Example:
         >>> batch_for(1020, 20), batch_for(170, 20), batch_for(10, 20)
         (64, 32, 10)
     """
-    enough = [size for size in BATCHES if epochs * (images // size) >= STEPS]
+    enough = [size for size in BATCHES if (epochs or EPOCHS) * (images // size) >= STEPS]
     return min(max(enough, default=BATCHES[-1]), images)
+
+
+def epochs_for(images: int, batch_size: int) -> int:
+    """20, or as many as give 100 steps.
+
+    Example:
+        >>> epochs_for(1020, 64), epochs_for(17, 16)
+        (20, 100)
+    """
+    return max(EPOCHS, math.ceil(STEPS / max(images // batch_size, 1)))
+
+
+def with_length(settings: Any, images: int) -> Any:
+    """A `Finetune` recipe with numbers for the batch size and the epochs.
+
+    Args:
+        settings: The recipe.
+        images: That are trained on.
+    """
+    batch = min(settings.batch_size or batch_for(images, settings.epochs), images)
+    epochs = settings.epochs or epochs_for(images, batch)
+    return dataclasses.replace(
+        settings, batch_size=batch, epochs=epochs, eval_every=min(settings.eval_every, max(epochs, 1))
+    )
+
+
+def once(settings: Any) -> int:
+    """`eval_every` or `save_every` that leaves the last epoch alone, whose number may not be known yet."""
+    return settings.epochs or MAX_COUNT
 
 
 def settle(settings: Any, train: Images, watched: Images | None = None) -> Any:
@@ -39,6 +76,6 @@ def settle(settings: Any, train: Images, watched: Images | None = None) -> Any:
         return settings
     chooses = settings.patience or settings.lr == "auto"
     per_class = float(np.median(train.class_counts()))
-    if chooses or watched is not None or HOLDOUT * per_class >= 1:
+    if chooses or watched is not None or HOLDOUT * per_class >= FEWEST:
         return dataclasses.replace(settings, holdout=HOLDOUT)
-    return dataclasses.replace(settings, holdout=0.0, eval_every=settings.epochs)
+    return dataclasses.replace(settings, holdout=0.0, eval_every=once(settings))

@@ -35,12 +35,13 @@ from .methods import METHODS, first_tuned, prepare, tuned_share, warm_head, warm
 from .parts import load_data
 from .probes import PROBES, Probe, backbone_features, backbone_size, copy_linear, fit_probe, linear_classifier
 from .rates import search_rate
-from .settle import batch_for, settle
+from .settle import settle, with_length
 from .trunk import frozen_once
 
 __all__ = ["Finetune", "Tuned", "strip_head", "features_of", "fine_tune", "load_data", "start_head"]
 
 WARM_HEADS = ("warm", "warm_learned")  # which know the classes before any training
+FULL_RATE = 1e-3  # what is pretrained wants smaller steps than what is new
 
 
 @dataclass
@@ -61,8 +62,9 @@ class Finetune(Recipe):
             look the same, to the eye or, with pretrained weights, by their features, stay together. Data with splits
             for training, validation and test have the validation images for it, and nothing is held out. With 0 and no
             such split the curve is over the test images, and nothing is chosen by it. Probes hold nothing out. `auto`
-            is 0.1, and 0 where that is less than an image of most classes and nothing has to be chosen: few images
+            is 0.1, and 0 where that is less than two images of most classes and nothing has to be chosen: few images
             are all trained on, and the test images are looked at once, after the last epoch.
+        epochs: Passes over the training images; 0 for 20, or as many as give 100 steps.
         batch_size: As in pretraining; 0 for 64, or less where the images are too few for 100 steps of it: 32, 16.
         keep: `best`: the epoch with the best accuracy on the held-out images is the result; `last`: the last one is, as
             it is wherever nothing is held out.
@@ -98,7 +100,7 @@ class Finetune(Recipe):
     shots: Annotated[int, Range(0, note="0 for all")] = 0
     strength: Annotated[float, Range(0, note="0 to choose it")] = 0.0
     sizes: list[list[int]] = dataclasses.field(default_factory=list)
-    epochs: int = 20
+    epochs: Annotated[int, Range(0, MAX_COUNT, note="0 for 20, or more for few images")] = 0
     batch_size: Annotated[int, Range(0, MAX_COUNT, note="0 for 64, or less for few images")] = 0
     reserve: Annotated[int, Range(0, note="0 for none")] = 0
     compare: bool = False
@@ -128,6 +130,10 @@ class Finetune(Recipe):
         for name in ("compare", "lr") if self.method in PROBES else ():
             if getattr(self, name):
                 raise EtfZooError(f"{name} is for training, not for {self.method}.")
+
+    def own_rate(self) -> float:
+        """See `Recipe.own_rate`; chosen on held-out photographs, see docs/results/photos.md."""
+        return FULL_RATE if self.method == "full" else super().own_rate()
 
     def _check_cache(self) -> None:
         if self.method not in METHODS or self.method == "full":
@@ -268,8 +274,7 @@ def fine_tune(
     for name in ("patience", "lr"):
         if getattr(settings, name) and held is None:
             raise EtfZooError(f"{name} needs held-out images to choose by: set holdout, such as 0.1.")
-    batch = settings.batch_size or batch_for(len(fitted_on), settings.epochs)
-    settings = dataclasses.replace(settings, batch_size=min(batch, len(fitted_on)))
+    settings = with_length(settings, len(fitted_on))
     if settings.lr == "auto":
         say = make_accelerator(settings.precision).print
         rate = search_rate(settings, lambda recipe: _train(recipe, fitted_on, held, test), say)

@@ -102,7 +102,12 @@ def test_wrong_values(values, message):
 
 @pytest.mark.parametrize(
     ("kind", "values"),
-    [(Optim, {"min_lr": 1}), (Optim, {"layer_decay": 0}), (Ema, {"decay": 1}), (Loss, {"variance_covariance": -1.0})],
+    [
+        (Optim, {"min_lr": 1, "lr": 0.5}),
+        (Optim, {"layer_decay": 0}),
+        (Ema, {"decay": 1}),
+        (Loss, {"variance_covariance": -1.0}),
+    ],
 )
 def test_wrong_values_of_groups(kind, values):
     with pytest.raises(ValueError, match=next(iter(values))):
@@ -123,7 +128,7 @@ def test_wrong_values_of_groups(kind, values):
         ("epoch: 3", "no field 'epoch' (in FILE). Did you mean 'epochs'?"),
         ("epochs: [", "FILE is not YAML"),
         ("- epochs", "FILE has to be fields and values"),
-        ("optim: {lr: fast}", "optim.lr takes a number in (0, 1000], got 'fast'"),
+        ("optim: {lr: fast}", "optim.lr takes a number in [0, 1000] (0 for the program's own), got 'fast'"),
     ],
 )
 def test_a_mistake_gets_one_line(arguments, message, tmp_path, capsys):
@@ -162,5 +167,5 @@ def test_help_describes_every_field(capsys):
     with pytest.raises(SystemExit, match="0"):
         parse(Recipe, ["--help"])
     out = " ".join(capsys.readouterr().out.split())
-    assert "--optim.lr LR Peak learning rate. Allowed: in (0, 1000]." in out
+    assert "Peak learning rate; 0 for 0.002" in out
     assert "How many checkpoints are kept." in out

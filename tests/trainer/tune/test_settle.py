@@ -7,7 +7,7 @@ import pytest
 
 from etf_zoo.trainer.data.resident import Split
 from etf_zoo.trainer.recipe.config import Data
-from etf_zoo.trainer.tune.settle import batch_for, settle
+from etf_zoo.trainer.tune.settle import batch_for, epochs_for, settle, with_length
 from etf_zoo.trainer.tune.tuning import Finetune, fine_tune
 
 RECIPE = Finetune(model="test_resnet_etf", pretrained=False, sizes=[[0, 16]], data=Data("digits", size=16), epochs=20)
@@ -30,11 +30,29 @@ def test_batches_give_a_hundred_steps_where_there_are_so_many(count):
         assert 20 * (count // batch) >= 100
 
 
+@pytest.mark.parametrize("count", [1, 15, 16, 17, 50, 79, 80, 320, 10_000])
+def test_epochs_give_a_hundred_steps_however_few_images_there_are(count):
+    batch = batch_for(count)
+    epochs = epochs_for(count, batch)
+    assert epochs * (count // batch) >= 100
+    assert epochs == 20 or (epochs - 1) * (count // batch) < 100
+
+
+def test_length_is_left_open_until_the_images_are_known():
+    open_ = dataclasses.replace(RECIPE, epochs=0)
+    for count, wanted in ((17, (16, 100)), (85, (16, 20)), (1020, (64, 20))):
+        found = with_length(open_, count)
+        assert (found.batch_size, found.epochs) == wanted
+    told = with_length(dataclasses.replace(RECIPE, epochs=3, batch_size=40), 30)
+    assert (told.batch_size, told.epochs) == (30, 3)
+    assert with_length(settle(open_, images(1)), 3).eval_every == 100  # one look at the test
+
+
 def test_few_images_are_all_trained_on():
-    assert settle(RECIPE, images(9)).holdout == 0
-    assert settle(RECIPE, images(9)).eval_every == 20
-    assert settle(RECIPE, images(10)).holdout == 0.1
-    assert settle(RECIPE, images(10)).eval_every == 1
+    assert settle(RECIPE, images(19)).holdout == 0
+    assert settle(RECIPE, images(19)).eval_every == 20
+    assert settle(RECIPE, images(20)).holdout == 0.1
+    assert settle(RECIPE, images(20)).eval_every == 1
     assert settle(dataclasses.replace(RECIPE, holdout=0.3), images(9)).holdout == 0.3
     for choice in ({"patience": 2}, {"lr": "auto"}):
         assert settle(dataclasses.replace(RECIPE, **choice), images(9)).holdout == 0.1

@@ -27,8 +27,8 @@ def folders(tmp_path, monkeypatch):
 
 
 def test_controls():
-    names = ("head learned", "full learned", "full warm frame", "scl learned", "layer frame", "ncm")
-    controls = ["head learned"] * 2 + ["full learned"] * 2 + ["layer learned", ""]
+    names = ("head learned", "full learned", "full warm frame", "scl learned", "top learned", "layer frame", "ncm")
+    controls = ["head learned"] * 2 + ["full learned"] * 3 + ["layer learned", ""]
     assert [photos.control_of(name) for name in names] == controls
 
 
@@ -55,9 +55,19 @@ def test_what_each_cell_of_the_table_says(folders):
     assert lines[2].endswith("| 2 x 10 |")
 
 
+def test_defaults_are_compared_on_their_own_draws(folders):
+    results = Results(folders[1] / CELLS, folders[1] / "locks")
+    cell = {"weights": "w", "data": "d", "method": "finetune, defaults 5-shot", "seed": 1}
+    results.append({"key": "x", **cell, "correct": pack(np.arange(10) < 4), "test_images": 10})
+    rows = photos.beside_defaults(photos.read(folders)).splitlines()[2:]
+    assert len(rows) == 1
+    assert rows[0].startswith("| d | w | 5 a class | 40.0 | head learned cosine: 70.0, -30.0 [")
+    assert rows[0].endswith("|  |  | 1 |")
+
+
 def test_the_report(folders):
     photos.main()
     assert (folders[0] / "shots.png").stat().st_size > 1000
     text = (folders[0] / "table.md").read_text()
-    assert "## Rates" in text
+    assert "## Chosen" in text
     assert (folders[0] / "summary.md").read_text() in text
