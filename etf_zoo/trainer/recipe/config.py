@@ -30,6 +30,7 @@ from .rules import (
 )
 
 HEADS = ("frame", "random", "learned", "learned_cosine")
+RATE = 2e-3  # the peak learning rate unless told
 TEST_SHARE = 0.2  # of each class, where the data have no split to test on
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # our names -> accelerate's
 
@@ -56,7 +57,7 @@ class Optim(Fields):
 
     Attributes:
         name: Any optimizer of `timm.optim.create_optimizer_v2`.
-        lr: Peak learning rate; 0 for 0.002, in fine-tuning with `method: full` 0.001.
+        lr: Peak learning rate; 0 for 0.002, and for 0.0005 where fine-tuning changes everything under a learned head.
         min_lr: Learning rate that the cosine ends at.
         layer_decay: Factor on the learning rate from one block to the one before it; 1 for the same rate everywhere.
         weight_decay: Not applied to norms, biases and what the model exempts.
@@ -178,6 +179,7 @@ class Recipe(Fields):
     """
 
     heads: ClassVar[tuple[str, ...]] = HEADS
+    own_rate: ClassVar[float] = RATE  # where `optim.lr` says none
 
     output: Name = "runs/run"
     model: Name = "resnet18_etf"
@@ -217,8 +219,8 @@ class Recipe(Fields):
         super().__post_init__()
         if self.head not in self.heads:
             raise EtfZooError(f"head takes one of {', '.join(self.heads)}, got {self.head!r}.")
-        if not self.optim.lr:
-            self.optim = dataclasses.replace(self.optim, lr=self.own_rate())
+        if not self.optim.lr and self.own_rate:
+            self.optim = dataclasses.replace(self.optim, lr=self.own_rate)
         from .checks import check_loss, check_optimizer  # these import torch and timm
 
         check_optimizer(self.optim)
@@ -232,10 +234,6 @@ class Recipe(Fields):
             self.data = dataclasses.replace(self.data, size=largest)
         if self.data.test_share == "auto":
             self.data = dataclasses.replace(self.data, test_share=TEST_SHARE)
-
-    def own_rate(self) -> float:
-        """The learning rate where `optim.lr` says none."""
-        return 2e-3
 
     def _check_target_cosine(self) -> None:
         if len(self.target_cosine) > 2:

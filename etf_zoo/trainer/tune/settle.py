@@ -1,4 +1,4 @@
-"""What a fine-tuning leaves open until its images are known: batch size, epochs, and whether some are held out."""
+"""What a fine-tuning leaves open: batch size and epochs, whether some images are held out, and the learning rate."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from ..data.subsets import Images
+from ..recipe.config import RATE
 from ..recipe.fields import MAX_COUNT
 
-__all__ = ["batch_for", "epochs_for", "once", "settle", "with_length"]
+__all__ = ["batch_for", "completed", "epochs_for", "once", "rate_for", "settle"]
 
 HOLDOUT = 0.1  # of each class, where that is two images of it
 FEWEST = 2
@@ -45,8 +46,18 @@ def epochs_for(images: int, batch_size: int) -> int:
     return max(EPOCHS, math.ceil(STEPS / max(images // batch_size, 1)))
 
 
-def with_length(settings: Any, images: int) -> Any:
-    """A `Finetune` recipe with numbers for the batch size and the epochs.
+def rate_for(method: str, head: str) -> float:
+    """The learning rate by what is tuned; chosen on held-out photographs, see docs/results/photos.md.
+
+    Example:
+        >>> rate_for("full", "learned"), rate_for("full", "frame"), rate_for("head", "learned")
+        (0.0005, 0.002, 0.002)
+    """
+    return 5e-4 if method == "full" and head in ("learned", "warm_learned") else RATE
+
+
+def completed(settings: Any, images: int) -> Any:
+    """A `Finetune` recipe with numbers for the batch size, the epochs and the learning rate.
 
     Args:
         settings: The recipe.
@@ -54,8 +65,13 @@ def with_length(settings: Any, images: int) -> Any:
     """
     batch = min(settings.batch_size or batch_for(images, settings.epochs), images)
     epochs = settings.epochs or epochs_for(images, batch)
+    rate = settings.optim.lr or rate_for(settings.method, settings.head)
     return dataclasses.replace(
-        settings, batch_size=batch, epochs=epochs, eval_every=min(settings.eval_every, max(epochs, 1))
+        settings,
+        batch_size=batch,
+        epochs=epochs,
+        eval_every=min(settings.eval_every, epochs),
+        optim=dataclasses.replace(settings.optim, lr=rate),
     )
 
 

@@ -35,13 +35,12 @@ from .methods import METHODS, first_tuned, prepare, tuned_share, warm_head, warm
 from .parts import load_data
 from .probes import PROBES, Probe, backbone_features, backbone_size, copy_linear, fit_probe, linear_classifier
 from .rates import search_rate
-from .settle import settle, with_length
+from .settle import completed, settle
 from .trunk import frozen_once
 
 __all__ = ["Finetune", "Tuned", "strip_head", "features_of", "fine_tune", "load_data", "start_head"]
 
 WARM_HEADS = ("warm", "warm_learned")  # which know the classes before any training
-FULL_RATE = 1e-3  # what is pretrained wants smaller steps than what is new
 
 
 @dataclass
@@ -85,6 +84,7 @@ class Finetune(Recipe):
     """
 
     heads: ClassVar[tuple[str, ...]] = (*HEADS, *WARM_HEADS)
+    own_rate: ClassVar[float] = 0  # that of the head which is tuned, see `completed`
 
     output: str = "runs/finetune"
     model: str = "mobilenetv3_small_100_etf"
@@ -130,10 +130,6 @@ class Finetune(Recipe):
         for name in ("compare", "lr") if self.method in PROBES else ():
             if getattr(self, name):
                 raise EtfZooError(f"{name} is for training, not for {self.method}.")
-
-    def own_rate(self) -> float:
-        """See `Recipe.own_rate`; chosen on held-out photographs, see docs/results/photos.md."""
-        return FULL_RATE if self.method == "full" else super().own_rate()
 
     def _check_cache(self) -> None:
         if self.method not in METHODS or self.method == "full":
@@ -274,7 +270,7 @@ def fine_tune(
     for name in ("patience", "lr"):
         if getattr(settings, name) and held is None:
             raise EtfZooError(f"{name} needs held-out images to choose by: set holdout, such as 0.1.")
-    settings = with_length(settings, len(fitted_on))
+    settings = completed(settings, len(fitted_on))
     if settings.lr == "auto":
         say = make_accelerator(settings.precision).print
         rate = search_rate(settings, lambda recipe: _train(recipe, fitted_on, held, test), say)

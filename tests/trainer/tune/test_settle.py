@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from etf_zoo.trainer.data.resident import Split
-from etf_zoo.trainer.recipe.config import Data
-from etf_zoo.trainer.tune.settle import batch_for, epochs_for, settle, with_length
+from etf_zoo.trainer.recipe.config import Data, Optim
+from etf_zoo.trainer.tune.settle import batch_for, completed, epochs_for, settle
 from etf_zoo.trainer.tune.tuning import Finetune, fine_tune
 
 RECIPE = Finetune(model="test_resnet_etf", pretrained=False, sizes=[[0, 16]], data=Data("digits", size=16), epochs=20)
@@ -41,11 +41,23 @@ def test_epochs_give_a_hundred_steps_however_few_images_there_are(count):
 def test_length_is_left_open_until_the_images_are_known():
     open_ = dataclasses.replace(RECIPE, epochs=0)
     for count, wanted in ((17, (16, 100)), (85, (16, 20)), (1020, (64, 20))):
-        found = with_length(open_, count)
+        found = completed(open_, count)
         assert (found.batch_size, found.epochs) == wanted
-    told = with_length(dataclasses.replace(RECIPE, epochs=3, batch_size=40), 30)
+    told = completed(dataclasses.replace(RECIPE, epochs=3, batch_size=40), 30)
     assert (told.batch_size, told.epochs) == (30, 3)
-    assert with_length(settle(open_, images(1)), 3).eval_every == 100  # one look at the test
+    assert completed(settle(open_, images(1)), 3).eval_every == 100  # one look at the test
+
+
+def test_the_rate_goes_by_what_is_tuned():
+    def rate(**changes):
+        return completed(dataclasses.replace(RECIPE, **changes), 100).optim.lr
+
+    assert RECIPE.optim.lr == 0
+    assert rate(head="frame") == rate(head="warm") == rate(head="learned", method="head") == 2e-3
+    assert rate(head="learned") == rate(head="warm_learned") == 5e-4
+    assert rate(head="learned", lr=0.03) == rate(head="learned", optim=Optim(lr=0.03, warmup_epochs=0)) == 0.03
+    with pytest.raises(ValueError, match=r"optim\.min_lr is at most optim\.lr, got 0\.01 and 0\.002"):
+        rate(optim=Optim(min_lr=0.01))
 
 
 def test_few_images_are_all_trained_on():

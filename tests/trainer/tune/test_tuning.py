@@ -386,14 +386,6 @@ def test_a_number_for_lr_is_that_of_the_optimizer():
     assert (settings.optim.lr, settings.lr) == (0.03, "")
 
 
-def test_the_rate_goes_by_what_is_tuned():
-    rates = {method: Finetune(model="test_resnet", method=method).optim.lr for method in ("full", "head", "layer")}
-    assert rates == {"full": 1e-3, "head": 2e-3, "layer": 2e-3}
-    assert Finetune(model="test_resnet", optim=Optim(lr=0.03, warmup_epochs=0)).optim.lr == 0.03
-    with pytest.raises(ValueError, match=r"optim\.min_lr is at most optim\.lr, got 0\.01 and 0\.001"):
-        Finetune(model="test_resnet", optim=Optim(min_lr=0.01))
-
-
 def test_defaults_follow_the_model():
     assert Finetune().head == "frame"
     assert Finetune().sizes == [[0, 96]]
