@@ -21,7 +21,7 @@ from etf_zoo.trainer.data.batches import eval_batches, frame_tree, view_batches
 from etf_zoo.trainer.data.stored import StoredInputs
 from etf_zoo.trainer.data.subsets import Images
 from etf_zoo.trainer.recipe.config import final_size
-from etf_zoo.trainer.run.launching import make_accelerator
+from etf_zoo.trainer.run.launching import in_float32, make_accelerator
 from etf_zoo.trainer.run.locks import acquire
 from etf_zoo.trainer.run.model import find_model, make_model
 from etf_zoo.trainer.run.run import Run
@@ -140,7 +140,7 @@ def hits(model: nn.Module, settings: Finetune, test: Images | StoredInputs) -> n
 
 @torch.no_grad()
 def predictions(model: nn.Module, split: Images | StoredInputs, size: int) -> Tensor:
-    """Classes `(N,)` that a model predicts, on the CPU; images are normalized as its weights were.
+    """Classes `(N,)` that a model predicts in float32, on the CPU; images are normalized as its weights were.
 
     Args:
         model: Moved to the accelerator and left in evaluation mode.
@@ -150,4 +150,5 @@ def predictions(model: nn.Module, split: Images | StoredInputs, size: int) -> Te
     device = make_accelerator().device
     model = model.to(device).eval()
     batches = eval_batches(split, size=size, batch_size=256, colors=colors_of(model), device=device)
-    return torch.cat([model(images).argmax(1).cpu() for images, _ in batches])
+    with in_float32(model):
+        return torch.cat([model(images).argmax(1).cpu() for images, _ in batches])

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from multiprocessing.context import SpawnContext
 from pathlib import Path
@@ -25,6 +26,7 @@ from ..recipe.config import PRECISIONS
 __all__ = [
     "Repeatable",
     "checkout_commit",
+    "in_float32",
     "make_accelerator",
     "process_state",
     "refuse_processes",
@@ -131,6 +133,23 @@ def in_step(
         if not sum_over_processes(torch.tensor([float(batch is not None)], device=device), accelerator).item():
             return
         yield batch or (torch.empty(empty, device=device), torch.empty(0, dtype=torch.int64, device=device))
+
+
+@contextmanager
+def in_float32(model: nn.Module) -> Iterator[None]:
+    """Let a model compute in float32 while the context lasts, though it is trained under autocast.
+
+    accelerate puts autocast into the `forward` of a model that it prepares, where it stays when the wrappers are gone.
+    """
+    own, wrapped = model.__dict__.get("_original_forward"), model.__dict__.get("forward")
+    if own is None or wrapped is None:
+        yield
+        return
+    model.forward = own
+    try:
+        yield
+    finally:
+        model.forward = wrapped
 
 
 def checkout_commit() -> str:

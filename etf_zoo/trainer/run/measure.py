@@ -14,7 +14,7 @@ from etf_zoo.models.names import timm_classifier_names
 from ..data.augment import Colors
 from ..data.batches import AnySplit, eval_batches
 from ..data.stored import StoredInputs
-from .launching import Repeatable, in_step, is_sharded
+from .launching import Repeatable, in_float32, in_step, is_sharded
 
 __all__ = ["measure_split"]
 
@@ -65,7 +65,8 @@ def measure_split(
         for buffer in model.buffers():
             torch.distributed.broadcast(buffer, 0)
     forward = _classify if isinstance(split, StoredInputs) else None
-    return measure(model, Repeatable(batches), distances=distances, processes=accelerator, forward=forward).figures
+    with in_float32(model):
+        return measure(model, Repeatable(batches), distances=distances, processes=accelerator, forward=forward).figures
 
 
 def _classify(model: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor]:

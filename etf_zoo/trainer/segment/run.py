@@ -17,6 +17,7 @@ from etf_zoo.metrics import sum_over_processes
 from etf_zoo.metrics.segmentation import SegmentationScores
 from etf_zoo.segmentation import Segmenter, load_segmenter, overlay, save_segmenter
 
+from ..run.launching import in_float32
 from ..run.run import Run
 from .data import MaskSplit, eval_pairs, load_masks, train_pairs
 from .objective import PixelObjective, pixel_cross_entropy
@@ -109,7 +110,8 @@ def measure_masks(model: Segmenter, split: MaskSplit, accelerator: Any, *, batch
     loss = torch.zeros((), dtype=torch.float64, device=accelerator.device)
     rank, world = accelerator.process_index, accelerator.num_processes
     for images, masks in eval_pairs(split, batch_size, rank=rank, world=world, device=accelerator.device):
-        logits = model(model.normalize(images))
+        with in_float32(model):
+            logits = model(model.normalize(images))
         valid = (masks != split.ignore_index).sum()
         loss += pixel_cross_entropy(logits, masks, None, ignore_index=split.ignore_index) * valid
         scores.update(logits.argmax(1), masks)

@@ -15,13 +15,16 @@ import torch
 from torch import nn
 
 from etf_zoo import frame_heads
-from etf_zoo.trainer.data.batches import Split
+from etf_zoo.trainer.data.augment import colors_of
+from etf_zoo.trainer.data.batches import Split, eval_batches
 from etf_zoo.trainer.recipe.config import Augment, Data, Ema, Optim, Recipe
 from etf_zoo.trainer.run.checkpoint import CheckpointError, _digest
 from etf_zoo.trainer.run.export import export_run
+from etf_zoo.trainer.run.launching import in_float32
 from etf_zoo.trainer.run.loop import Loop
 from etf_zoo.trainer.run.model import make_model, make_optimizer
 from etf_zoo.trainer.run.run import Run
+from training.experiments.frozen import predictions
 
 RECIPE = Recipe(
     model="mobilenetv3_small_050_etf",
@@ -341,6 +344,28 @@ def test_half_precision_without_a_gpu(tmp_path):
     assert half.plain_model().classifier.weight.dtype == torch.float32
     measured = export_run(half, tmp_path / "model")["results"]  # in float32, in a process that trained in bf16
     assert measured.keys() >= {"top1", "nc1_quotient"}
+
+
+def test_figures_of_a_training_in_half_precision_are_of_float32(tmp_path):
+    half = run(tmp_path, "run", precision="bf16", epochs=1)
+    half.fit()
+    model = half.plain_model().eval()
+    plain = make_model(half.recipe, 10).eval()
+    plain.load_state_dict(model.state_dict())
+    batches = list(eval_batches(half.val_split, size=32, batch_size=150, colors=colors_of(plain)))
+    with torch.no_grad():
+        expected = [plain(images) for images, _ in batches]
+        assert (model(batches[0][0]) - expected[0]).abs().max() > 1e-4  # accelerate's autocast is still in it
+        with in_float32(model):
+            torch.testing.assert_close(model(batches[0][0]), expected[0])
+        assert (model(batches[0][0]) - expected[0]).abs().max() > 1e-4
+    loss = nn.functional.cross_entropy(torch.cat(expected), torch.cat([labels for _, labels in batches])).item()
+    assert half.evaluate()["loss"] == pytest.approx(loss, rel=1e-5)
+    under_autocast = []
+    with model.conv_stem.register_forward_pre_hook(lambda *_: under_autocast.append(torch.is_autocast_enabled("cpu"))):
+        assert torch.equal(predictions(model, half.val_split, 32), torch.cat(expected).argmax(1))
+    assert under_autocast
+    assert not any(under_autocast)
 
 
 @pytest.mark.slow

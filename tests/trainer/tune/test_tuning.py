@@ -61,6 +61,25 @@ def test_training_watches_held_out_images_and_not_the_test(tmp_path, digits, mon
     assert tuned.run.recipe.batch_size == 64
 
 
+def test_series_are_held_out_whole(tmp_path, digits, monkeypatch):
+    """With pretrained weights, images with nearly the same features are on one side, whatever their pixels say."""
+    train, test = digits
+    order = np.random.default_rng(0).permutation(400)
+    own = order // 4  # which of 100 objects
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(100, 32, generator=generator)[own] + 0.02 * torch.randn(400, 32, generator=generator)
+    monkeypatch.setattr("etf_zoo.trainer.tune.tuning.features_of", lambda *args: features)
+    monkeypatch.setattr("etf_zoo.trainer.tune.tuning._train", lambda settings, fitted, held, test: (fitted, held))
+    save_folder(timm.create_model("test_resnet", num_classes=10), tmp_path / "start")
+    for pretrained in (True, False):
+        start = {"model": str(tmp_path / "start"), "pretrained": True} if pretrained else {}
+        fitted, held = fine_tune(recipe(tmp_path, holdout=0.2, **start), train, test)
+        rows = [np.searchsorted(train.index, split.index) for split in (fitted, held)]
+        assert len(rows[0]) + len(rows[1]) == 400
+        assert len(rows[1]) > 40
+        assert bool(set(own[rows[0]]) & set(own[rows[1]])) is not pretrained
+
+
 def test_the_best_epoch_is_the_result(tmp_path, digits, monkeypatch, capsys):
     scores, weights = iter([30.0, 50.0, 40.0] * 2), []
 

@@ -9,6 +9,7 @@ import yaml
 from torch import nn
 
 from etf_zoo.errors import DivergedError
+from etf_zoo.trainer.data.batches import limited, load_split
 from etf_zoo.trainer.recipe.config import Data, Recipe, parse
 from etf_zoo.trainer.run.locks import acquire
 from etf_zoo.trainer.run.model import make_model
@@ -105,6 +106,23 @@ def test_a_trial_that_opens_the_test_images_is_refused(script, tmp_path):
     settings = parse(Comparison, ["--config", str(tmp_path / "list.yaml"), "--holdout", "0.25"])
     with pytest.raises(ValueError, match="'test' was asked for while something is chosen"):
         comparison.run_cell(settings, cells(settings)[0])  # whose probe for the other labels is of test images
+
+
+def test_what_is_held_out_looks_like_nothing_that_is_trained_on(script, tmp_path, monkeypatch):
+    settings = parse(Comparison, ["--config", str(tmp_path / "list.yaml"), "--holdout", "0.25"])
+    taken = []
+    monkeypatch.setattr(comparison, "group_rows", lambda split: np.arange(len(split)) // 4)
+    monkeypatch.setattr(comparison, "_SERIES", {})
+    monkeypatch.setattr(comparison, "Run", lambda recipe, train, val, *args, **kw: taken.append((train, val)) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        comparison.run_cell(settings, cells(settings)[0])
+    data = settings.base.data
+    whole = limited(load_split(dataclasses.replace(data, label_column="label"), "train"), data.limit, 0)
+    place = {int(row): number for number, row in enumerate(whole.index)}
+    train, held = ({place[int(row)] // 4 for row in split.index} for split in taken[0])
+    assert len(taken[0][0]) + len(taken[0][1]) == 256
+    assert 30 < len(taken[0][1]) < 80
+    assert not train & held
 
 
 def test_a_rate_that_diverges_is_tried(monkeypatch):
