@@ -42,6 +42,7 @@ class Pixels:
         variants: Name -> what it changes in the recipe.
         trials: Variants that are measured on the validation split only, to choose among.
         seeds: Of the runs.
+        once: Variants that are run with the first seed only, as trials are.
         jobs: Processes that run cells.
         table_only: Write the table from what is there, run nothing.
     """
@@ -50,6 +51,7 @@ class Pixels:
     base: Segmentation = field(default_factory=lambda: Segmentation(class_names=["a", "b"]))
     variants: dict[str, dict[str, Any]] = field(default_factory=dict)
     trials: list[str] = field(default_factory=list)
+    once: list[str] = field(default_factory=list)
     seeds: list[int] = field(default_factory=lambda: [0])
     jobs: int = 1
     table_only: bool = False
@@ -81,11 +83,13 @@ def recipe_of(settings: Pixels, cell: Cell) -> Segmentation:
 def cells(settings: Pixels) -> list[Cell]:
     """All cells, trials first, with digests of their recipes, weights and images."""
     base = settings.base
-    if unknown := set(settings.trials) - settings.variants.keys():
-        raise EtfZooError(f"trials name variants that there are not: {', '.join(sorted(unknown))}.")
+    single = {*settings.trials, *settings.once}
+    if unknown := single - settings.variants.keys():
+        raise EtfZooError(f"trials and once name variants that there are not: {', '.join(sorted(unknown))}.")
     images = [load_masks(base, split).digest for split in (base.data.train_split, base.data.val_split)]
     names = sorted(settings.variants, key=lambda name: name not in settings.trials)
-    wanted = [(name, seed) for seed in settings.seeds for name in names if name not in settings.trials or not seed]
+    first = settings.seeds[0]
+    wanted = [(name, seed) for seed in settings.seeds for name in names if name not in single or seed == first]
     found = []
     for name, seed in wanted:
         cell = Cell(name, seed)

@@ -16,6 +16,7 @@ from training.experiments.transfer_table import Table, cells, names_of, newest
 RECIPES = ROOT / "training" / "recipes"
 
 
+COMPARED = ["cifar100_heads", "cifar100_rare", "cifar100_tree", "cifar100_tree_trials"]
 MEASURED = ["transfer", "transfer_rates", "flowers17_scratch"]  # recipes of tables that are by the present protocol
 
 
@@ -30,7 +31,7 @@ def test_transfer_tables(name, monkeypatch):
     assert (RESULTS / name / "summary.md").read_text(encoding="utf-8") == f"{summary(records, names_of(table))}\n"
 
 
-@pytest.mark.parametrize("name", ["cifar100_heads", "cifar100_longtail"])
+@pytest.mark.parametrize("name", COMPARED)
 def test_comparisons(name, monkeypatch):
     monkeypatch.chdir(ROOT)
     settings = parse(Comparison, ["--config", str(RECIPES / f"{name}.yaml")])
@@ -46,7 +47,7 @@ def test_photos():
         assert (RESULTS / "photos" / f"{name}.md").read_text(encoding="utf-8") == f"{text.strip()}\n"
 
 
-@pytest.mark.parametrize("name", ["cifar100_heads", "cifar100_longtail", *MEASURED, *photos.FOLDERS])
+@pytest.mark.parametrize("name", [*COMPARED, *MEASURED, *photos.FOLDERS])
 def test_no_line_is_damaged(name):
     file = RESULTS / name / CELLS
     if not file.is_file():

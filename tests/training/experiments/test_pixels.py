@@ -42,6 +42,12 @@ def test_cells_are_run_once_and_told(script, tmp_path, capsys):
     assert not [line for line in capsys.readouterr().out.splitlines() if line.count("|") == 2]
 
 
+def test_once(script, tmp_path):
+    records = Results(script(seeds=[3, 4], once=["frame"]) / CELLS, tmp_path).read().values()
+    ran = sorted((r["variant"], r["seed"]) for r in records)
+    assert ran == [("CE", 3), ("CE", 4), ("frame", 3), ("weight 1", 3)]
+
+
 def test_unknown_trials(script):
-    with pytest.raises(ValueError, match="trials name variants that there are not: x"):
+    with pytest.raises(ValueError, match="trials and once name variants that there are not: x"):
         script(trials=["x"])
