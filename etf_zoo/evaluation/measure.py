@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from ..errors import EtfZooError
 from ..layers.classifier import FrameClassifier
-from ..metrics import MistakeSeverity, NeuralCollapse, sum_over_processes
+from ..metrics import FastNeuralCollapse, MistakeSeverity, NeuralCollapse, sum_over_processes
 from ..models.names import frame_heads
 from .mistakes import Predictions
 
@@ -63,7 +63,7 @@ def evaluate(model: nn.Module, batches: Batches, **kwargs) -> dict[str, float]:
       there is no `nc3_*`. Heads that are no single linear layer or frame have neither.
     - The figures of `MistakeSeverity`, if distances are given.
 
-    A figure that is undefined or infinite, such as the severity of no mistakes, is left out.
+    What is undefined or infinite, such as the severity of no mistakes, is left out.
     """
     return measure(model, batches, **kwargs).figures
 
@@ -81,12 +81,11 @@ def measure(
     forward: Forward | None = None,
     global_mean: str = "balanced",
     store_limit: int = 1 << 30,
+    fast: bool = False,
 ) -> Measurement:
     """Figures, class means and, if asked for, the confusion matrix of a model.
 
     Every sample counts once, those of a short last batch as much as any. The model is put in evaluation mode and back.
-    For a progress bar, hand over `tqdm(batches)`.
-
     NC4 needs the final class means. Features are kept for it, in their own precision, as long as they fit
     `store_limit`; beyond, the batches are read a second time, if they can be.
 
@@ -103,6 +102,7 @@ def measure(
             features from elsewhere. By default timm's `forward_features` and `forward_head`.
         global_mean: See `NeuralCollapse.compute`.
         store_limit: Bytes of features this process may keep for NC4; 0 for always a second pass.
+        fast: Measure collapse by `FastNeuralCollapse`, to five digits.
 
     Returns:
         A `Measurement`. `images_per_second` counts the forward passes alone, without waiting for data and without
@@ -118,7 +118,9 @@ def measure(
     was_training = model.training
     model.eval()
     try:
-        tally = _Tally(model, distances, confusion, predictions, store_limit)
+        tally = _Tally(
+            model, distances, confusion, predictions, store_limit, FastNeuralCollapse if fast else NeuralCollapse
+        )
         for labels, features, logits, seconds in _forwarded(model, batches, autocast, forward):
             tally.update(labels, features, logits, seconds)
         tally.reduce(processes)
@@ -178,7 +180,13 @@ class _Tally:
     """Everything `measure` counts."""
 
     def __init__(
-        self, model: nn.Module, distances: Tensor | None, confusion: bool, predictions: bool, store_limit: int
+        self,
+        model: nn.Module,
+        distances: Tensor | None,
+        confusion: bool,
+        predictions: bool,
+        store_limit: int,
+        fast: bool,
     ):
         self.num_classes = getattr(model, "num_classes", None)
         self.dim = getattr(model, "head_hidden_size", None) or getattr(model, "num_features", None)
@@ -187,6 +195,7 @@ class _Tally:
         knows_float64 = parameter is not None and parameter.device.type != "mps"
         self.device = parameter.device if parameter is not None and knows_float64 else torch.device("cpu")
         self.distances, self.with_confusion, self.store_limit = distances, confusion, store_limit
+        self.kind = FastNeuralCollapse if fast else NeuralCollapse
         self.collapse: NeuralCollapse = None  # type: ignore[assignment]  # made when the sizes are known
         self.stored: list[tuple[Tensor, Tensor]] | None = []
         self.kept: list[tuple[Tensor, Tensor, Tensor]] | None = [] if predictions else None
@@ -198,11 +207,11 @@ class _Tally:
             raise EtfZooError("There are no batches, and the model does not say how wide its features are.")
         self.num_classes = num_classes
         wide = dim > FULL_COVARIANCE_DIM
-        self.collapse = NeuralCollapse(num_classes, dim, diagonal=wide, device=self.device)
+        self.collapse = self.kind(num_classes, dim, diagonal=wide, device=self.device)
         self.severity = None if self.distances is None else MistakeSeverity(self.distances, device=self.device)
         self.after_neck = None
         if self.head is not None and self.head.neck is not None and self.head.in_features == dim:
-            self.after_neck = NeuralCollapse(num_classes, self.head.dim, diagonal=True, device=self.device)
+            self.after_neck = self.kind(num_classes, self.head.dim, diagonal=True, device=self.device)
         self.sums = torch.zeros(4, dtype=torch.float64, device=self.device)  # images, top-1, top-5, loss
         self.bins = torch.zeros(3, CALIBRATION_BINS, dtype=torch.float64, device=self.device)
         self.confusion = None
@@ -241,6 +250,7 @@ class _Tally:
     def reduce(self, processes: Any) -> None:
         if self.collapse is None:  # a process without a share still takes part
             self._start(self.num_classes, self.dim)
+        self.collapse.settle()
         overflow = torch.tensor([float(self.stored is None)], dtype=torch.float64, device=self.device)
         timed = self.speeds[1:] or self.speeds
         speed = sum(n for n, _ in timed) / max(1e-9, sum(s for _, s in timed))

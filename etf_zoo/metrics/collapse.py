@@ -28,10 +28,8 @@ from .geometry import (
 __all__ = ["NeuralCollapse", "GLOBAL_MEANS"]
 
 GLOBAL_MEANS = ("balanced", "weighted")
-# Samples handled at once, so that a whole data set may be handed over and the float64 copies stay small.
-_CHUNK = 1024
-# Columns of a block of the scatter matrix; only blocks on and above the diagonal are accumulated, half the work.
-_BLOCK = 128
+_CHUNK = 1024  # samples handled at once: a whole data set may be handed over and the float64 copies stay small
+_BLOCK = 128  # columns of a block of the scatter; those on and above the diagonal are accumulated, half the work
 
 
 class NeuralCollapse:
@@ -46,7 +44,8 @@ class NeuralCollapse:
     satisfy :math:`\sum_i z_i z_i^\top` = what the scatter gains. Sums of squares would lose all digits where features
     have collapsed; this loses none, in any order and for any split into batches and processes.
 
-    Memory is O(K d + d^2), with `diagonal` O(K d). Covariances divide by the number of samples, not by one less.
+    All is exact to about 1e-10; `FastNeuralCollapse` gives five digits much faster. Memory is O(K d + d^2), with
+    `diagonal` O(K d). Covariances divide by the number of samples, not by one less.
     Classes without samples are left out and K is the number of those that have some. A class with a single sample
     has a mean but no spread: it counts in all means and adds nothing to the scatter, and is left out of CDNV.
 
@@ -93,8 +92,6 @@ class NeuralCollapse:
         self._reduced = False
         self._centers: tuple[Tensor, ...] | None = None
 
-    # ------------------------------------------------------------------------------------------------- collecting
-
     @torch.no_grad()
     def update(self, features: Tensor, labels: Tensor) -> None:
         """Take in a batch.
@@ -111,14 +108,22 @@ class NeuralCollapse:
             raise EtfZooError("These statistics are already summed over processes. Call reset() before new updates.")
         self._check_classes(labels, "labels", len(features))
         self._centers = None
-        for x, y in zip(features.detach().split(_CHUNK), labels.split(_CHUNK), strict=True):
+        self._collect(features.detach(), labels)
+
+    def _collect(self, features: Tensor, labels: Tensor) -> None:
+        for x, y in zip(features.split(_CHUNK), labels.split(_CHUNK), strict=True):
             if len(y):
                 self._merge(x.to(self.device, torch.float64), y.to(self.device, torch.int64))
+
+    def settle(self) -> None:
+        """Take in what waits, where anything does."""
 
     def _check(self, features: Tensor) -> None:
         if features.ndim != 2 or features.shape[1] != self.dim:
             raise EtfZooError(f"Expected features of shape (batch, {self.dim}), got {tuple(features.shape)}.")
-        if not torch.isfinite(features).all():
+        if (
+            not torch.isfinite(features.sum()) and not torch.isfinite(features).all()
+        ):  # a sum is faster; it may overflow
             raise EtfZooError("Features have entries that are not finite: look at the model or its precision.")
 
     def _check_classes(self, classes: Tensor, what: str, batch: int) -> None:
@@ -150,6 +155,12 @@ class NeuralCollapse:
         for i in range(0, self.dim, _BLOCK):
             self._scatter[i : i + _BLOCK, i:].addmm_(z[:, i : i + _BLOCK].mT, z[:, i:])
 
+    def _along(self, directions: Tensor) -> Tensor:
+        """Scatter along unit vectors `(d, b)`, `(b,)`; after `_full_scatter`."""
+        return (
+            directions * (self._scatter[:, None] * directions if self.diagonal else self._scatter @ directions)
+        ).sum(0)
+
     def _full_scatter(self) -> Tensor:
         """N Sigma_W as `(d, d)`, its lower blocks copied from the upper ones; in diagonal mode `(d,)`."""
         if not self.diagonal:
@@ -172,6 +183,7 @@ class NeuralCollapse:
         Raises:
             ValueError: If `processes` is none of these.
         """
+        self.settle()
         if not self._reduced:
             own = self.counts
             self.counts = sum_over_processes(own, processes).clone()
@@ -219,18 +231,22 @@ class NeuralCollapse:
             self._check_head(weight, bias)
         else:
             self._check_classes(predictions, "predictions", len(features))  # type: ignore[arg-type]
+        self._ask(features.detach(), weight, bias, predictions)
+
+    def _ask(self, features: Tensor, weight: Tensor | None, bias: Tensor | None, predictions: Tensor | None) -> None:
         for start in range(0, len(features), _CHUNK):
-            x = features[start : start + _CHUNK].detach().to(self.device)
-            if predictions is not None:
-                predicted = predictions[start : start + _CHUNK].to(self.device, torch.int64)
-            else:
+            x = features[start : start + _CHUNK].to(self.device)
+            predicted = (
+                None if predictions is None else predictions[start : start + _CHUNK].to(self.device, torch.int64)
+            )
+            if predicted is None:
                 predicted = _linear(x, weight, bias).argmax(1)  # type: ignore[arg-type]
-            self._agreement[0] += self._agrees(x.double(), predicted).sum()
-            self._agreement[1] += len(x)
+            self._agreement += torch.stack([self._agrees(x.double(), predicted).sum(), x.new_tensor(len(x))])
 
     @property
     def agreement_samples(self) -> int:
         """Samples that NC4 was asked about so far."""
+        self.settle()
         return int(self._agreement[1] + self._reduced_agreement[1])
 
     def _agrees(self, x: Tensor, predicted: Tensor) -> Tensor:
@@ -331,6 +347,7 @@ class NeuralCollapse:
         Raises:
             ValueError: On an unknown `global_mean`, a head of another shape, or samples of fewer than two classes.
         """
+        self.settle()
         self._centers = None  # what NC4 keeps is as large as the means
         present, centered, center, weights = self._centered(global_mean)
         counts = self.counts[present]
@@ -342,8 +359,7 @@ class NeuralCollapse:
         gram, scatter, samples = Gram(centered, centered), self._full_scatter(), counts.sum()
         pinv, spectrum = 0.0, []
         for values, directions in between_directions(centered, weights, gram):
-            turned = scatter[:, None] * directions if self.diagonal else scatter @ directions
-            pinv += ((directions * turned).sum(0) / values).sum().item()  # variance along each, over the eigenvalue
+            pinv += (self._along(directions) / values).sum().item()
             spectrum.append(values)
         rank = sum(map(len, spectrum))
         pinv = pinv / samples.item() / len(present) if rank else math.inf

@@ -28,6 +28,7 @@ def measure_split(
     colors: Colors,
     accelerator: Accelerator,
     distances: Tensor | None = None,
+    fast: bool = False,
 ) -> dict[str, float]:
     """Figures of a model on a split, see `etf_zoo.evaluation.evaluate`; every process has to call it.
 
@@ -42,6 +43,7 @@ def measure_split(
         colors: What pixels are centered and scaled by.
         accelerator: The processes.
         distances: LCA heights of the classes `(K, K)`, where mistakes are to be weighed by them.
+        fast: Collapse to five digits, in float32.
 
     Example:
         >>> measure_split(model, test, size=64, batch_size=256, colors=IMAGENET, accelerator=Accelerator())["top1"]
@@ -66,7 +68,10 @@ def measure_split(
             torch.distributed.broadcast(buffer, 0)
     forward = _classify if isinstance(split, StoredInputs) else None
     with in_float32(model):
-        return measure(model, Repeatable(batches), distances=distances, processes=accelerator, forward=forward).figures
+        found = measure(
+            model, Repeatable(batches), distances=distances, processes=accelerator, forward=forward, fast=fast
+        )
+    return found.figures
 
 
 def _classify(model: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor]:

@@ -296,6 +296,7 @@ class Run:
             colors=self.colors,
             accelerator=self.accelerator,
             distances=self.distances,
+            fast=True,
         )
 
     @property
