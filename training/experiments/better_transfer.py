@@ -95,6 +95,7 @@ KINDS = {"learned": "learned", "learned_cosine": "learned cosine", "frame": "fra
 
 SCALE = {"logit_scale": 30.0}
 MLP = {**SCALE, "neck": "mlp"}
+BOTH = {"nearest_neighbor_entropy": 0.05, "stage_weight": 0.3}
 NONL = {"name": "prototype_contrast", "args": {"own_class": False}}
 RANDOM = "random weights"  # scored untrained: what there is without any pretraining
 # name -> what a recipe has otherwise; the first six try all rates. What matters most by the literature comes first.
@@ -125,6 +126,9 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     "frame, NTCE": {"model_args": SCALE, "loss": {"name": "prototype_contrast"}},
     "frame, target cosine 0.6": {"target_cosine": [0.6]},
     "frame, target cosine 0.3": {"target_cosine": [0.3]},
+    # what stage 1 led to, and its control
+    "frame, MLP, entropy, two depths": {"model_args": MLP, "loss": BOTH},
+    "learned, entropy, two depths": {"head": "learned", "loss": BOTH},
     RANDOM: {},
 }
 TRYING = tuple(CANDIDATES)[:6]  # a neck asks for a rate of its own
