@@ -293,7 +293,6 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "standing": standing,
     "pairs": pairs,
     "better-transfer": _text("better_transfer", "stage1.md"),
-    "sooner": _text("sooner", "table.md"),
     "photos": _text("photos", "summary.md"),
     "photos-short": _text("photos", "short.md"),
     "photos-heads": _text("photos", "heads.md"),

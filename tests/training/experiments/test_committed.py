@@ -5,7 +5,7 @@ import json
 import pytest
 
 from etf_zoo.trainer.recipe.config import parse
-from training.experiments import comparison, photos
+from training.experiments import better_transfer, better_transfer_table, comparison, photos
 from training.experiments.choices import read_choices
 from training.experiments.comparison import Comparison
 from training.experiments.grid import CELLS, Results
@@ -47,7 +47,15 @@ def test_photos():
         assert (RESULTS / "photos" / f"{name}.md").read_text(encoding="utf-8") == f"{text.strip()}\n"
 
 
-@pytest.mark.parametrize("name", [*COMPARED, *MEASURED, *photos.FOLDERS])
+def test_better_transfer(tmp_path):
+    folder = RESULTS / "better_transfer"
+    records = list(Results(folder / CELLS, RESULTS).read().values())
+    better_transfer_table.write_tables(records, tmp_path, list(better_transfer.CANDIDATES))
+    for file in tmp_path.iterdir():
+        assert (folder / file.name).read_text(encoding="utf-8") == file.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", [*COMPARED, *MEASURED, *photos.FOLDERS, "better_transfer"])
 def test_no_line_is_damaged(name):
     file = RESULTS / name / CELLS
     if not file.is_file():
