@@ -1,25 +1,27 @@
-"""Training speed of this engine beside timm's training script, on the same images in one run.
+"""Training speed of this engine beside timm's training script: models, sizes, precisions, in one run.
 
     ETF_ZOO_DATA=... python training/benchmarks/pretrain_speed.py --out training/benchmarks/pretrain_speed_cpu.json
 
-Ours is the engine as `training/pretrain.py` runs it: images decoded once, augmentation of whole batches, channels_last.
-The peer is what timm's `train.py` does with the same model, batch, size, augmentation (random resized crop and flip),
-precision and optimizer: `create_dataset` on a folder of image files, `create_loader` (PIL in worker processes,
-prefetcher) and its step. The script's default memory format is contiguous; `--channels-last` is an option of it, so
-both are measured and the ratio to each is given. The three take turns, a few rounds each; the first steps of a turn are
-not counted. Workers of the peer stop between its turns.
+At 64 pixels a network is pretrained on Tiny ImageNet (SGD), at 160 and 224 fine-tuned on photographs of `cub50`
+(AdamW). Ours is the engine as `training/pretrain.py` and `training/finetune.py` run it: images decoded once, augmented
+in batches. The peer is what timm's `train.py` does with the same model, batch, size, augmentation (random resized crop
+and flip), precision and optimizer: `create_dataset` on a folder of the same image files, `create_loader` (PIL in worker
+processes, prefetcher) and its step; with as many workers as were fastest in a trial of the same run. The script's
+default memory format is contiguous; `--channels-last` is an option of it, so both are measured.
 
-The plain learned head is trained on both sides. `twin` is our engine with the fixed frame, whose ratio to ours with the
-learned head says what a frame costs an epoch.
+Each side has a process of its own, for the engine changes how its process keeps memory. In a cell the sides take turns;
+the first second of a turn is not counted, so that the peer's queue is as full as it stays, nor what the engine measures
+once on a machine. Workers of the peer stop between its turns. Cells are written as they end; `--minutes` leaves out
+those that would come later.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import io
-import itertools
 import json
+import math
+import multiprocessing
 import os
 import platform
 import statistics
@@ -28,54 +30,67 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
-import timm
-import torch
-from PIL import Image
-from timm.data import create_dataset, create_loader
-from timm.optim import create_optimizer_v2
-from timm.utils import AverageMeter
-from torch import nn
 
-from etf_zoo.trainer.data.augment import IMAGENET
-from etf_zoo.trainer.data.batches import Split, load_split
-from etf_zoo.trainer.recipe.config import Data, Optim, Recipe
-from etf_zoo.trainer.run.run import Run
-
-OPTIM = Optim(name="sgd", lr=0.1, weight_decay=4e-5, warmup_epochs=0)
+MODELS = ("mobilenetv3_small_100", "resnet18", "tf_efficientnet_lite0", "vit_tiny_patch16_224", "resnet50")
+BATCH = {64: 128, 160: 32, 224: 16}
+SOURCE = {64: "tiny_imagenet", 160: "cub50", 224: "cub50"}
+OPTIM = {
+    64: {"name": "sgd", "lr": 0.1, "weight_decay": 4e-5, "warmup_epochs": 0},
+    160: {"name": "adamw", "lr": 1e-4, "weight_decay": 0.05, "warmup_epochs": 0},
+}
+OPTIM[224] = OPTIM[160]
+STORED = 1.15  # side of the resident images, in training sizes
+SIDES = ("ours", "timm", "timm, channels_last")
 
 
-def write_folder(split: Split, folder: Path) -> None:
-    """The images as JPEG files, `CLASS/NUMBER.jpg`, what timm's image folder reads."""
-    for i, label in enumerate(split.labels):
-        file = folder / f"{label:04d}" / f"{i}.jpg"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        buffer = io.BytesIO()
-        Image.fromarray(np.asarray(split.picture(i))).save(buffer, "JPEG", quality=90)
-        file.write_bytes(buffer.getvalue())
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One comparison."""
+
+    model: str
+    size: int
+    precision: str
+
+    @property
+    def model_args(self) -> dict[str, Any]:
+        return {"img_size": self.size} if self.model.startswith("vit") else {}
 
 
 class Peer:
     """timm's pipeline and loop."""
 
-    def __init__(self, folder: Path, args: argparse.Namespace, model: str, size: int, channels_last: bool):
-        self.args, self.channels_last = args, channels_last
-        self.device = torch.device(args.device)
+    def __init__(self, cell: Cell, folder: Path, num_classes: int, workers: int, device: str, channels_last: bool):
+        import timm
+        import torch
+        from timm.optim import create_optimizer_v2
+
+        self.cell, self.folder, self.workers, self.channels_last = cell, folder, workers, channels_last
+        self.device, optim = torch.device(device), OPTIM[cell.size]
         torch.manual_seed(0)
-        net: Any = timm.create_model(model, num_classes=args.num_classes)
-        self.model: nn.Module = net.to(self.device)
+        net: Any = timm.create_model(cell.model, num_classes=num_classes, **cell.model_args)
+        self.model: Any = net.to(self.device)
         if channels_last:
-            self.model = self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self.model = self.model.to(memory_format=torch.channels_last)
         self.optimizer = create_optimizer_v2(
-            self.model, opt=OPTIM.name, lr=OPTIM.lr, weight_decay=OPTIM.weight_decay, momentum=OPTIM.momentum
+            self.model, opt=optim["name"], lr=optim["lr"], weight_decay=optim["weight_decay"], momentum=0.9
         )
-        images: Any = create_dataset("", root=str(folder))
-        self.loader = create_loader(
+
+    def steps(self) -> Iterator[int]:
+        """Images of each step, once it is done."""
+        import torch
+        from timm.data import create_dataset, create_loader
+        from timm.utils import AverageMeter
+
+        from etf_zoo.trainer.data.augment import IMAGENET
+
+        images: Any = create_dataset("", root=str(self.folder))
+        loader = create_loader(
             images,
-            input_size=(3, size, size),
-            batch_size=args.batch,
+            input_size=(3, self.cell.size, self.cell.size),
+            batch_size=BATCH[self.cell.size],
             is_training=True,
             scale=(0.35, 1.0),
             ratio=(0.75, 1.3333),
@@ -84,50 +99,50 @@ class Peer:
             interpolation="bilinear",
             mean=IMAGENET.mean,
             std=IMAGENET.std,
-            num_workers=args.workers,
+            num_workers=self.workers,
             device=self.device,
             persistent_workers=False,
         )
-
-    def steps(self) -> Iterator[int]:
-        """Images of each step, once it is done."""
-        losses = AverageMeter()
+        losses, loss_fn = AverageMeter(), torch.nn.CrossEntropyLoss()
         self.model.train()
-        loss_fn = nn.CrossEntropyLoss()
-        for images, labels in self.loader:
+        for pixels, labels in loader:
             if self.channels_last:
-                images = images.contiguous(memory_format=torch.channels_last)
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.precision == "bf16"):
-                loss = loss_fn(self.model(images), labels)
+                pixels = pixels.contiguous(memory_format=torch.channels_last)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.cell.precision == "bf16"):
+                loss = loss_fn(self.model(pixels), labels)
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()
             if self.device.type == "cuda":
                 torch.cuda.synchronize()
-            losses.update(loss.item(), len(images))
-            yield len(images)
+            losses.update(loss.item(), len(pixels))
+            yield len(pixels)
 
 
 class Ours:
-    """The engine, with a learned head or a frame."""
+    """The engine, with a learned head."""
 
-    def __init__(self, split: Split, folder: Path, args: argparse.Namespace, model: str, size: int, head: str):
+    def __init__(self, cell: Cell, split: Any, folder: Path):
+        from etf_zoo.trainer.recipe.config import Data, Optim, Recipe
+        from etf_zoo.trainer.run.run import Run
+
         recipe = Recipe(
             output=str(folder),
-            model=f"{model}_etf",
-            head=head,
+            model=f"{cell.model}_etf",
+            model_args=cell.model_args,
+            head="learned",
             data=Data(size=split.images.shape[1]),
-            optim=OPTIM,
+            optim=Optim(**OPTIM[cell.size]),
             epochs=1_000,
-            batch_size=args.batch,
-            sizes=[[0, size]],
+            batch_size=BATCH[cell.size],
+            sizes=[[0, cell.size]],
             label_smoothing=0.0,
-            precision=args.precision,
+            precision=cell.precision,
         )
-        self.run = Run(recipe, split, split)
-        self.epoch = 0
+        self.run, self.epoch = Run(recipe, split, split), 0
 
     def steps(self) -> Iterator[int]:
+        """Images of each step."""
         self.run.model.train()
         self.epoch += 1
         for number, (images, labels) in enumerate(self.run.batches(self.epoch, 0)):
@@ -135,85 +150,207 @@ class Ours:
             yield len(labels)
 
 
-def rate(side: Peer | Ours, steps: int, warm: int) -> float:
-    """Images a second over some steps, the first ones left out."""
-    turns = side.steps()
-    for _ in itertools.islice(turns, warm):
-        pass
-    began, images = time.perf_counter(), 0
-    for count in itertools.islice(turns, steps):
-        images += count
+def rate(side: Peer | Ours, seconds: float, warm: float) -> dict[str, float]:
+    """Images a second over at least two steps and so many seconds, what came before left out."""
+    import torch
+
+    turns, start = side.steps(), time.perf_counter()
+    for _ in turns:
+        if time.perf_counter() - start > warm:
+            break
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    began, images, steps = time.perf_counter(), 0, 0
+    for count in turns:
+        images, steps = images + count, steps + 1
+        if steps >= 2 and time.perf_counter() - began > seconds:
+            break
     if torch.cuda.is_available():  # the engine does not wait for each step
         torch.cuda.synchronize()
-    seconds = time.perf_counter() - began
+    spent = time.perf_counter() - began
     turns.close()  # type: ignore[attr-defined]
-    return images / seconds
+    return {"images": images, "steps": steps, "seconds": round(spent, 4), "images_per_second": images / spent}
 
 
-def compare(split: Split, args: argparse.Namespace, model: str) -> dict[str, Any]:
-    """All sides on one model, taking turns."""
-    with tempfile.TemporaryDirectory() as folder:
-        images = Path(folder) / "images"
-        write_folder(split, images)
-        sides: dict[str, Peer | Ours] = {
-            "ours": Ours(split, Path(folder) / "ours", args, model, args.size, "learned"),
-            "twin": Ours(split, Path(folder) / "twin", args, model, args.size, "frame"),
-            "timm": Peer(images, args, model, args.size, channels_last=False),
-            "timm, channels_last": Peer(images, args, model, args.size, channels_last=True),
-        }
-        rates: dict[str, list[float]] = {name: [] for name in sides}
-        for _ in range(args.rounds):
-            for name, side in sides.items():
-                rates[name].append(rate(side, args.steps, args.warm))
-    found: dict[str, Any] = {"model": model, "images_per_second": rates}
-    for peer in ("timm", "timm, channels_last"):
-        found[f"ours / {peer}"] = statistics.median(a / b for a, b in zip(rates["ours"], rates[peer], strict=True))
-    found["step time, twin / learned"] = statistics.median(
-        a / b for a, b in zip(rates["ours"], rates["twin"], strict=True)
-    )
+def serve(pipe: Any, folder: Path, args: argparse.Namespace) -> None:
+    """A process of one side: takes what to make or to measure, gives what it found."""
+    import torch
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    sides: dict[str, Peer | Ours] = {}
+    while (asked := pipe.recv()) is not None:
+        verb, name, *rest = asked
+        if verb == "rate":
+            pipe.send(rate(sides[name], *rest))
+            continue
+        cell, workers = rest
+        split = resident_split(cell.size, args.images)
+        if name == "ours":
+            sides = {name: Ours(cell, split, folder / "ours" / "-".join(map(str, dataclasses.astuple(cell))))}
+        else:
+            images, classes = folder / SOURCE[cell.size], len(split.label_names)
+            own = Peer(cell, images, classes, workers, args.device, name.endswith("channels_last"))
+            sides = {k: v for k, v in sides.items() if isinstance(v, Peer) and v.cell == cell} | {name: own}
+        pipe.send({"threads": torch.get_num_threads()})
+
+
+def resident_split(size: int, images: int) -> Any:
+    """Training images decoded once, each as often as makes enough of them."""
+    from etf_zoo.trainer.data.batches import load_split
+    from etf_zoo.trainer.recipe.config import Data
+
+    stored = size if SOURCE[size] == "tiny_imagenet" else round(STORED * size)
+    whole: Any = load_split(Data(SOURCE[size], size=stored, resident=True), "train")
+    return whole.subset(chosen(len(whole), images))
+
+
+def chosen(count: int, images: int) -> np.ndarray:
+    """Rows that both sides train on."""
+    order = np.random.default_rng(0).permutation(count)
+    return np.resize(order, images)
+
+
+def write_folder(source: str, images: int, folder: Path) -> None:
+    """The image files as they are, `CLASS/NUMBER.jpg`, what timm's image folder reads."""
+    from etf_zoo.trainer.data.batches import load_split
+    from etf_zoo.trainer.recipe.config import Data
+
+    rows: Any = load_split(Data(source, size=64, resident=False), "train")
+    for number, row in enumerate(chosen(len(rows), images)):
+        file = folder / f"{rows.labels[row]:04d}" / f"{number}.jpg"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(rows.encoded(int(row)))
+
+
+class Processes:
+    """One process for ours, one for the peer."""
+
+    def __init__(self, folder: Path, args: argparse.Namespace):
+        context, self.pipes = multiprocessing.get_context("spawn"), {}
+        for side in ("ours", "timm"):
+            self.pipes[side], theirs = context.Pipe()
+            context.Process(target=serve, args=(theirs, folder, args)).start()
+
+    def ask(self, verb: str, name: str, *rest: Any) -> Any:
+        pipe = self.pipes["ours" if name == "ours" else "timm"]
+        pipe.send((verb, name, *rest))
+        return pipe.recv()
+
+    def close(self) -> None:
+        for pipe in self.pipes.values():
+            pipe.send(None)
+
+
+def compare(processes: Processes, cell: Cell, workers: int, args: argparse.Namespace) -> dict[str, Any]:
+    """All sides on one cell, taking turns."""
+    for name in SIDES:
+        processes.ask("make", name, cell, workers)
+    processes.ask("rate", "ours", 0.0, 0.0)  # the engine measures once
+    turns: dict[str, list[dict[str, float]]] = {name: [] for name in SIDES}
+    for _ in range(args.rounds):
+        for name in SIDES:
+            turns[name].append(processes.ask("rate", name, args.seconds, args.warm))
+    found: dict[str, Any] = {**dataclasses.asdict(cell), "batch": BATCH[cell.size], "workers": workers, "turns": turns}
+    for peer in SIDES[1:]:
+        ratios = [
+            a["images_per_second"] / b["images_per_second"] for a, b in zip(turns["ours"], turns[peer], strict=True)
+        ]
+        found[f"ours / {peer}"] = statistics.median(ratios)
     return found
+
+
+def best_workers(processes: Processes, size: int, args: argparse.Namespace) -> tuple[int, dict[str, float]]:
+    """Worker processes with which the peer is fastest, on the model that waits most for its images."""
+    tried = {}
+    for workers in args.workers:
+        processes.ask("make", SIDES[2], Cell(MODELS[0], size, "fp32"), workers)
+        tried[workers] = processes.ask("rate", SIDES[2], args.seconds, args.warm)["images_per_second"]
+    return max(tried, key=lambda n: tried[n]), {str(n): value for n, value in tried.items()}
+
+
+def summary(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Geometric mean and least of the ratios, to each peer and to the faster of the two."""
+    ratios = {peer: [r[f"ours / {peer}"] for r in results] for peer in SIDES[1:]}
+    ratios["the faster of both"] = [min(r[f"ours / {peer}"] for peer in SIDES[1:]) for r in results]
+    return {
+        peer: {"geometric_mean": math.exp(statistics.fmean(map(math.log, values))), "least": min(values)}
+        for peer, values in ratios.items()
+    }
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What it was measured on."""
+    import timm
+    import torch
+
+    names = [line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name")]
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else f"{(names or [platform.machine()])[0]}",
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "cpus": os.cpu_count(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+    }
+
+
+def _cpuinfo() -> list[str]:
+    file = Path("/proc/cpuinfo")
+    return file.read_text().splitlines() if file.is_file() else []
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["resnet18", "mobilenetv3_small_100"])
-    parser.add_argument("--data", default="tiny_imagenet")
-    parser.add_argument("--size", type=int, default=64)
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--images", type=int, default=8192, help="so many of the training images")
-    parser.add_argument("--steps", type=int, default=40, help="counted in a turn")
-    parser.add_argument("--warm", type=int, default=4, help="not counted at the start of a turn")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="of the peer's loader")
-    parser.add_argument("--precision", choices=["no", "bf16"], default="no")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--models", nargs="+", default=list(MODELS))
+    parser.add_argument("--sizes", type=int, nargs="+", default=list(BATCH), choices=list(BATCH))
+    parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"])
+    parser.add_argument("--images", type=int, default=8192, help="training images; fewer are repeated")
+    parser.add_argument("--seconds", type=float, default=1.5, help="counted in a turn, at least")
+    parser.add_argument("--warm", type=float, default=1.0, help="seconds not counted at the start of a turn")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, os.cpu_count() or 1], help="of the peer, tried")
+    parser.add_argument("--threads", type=int, default=0, help="of each side; 0 for torch's default")
+    parser.add_argument("--minutes", type=float, default=60.0, help="begin no cell after so many")
+    parser.add_argument("--device", default="")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    if (args.steps + args.warm) * args.batch > args.images:
-        parser.error(f"{args.steps + args.warm} steps of {args.batch} images do not fit into {args.images} images")
-    whole = cast(Split, load_split(Data(args.data, size=64), "train"))  # resident, being small
-    split = whole.subset(np.random.default_rng(0).permutation(len(whole))[: args.images])
-    args.num_classes = len(split.label_names)
-    results = []
-    for model in args.models:
-        results.append(compare(split, args, model))
-        print(json.dumps(results[-1], indent=1), flush=True)
-    device = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()} CPU"
+    import torch
+
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    results: list[dict[str, Any]] = []
     report = {
         "command": "python training/benchmarks/pretrain_speed.py " + " ".join(sys.argv[1:]),
-        "machine": {
-            "device": device,
-            "cpus": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "timm": timm.__version__,
-        },
+        "machine": machine(args.device),
         "settings": {k: v for k, v in vars(args).items() if k != "out"},
-        "optimizer": dataclasses.asdict(OPTIM),
+        "optimizers": OPTIM,
+        "workers_tried": {},
         "results": results,
     }
-    if args.out:
-        args.out.write_text(json.dumps(report, indent=1) + "\n")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        for source in {SOURCE[size] for size in args.sizes}:
+            write_folder(source, args.images, folder / source)
+        began, processes, workers = time.monotonic(), Processes(folder, args), {}
+        try:
+            for precision in args.precisions:
+                for size in args.sizes:
+                    if size not in workers:
+                        workers[size], tried = best_workers(processes, size, args)
+                        report["workers_tried"][str(size)] = tried
+                    for model in args.models:
+                        if time.monotonic() - began > 60 * args.minutes:
+                            continue
+                        results.append(compare(processes, Cell(model, size, precision), workers[size], args))
+                        report["summary"] = summary(results)
+                        ratios = ", ".join(f"{results[-1][f'ours / {peer}']:.2f}" for peer in SIDES[1:])
+                        print(
+                            f"{time.monotonic() - began:5.0f} s  {precision} {size:3d} {model:24s} {ratios}", flush=True
+                        )
+                        if args.out:
+                            args.out.write_text(json.dumps(report, indent=1) + "\n")
+        finally:
+            processes.close()
+    print(json.dumps(report.get("summary"), indent=1))
 
 
 if __name__ == "__main__":

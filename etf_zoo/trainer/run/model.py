@@ -26,6 +26,7 @@ from etf_zoo.models.head_config import split_head_args
 from etf_zoo.models.names import SKIP_CONNECTION, base_name, leaf_of, split_head, timm_classifier_names
 
 from ..recipe.config import Optim, Recipe
+from .batched_muon import batch_muon
 from .earlier_stage import add_stage_head
 from .imbalance import COUNTED, DECAYS, attach_counted_frame
 
@@ -183,7 +184,7 @@ def make_optimizer(settings: Optim, model: nn.Module) -> torch.optim.Optimizer:
     extra: dict[str, Any] = {"betas": tuple(settings.betas)} if settings.betas else {}
     if "muon" in settings.name:
         extra["fallback_list"] = _output_layers(model)
-    return create_optimizer_v2(
+    optimizer = create_optimizer_v2(
         model,
         opt=settings.name,
         lr=settings.lr,
@@ -192,6 +193,7 @@ def make_optimizer(settings: Optim, model: nn.Module) -> torch.optim.Optimizer:
         layer_decay=settings.layer_decay if settings.layer_decay < 1 else None,
         **extra,
     )
+    return batch_muon(optimizer)
 
 
 def _output_layers(model: nn.Module) -> list[str]:
