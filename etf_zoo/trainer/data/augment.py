@@ -29,6 +29,7 @@ IMAGENET = Colors((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # timm's defaul
 # timm's RandAugment with increasing severity: these bend the sampling grid, the rest is in photometric.py
 AFFINE_OPS = ("Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel")
 OPS = AFFINE_OPS + tuple(photometric.OPS)
+FEW_PIXELS = 8  # an output pixel that sees no more along an axis is summed on a CPU, without the zeros of a product
 
 
 class Draws:
@@ -91,7 +92,7 @@ def _beside(drawn: Tensor, images: Tensor) -> Tensor:
 def normalize(images: Tensor, colors: Colors = IMAGENET) -> Tensor:
     """Pixels from 0..255, `(B, 3, H, W)`, centered and scaled."""
     mean, std = _constants(colors, images.device)
-    return (images - mean) / std
+    return (images - mean).div_(std)
 
 
 def augment(
@@ -148,8 +149,9 @@ def views(
 def resample(images: Tensor, crop: Tensor, size: int) -> Tensor:
     """Crops resized as `F.interpolate(mode="bilinear", antialias=True)` and Pillow's `resize(box=...)` do it.
 
-    Each is two products of matrices, over rows and over columns: an output pixel is the mean of the pixels about its
-    place by a triangle that is one pixel wide to each side, or as wide as output pixels are apart.
+    Each is two products of matrices, over rows and over columns, or on a CPU the sums without their zeros: an output
+    pixel is the mean of the pixels about its place by a triangle that is one pixel wide to each side, or as wide as
+    output pixels are apart.
 
     Args:
         images: `(B, C, H, W)` float.
@@ -160,18 +162,46 @@ def resample(images: Tensor, crop: Tensor, size: int) -> Tensor:
         `(B, C, size, size)`.
     """
     (channels, height, width), crop = images.shape[1:], _beside(crop, images)
-    rows = _triangles(crop[:, 1, 1], crop[:, 1, 2], height, size)
-    columns = _triangles(crop[:, 0, 0], crop[:, 0, 2], width, size)
+    axes = (crop[:, 1, 1], crop[:, 1, 2], height, size), (crop[:, 0, 0], crop[:, 0, 2], width, size)
+    if images.device.type == "cpu" and max(_reach(*axis).max() for axis in axes) <= FEW_PIXELS / 2:
+        out = _gather(images.permute(0, 2, 3, 1).flatten(2), *axes[0])  # (B, size, W * C)
+        out = out.unflatten(2, (width, channels)).transpose(1, 2).flatten(2)  # (B, W, size * C)
+        return _gather(out, *axes[1]).unflatten(2, (size, channels)).permute(0, 3, 2, 1)
+    rows, columns = (_triangles(*axis) for axis in axes)
     out = torch.bmm(rows, images.permute(0, 2, 3, 1).flatten(2))  # (B, size, W * C)
     out = out.unflatten(2, (width, channels)).permute(0, 3, 1, 2).flatten(1, 2)
     return torch.bmm(out, columns.mT).unflatten(1, (channels, size))
 
 
+def _reach(scale: Tensor, shift: Tensor, side: int, size: int) -> Tensor:
+    """How many pixels to each side of its place an output pixel sees, `(B,)`."""
+    return (scale.abs() * (side / size)).clamp_min(1)
+
+
+def _gather(lines: Tensor, scale: Tensor, shift: Tensor, side: int, size: int) -> Tensor:
+    """What a product of `_triangles` and lines `(B, side, n)` gives, `(B, size, n)`, from the few that are not zero."""
+    reach = _reach(scale, shift, side, size)[:, None, None]
+    centers = _centers(scale, shift, side, size)[:, :, None]
+    places = (centers - reach - 0.5).ceil() + torch.arange(math.ceil(2 * reach.max()))
+    inside = (places >= 0) & (places < side)
+    weights = (1 - (places + 0.5 - centers).abs() / reach).clamp_min(0) * inside
+    weights = weights / weights.sum(dim=2, keepdim=True)
+    index = places.long().clamp(0, side - 1) + side * torch.arange(len(lines))[:, None, None]
+    out = F.embedding_bag(
+        index.flatten(0, 1), lines.flatten(0, 1), mode="sum", per_sample_weights=weights.flatten(0, 1).to(lines.dtype)
+    )
+    return out.unflatten(0, (len(lines), size))
+
+
+def _centers(scale: Tensor, shift: Tensor, side: int, size: int) -> Tensor:
+    """Places of the output pixels among those of an axis, `(B, size)`."""
+    places = (torch.arange(size, device=scale.device) * 2 + 1) / size - 1
+    return (scale[:, None] * places + shift[:, None] + 1) * (side / 2)
+
+
 def _triangles(scale: Tensor, shift: Tensor, side: int, size: int) -> Tensor:
     """Weights `(B, size, side)` of an axis's pixels in each output pixel; places are `scale * x + shift` in -1..1."""
-    places = (torch.arange(size, device=scale.device) * 2 + 1) / size - 1
-    centers = (scale[:, None] * places + shift[:, None] + 1) * (side / 2)
-    reach = (scale.abs() * (side / size)).clamp_min(1)[:, None, None]
+    centers, reach = _centers(scale, shift, side, size), _reach(scale, shift, side, size)[:, None, None]
     pixels = torch.arange(side, device=scale.device) + 0.5
     weights = (1 - (pixels - centers[:, :, None]).abs() / reach).clamp_min(0)
     return weights / weights.sum(dim=2, keepdim=True)

@@ -144,6 +144,16 @@ def test_crops_are_resized_as_pillow_does(images, size):
     torch.testing.assert_close(resample(images, mirrored, size), out.flip(3), atol=1e-3, rtol=0)
 
 
+@pytest.mark.parametrize(("height", "width", "size"), [(20, 26, 16), (9, 7, 24), (40, 31, 12), (64, 64, 64), (5, 4, 2)])
+def test_sums_of_few_pixels_are_the_products(height, width, size, monkeypatch):
+    images = torch.rand(6, 3, height, width, generator=generator())
+    crops = crop_matrix(Augment(crop_scale=[0.1, 1.0]), Draws(generator(1), 6))
+    few = resample(images, crops, size)
+    monkeypatch.setattr("etf_zoo.trainer.data.augment.FEW_PIXELS", 0)
+    torch.testing.assert_close(few, resample(images, crops, size), rtol=0, atol=1e-5)
+    assert few.shape == (6, 3, size, size)
+
+
 def test_a_crop_made_smaller_has_no_stripes():
     """Stripes of one pixel are gray at half the size, whatever the crop; without antialiasing they would beat."""
     stripes = torch.zeros(64, 3, 32, 32, dtype=torch.uint8)
