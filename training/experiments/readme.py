@@ -278,6 +278,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "heads": _text("cifar100_heads", "table.md"),
     "rare": _text("cifar100_rare", "table.md"),
     "tree-cifar100": _text("cifar100_tree", "table.md"),
+    "head-start": _text("head_start", "table.md"),
     "pretrain-speed": pretrain_speed,
     "small-maps": small_maps,
     "cache-speed": cache_speed,

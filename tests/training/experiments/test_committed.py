@@ -16,7 +16,7 @@ from training.experiments.transfer_table import Table, cells, names_of, newest
 RECIPES = ROOT / "training" / "recipes"
 
 
-COMPARED = ["cifar100_heads", "cifar100_rare", "cifar100_tree", "cifar100_tree_trials"]
+COMPARED = ["cifar100_heads", "head_start", "cifar100_rare", "cifar100_tree", "cifar100_tree_trials"]
 MEASURED = ["transfer", "transfer_rates", "flowers17_scratch"]  # recipes of tables that are by the present protocol
 
 
