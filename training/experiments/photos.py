@@ -32,7 +32,7 @@ FOLDERS = (
     "photos_defaults",
 )
 CHOSEN = (*FOLDERS, "photos_epochs")  # those with choices
-DEFAULTS = "finetune, defaults"
+DEFAULTS = ("finetune learned", "finetune frame")  # of a plain timm model, and of its twin
 SHOTS = (1, 5, 10, 0)  # images a class; 0 for all
 # What the picture shows, of all rows.
 SHOWN = (
@@ -42,8 +42,7 @@ SHOWN = (
     "head learned cosine",
     "scl learned",
     "top learned",
-    "full learned",
-    DEFAULTS,
+    *DEFAULTS,
 )
 NOTE = """Top-1 (%) with its 95 % interval over training subsets and test images, and the number of subsets. A
 difference is paired: the same training images, the same test images; \\* tells from zero. Rates were chosen on held-out
@@ -102,7 +101,7 @@ def short(cells: dict[Key, dict[int, Record]]) -> str:
     found = estimates(cells)
     places = list(dict.fromkeys(key[:2] for key in found))
     body = []
-    for method in (method for method in SHOWN if not method.startswith(("layer", "scl", "full"))):
+    for method in (method for method in SHOWN if not method.startswith(("layer", "scl", "full", "finetune"))):
         row = [[found.get((*place, method, shots)) for shots in SHOTS] for place in places]
         if any(one for some in row for one in some):
             body.append([method, *(" / ".join(f"{one.mean:.1f}" if one else "-" for one in some) for some in row)])
@@ -160,15 +159,16 @@ def beside_defaults(cells: dict[Key, dict[int, Record]]) -> str:
     """
     body = []
     for (weights, data, method, shots), own in cells.items():
-        if method != DEFAULTS:
+        if method not in DEFAULTS:
             continue
         others = {
             m: {seed: some[seed] for seed in own}
             for (w, d, m, s), some in cells.items()
-            if (w, d, s) == (weights, data, shots) and m != method and own.keys() <= some.keys()
+            if (w, d, s) == (weights, data, shots) and m not in DEFAULTS and own.keys() <= some.keys()
         }
         means = {m: estimate(stacked(hits(some))).mean for m, some in others.items()}
-        row = [data, weights, f"{shots} a class" if shots else "all", f"{estimate(stacked(hits(own))).mean:.1f}"]
+        number = f"{shots} a class" if shots else "all"
+        row = [data, weights, number, method, f"{estimate(stacked(hits(own))).mean:.1f}"]
         for which in (max(means, key=lambda m: means[m], default=""), "linear_probe", "ncm"):
             if which not in others:
                 row.append("")
@@ -177,7 +177,17 @@ def beside_defaults(cells: dict[Key, dict[int, Record]]) -> str:
             tells = " \\*" if found.tells else ""
             row.append(f"{which}: {means[which]:.1f}, {found.mean:+.1f} [{found.low:+.1f}, {found.high:+.1f}]{tells}")
         body.append([*row, str(len(own))])
-    header = ["data", "weights", "images", DEFAULTS, "best other: its figure, difference", "", "", "draws"]
+    header = [
+        "data",
+        "weights",
+        "images",
+        "defaults",
+        "top-1 (%)",
+        "best other: its figure, difference",
+        "",
+        "",
+        "draws",
+    ]
     return "\n".join(markdown(header, body))
 
 
