@@ -42,6 +42,7 @@ SHOWN = (
     "head learned cosine",
     "scl learned",
     "top learned",
+    "full learned",
     *DEFAULTS,
 )
 NOTE = """Top-1 (%) with its 95 % interval over training subsets and test images, and the number of subsets. A
@@ -122,7 +123,7 @@ def _best(mine: dict[tuple[str, int], Estimate], shots: int) -> str:
 def control_of(method: str) -> str:
     """What a method is compared with: the learned head tuned in the same way.
 
-    A learned head of `layer`, `scl` and `top` (the last convolution) with that of `full`, and that of `full` with the
+    A learned head of `layer` and `scl` with that of `full`; that of `full` and of `top` (the last convolution) with the
     frozen backbone's.
 
     Example:
@@ -133,7 +134,7 @@ def control_of(method: str) -> str:
     if kind not in ("head", "layer", "scl", "top", "full"):
         return ""
     if head == "learned":
-        return "full learned" if kind in ("layer", "scl", "top") else "head learned"
+        return "full learned" if kind in ("layer", "scl") else "head learned"
     return f"{kind} learned"
 
 

@@ -27,8 +27,8 @@ def folders(tmp_path, monkeypatch):
 
 
 def test_controls():
-    names = ("head learned", "full learned", "full warm frame", "scl learned", "top learned", "layer frame", "ncm")
-    controls = ["head learned"] * 2 + ["full learned"] * 3 + ["layer learned", ""]
+    names = ("head learned", "full learned", "top learned", "full warm frame", "scl learned", "layer frame", "ncm")
+    controls = ["head learned"] * 3 + ["full learned"] * 2 + ["layer learned", ""]
     assert [photos.control_of(name) for name in names] == controls
 
 
