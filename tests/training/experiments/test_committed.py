@@ -5,10 +5,11 @@ import json
 import pytest
 
 from etf_zoo.trainer.recipe.config import parse
-from training.experiments import better_transfer, better_transfer_table, comparison, photos
+from training.experiments import better_transfer, better_transfer_table, comparison, photos, pixels
 from training.experiments.choices import read_choices
 from training.experiments.comparison import Comparison
 from training.experiments.grid import CELLS, Results
+from training.experiments.pixels import Pixels
 from training.experiments.readme import RESULTS, ROOT
 from training.experiments.transfer_report import report, summary
 from training.experiments.transfer_table import Table, cells, names_of, newest
@@ -16,7 +17,16 @@ from training.experiments.transfer_table import Table, cells, names_of, newest
 RECIPES = ROOT / "training" / "recipes"
 
 
-COMPARED = ["cifar100_heads", "head_start", "cifar100_rare", "cifar100_tree", "cifar100_tree_trials"]
+COMPARED = [
+    "cifar100_heads",
+    "head_start",
+    "cifar100_rare",
+    "cifar100_rare_trials",
+    "cifar100_tree",
+    "cifar100_tree_trials",
+    "tiny_tree",
+    "grocery_tree_trials",
+]
 PHOTOS = [name for name in photos.FOLDERS if (RESULTS / name / CELLS).is_file()]  # the others are still to be run
 MEASURED = ["transfer", "transfer_rates", "flowers17_scratch"]  # recipes of tables that are by the present protocol
 
@@ -40,6 +50,13 @@ def test_comparisons(name, monkeypatch):
     assert (RESULTS / name / "table.md").read_text(encoding="utf-8") == comparison.table(settings, records)
 
 
+def test_segmentation(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    settings = parse(Pixels, ["--config", str(RECIPES / "camvid_losses.yaml")])
+    records = Results(RESULTS / "camvid_losses" / CELLS, RESULTS).read().values()
+    assert (RESULTS / "camvid_losses" / "table.md").read_text(encoding="utf-8") == pixels.table(settings, records)
+
+
 def test_photos():
     grid = photos.read([RESULTS / name for name in PHOTOS])
     texts = {"summary": photos.tables(grid), "short": photos.short(grid), "heads": photos.differences(grid)}
@@ -56,7 +73,7 @@ def test_better_transfer(tmp_path):
         assert (folder / file.name).read_text(encoding="utf-8") == file.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", [*COMPARED, *MEASURED, *PHOTOS, "better_transfer"])
+@pytest.mark.parametrize("name", [*COMPARED, "camvid_losses", *MEASURED, *PHOTOS, "better_transfer"])
 def test_no_line_is_damaged(name):
     file = RESULTS / name / CELLS
     lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
