@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import multiprocessing
@@ -191,10 +192,12 @@ def serve(pipe: Any, folder: Path, args: argparse.Namespace) -> None:
         else:
             images, classes = folder / SOURCE[cell.size], len(split.label_names)
             own = Peer(cell, images, classes, workers, args.device, name.endswith("channels_last"))
-            sides = {k: v for k, v in sides.items() if isinstance(v, Peer) and v.cell == cell} | {name: own}
+            kept: dict[str, Peer | Ours] = {k: v for k, v in sides.items() if isinstance(v, Peer) and v.cell == cell}
+            sides = {**kept, name: own}
         pipe.send({"threads": torch.get_num_threads()})
 
 
+@functools.cache
 def resident_split(size: int, images: int) -> Any:
     """Training images decoded once, each as often as makes enough of them."""
     from etf_zoo.trainer.data.batches import load_split

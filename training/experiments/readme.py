@@ -161,15 +161,17 @@ def _read(file: Path) -> Any:
 
 
 def pretrain_speed(page: Path) -> str:
-    """Images a second beside timm's training script, medians of the turns."""
+    """Images a second beside timm's training script, medians of the turns, and the ratios."""
     names = ["ours", "timm", "timm, channels_last"]
-    body = []
-    for r in _read(BENCHMARKS / "pretrain_speed_cpu.json")["results"]:
-        speeds = [f"{statistics.median(r['images_per_second'][name]):.0f}" for name in names]
+    report, body = _read(BENCHMARKS / "pretrain_speed_cpu.json"), []
+    for r in report["results"]:
+        speeds = [f"{statistics.median(t['images_per_second'] for t in r['turns'][name]):.0f}" for name in names]
         ratios = [f"{r[f'ours / {name}']:.2f}" for name in names[1:]]
-        body.append([r["model"], *speeds, *ratios, f"{r['step time, twin / learned']:.3f}"])
-    ratios = [f"ours / {name}" for name in names[1:]]
-    return "\n".join(markdown(["model", *names, *ratios, "step time, twin / base"], body))
+        body.append([f"{r['size']}", r["precision"], r["model"], *speeds, *ratios])
+    found = report["summary"]
+    for words, name in (("geometric mean", "geometric_mean"), ("least", "least")):
+        body.append(["", "", words, "", "", "", *(f"{found[peer][name]:.2f}" for peer in names[1:])])
+    return "\n".join(markdown(["pixels", "precision", "model", *names, *(f"ours / {n}" for n in names[1:])], body))
 
 
 def small_maps(page: Path) -> str:
@@ -219,19 +221,15 @@ def codes(page: Path) -> str:
 
 
 def collapse_speed(page: Path) -> str:
-    """Seconds and memory of the collapse metrics beside another package."""
-    body = [
-        [
-            f"{r['num_classes']:,}",
-            f"{r['dim']}",
-            *(f"{r[side]['seconds']:.2f}" for side in ("ours", "package")),
-            f"{r['times_faster']['seconds']:.2f}",
-            f"{r['memory_ratio']:.2f}",
-        ]
-        for r in _read(BENCHMARKS / "collapse_speed.json")["results"]
-    ]
-    columns = ["classes", "width", "ours (s)", "package (s)", "times faster", "memory, ours / package"]
-    return "\n".join(markdown(columns, body))
+    """Seconds and memory of the collapse metrics, exact and in float32, beside another package."""
+    body = []
+    for r in _read(BENCHMARKS / "collapse_speed.json")["results"]:
+        seconds = [f"{r[side]['seconds']:.2f}" for side in ("ours", "fast", "package")]
+        ratios = [f"{r[s]['times_faster']['seconds']:.2f} ({r[s]['memory_ratio']:.2f})" for s in ("ours", "fast")]
+        apart = f"{r['largest_relative_difference']['fast, ours']:.0e}"
+        body.append([f"{r['num_classes']:,}", f"{r['dim']}", *seconds, *ratios, apart])
+    columns = ["classes", "width", "exact (s)", "float32 (s)", "package (s)", "package / exact", "package / float32"]
+    return "\n".join(markdown([*columns, "float32 from exact"], body))
 
 
 def kerdock_step(page: Path) -> str:
