@@ -163,14 +163,16 @@ def _read(file: Path) -> Any:
 def pretrain_speed(page: Path) -> str:
     """Images a second beside timm's training script, medians of the turns, and the ratios."""
     names = ["ours", "timm", "timm, channels_last"]
-    report, body = _read(BENCHMARKS / "pretrain_speed_cpu.json"), []
-    for r in report["results"]:
+    files = (f"pretrain_speed_{part}.json" for part in ("cpu", "bf16_64_cpu", "bf16_cpu"))
+    results = [r for file in files for r in _read(BENCHMARKS / file)["results"]]
+    ratios = {name: [r[f"ours / {name}"] for r in results] for name in names[1:]}
+    body = []
+    for i, r in enumerate(results):
         speeds = [f"{statistics.median(t['images_per_second'] for t in r['turns'][name]):.0f}" for name in names]
-        ratios = [f"{r[f'ours / {name}']:.2f}" for name in names[1:]]
-        body.append([f"{r['size']}", r["precision"], r["model"], *speeds, *ratios])
-    found = report["summary"]
-    for words, name in (("geometric mean", "geometric_mean"), ("least", "least")):
-        body.append(["", "", words, "", "", "", *(f"{found[peer][name]:.2f}" for peer in names[1:])])
+        own = [f"{values[i]:.2f}" for values in ratios.values()]
+        body.append([f"{r['size']}", r["precision"], r["model"], *speeds, *own])
+    for words, of in (("geometric mean", statistics.geometric_mean), ("least", min)):
+        body.append(["", "", words, "", "", "", *(f"{of(values):.2f}" for values in ratios.values())])
     return "\n".join(markdown(["pixels", "precision", "model", *names, *(f"ours / {n}" for n in names[1:])], body))
 
 

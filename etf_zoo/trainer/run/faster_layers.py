@@ -10,7 +10,7 @@ kept, see `fastest`. The ways differ by rounding alone:
 - attention: fused, or by two products, which under bf16 is several times as fast for the few hundred tokens of a ViT.
 
 Memory that tensors free is kept for the next ones: giving it back to the system and getting it anew, page by page,
-took a tenth to a third of a step. `training/benchmarks/pretrain_speed.py` measures what all that saves.
+takes part of every step. `training/benchmarks/pretrain_speed.py` measures what all that saves.
 """
 
 from __future__ import annotations
