@@ -21,6 +21,7 @@ from etf_zoo.trainer.segment.recipe import Segmentation
 from etf_zoo.trainer.tune.tuning import Finetune
 from etf_zoo_cli import SCRIPTS, build_parser, main
 from training.experiments.comparison import Comparison
+from training.experiments.pixels import Pixels
 from training.experiments.transfer_table import Table
 
 ROOT = Path(__file__).parents[1]
@@ -32,6 +33,7 @@ RECIPES: dict[str, type] = {
     "prepare": Preparation,
     "segment": Segmentation,
     "comparison": Comparison,
+    "pixels": Pixels,
     "transfer_table": Table,
     "choose": Table,
 }

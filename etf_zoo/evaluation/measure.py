@@ -118,9 +118,7 @@ def measure(
     was_training = model.training
     model.eval()
     try:
-        tally = _Tally(
-            model, distances, confusion, predictions, store_limit, FastNeuralCollapse if fast else NeuralCollapse
-        )
+        tally = _Tally(model, distances, confusion, predictions, store_limit, fast)
         for labels, features, logits, seconds in _forwarded(model, batches, autocast, forward):
             tally.update(labels, features, logits, seconds)
         tally.reduce(processes)

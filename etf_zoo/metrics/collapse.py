@@ -121,9 +121,7 @@ class NeuralCollapse:
     def _check(self, features: Tensor) -> None:
         if features.ndim != 2 or features.shape[1] != self.dim:
             raise EtfZooError(f"Expected features of shape (batch, {self.dim}), got {tuple(features.shape)}.")
-        if (
-            not torch.isfinite(features.sum()) and not torch.isfinite(features).all()
-        ):  # a sum is faster; it may overflow
+        if not (torch.isfinite(features.sum()) or torch.isfinite(features).all()):  # a sum is fast, but may overflow
             raise EtfZooError("Features have entries that are not finite: look at the model or its precision.")
 
     def _check_classes(self, classes: Tensor, what: str, batch: int) -> None:
@@ -236,12 +234,12 @@ class NeuralCollapse:
     def _ask(self, features: Tensor, weight: Tensor | None, bias: Tensor | None, predictions: Tensor | None) -> None:
         for start in range(0, len(features), _CHUNK):
             x = features[start : start + _CHUNK].to(self.device)
-            predicted = (
-                None if predictions is None else predictions[start : start + _CHUNK].to(self.device, torch.int64)
-            )
-            if predicted is None:
+            if predictions is None:
                 predicted = _linear(x, weight, bias).argmax(1)  # type: ignore[arg-type]
-            self._agreement += torch.stack([self._agrees(x.double(), predicted).sum(), x.new_tensor(len(x))])
+            else:
+                predicted = predictions[start : start + _CHUNK].to(self.device, torch.int64)
+            self._agreement[0] += self._agrees(x.double(), predicted).sum()
+            self._agreement[1] += len(x)
 
     @property
     def agreement_samples(self) -> int:

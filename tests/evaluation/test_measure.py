@@ -117,6 +117,19 @@ def test_second_pass_agrees_with_stored_features():
     assert "nc4_agreement" in twice
 
 
+def test_collapse_is_exact_unless_asked_to_be_fast():
+    model, batches = build(), data()
+    exact, fast = evaluate(model, batches), evaluate(model, batches, fast=True)
+    collapse = NeuralCollapse(K, model.num_features)
+    with torch.no_grad():
+        for images, labels in batches:
+            collapse.update(model.forward_head(model.forward_features(images), pre_logits=True), labels)
+    wanted = collapse.compute()["nc1_quotient"]
+    assert exact["nc1_quotient"] == pytest.approx(wanted, rel=1e-12)
+    assert fast["nc1_quotient"] == pytest.approx(wanted, rel=1e-5)
+    assert fast["nc1_quotient"] != exact["nc1_quotient"]
+
+
 def test_a_generator_that_does_not_fit_leaves_nc4_out_and_says_so():
     model = build()
     with pytest.warns(UserWarning, match="NC4 is left out"):
