@@ -54,7 +54,7 @@ from training.experiments.grid import (
     settings_digest,
     weights_digest,
 )
-from training.experiments.transfer_report import markdown
+from training.experiments.transfer_report import markdown, mean_of_seeds
 
 PROTOCOL = 2  # how cells are measured; a change that changes figures is another one
 HELD_OUT = 0.25  # of the training images, to choose rates by
@@ -336,7 +336,9 @@ def table(settings: Comparison, records: Iterable[Record]) -> str:
             mine = [cell for cell in some if cell["variant"] == name]
             for prefix, words in (("", ""), ("crm_", ", CRM"))[: 1 + (name in settings.crm)] if mine else ():
                 results = [_shown(cell["results"], prefix) for cell in mine]
-                values = [_mean([r[k] for r in results if k in r], each=k.endswith("top1")) for k in shown.values()]
+                values = [
+                    mean_of_seeds([r[k] for r in results if k in r], each=k.endswith("top1")) for k in shown.values()
+                ]
                 old = " †" if any(cell["protocol"] != PROTOCOL for cell in mine) else ""
                 rates = {cell["training"]["recipe"]["optim"]["lr"] for cell in mine} if settings.rates else ()
                 rate = [", ".join(f"{rate:g}" for rate in sorted(rates))] if settings.rates else []
@@ -360,11 +362,6 @@ def _shown(results: dict[str, float], prefix: str) -> dict[str, float]:
     found = {name.removeprefix(prefix): value for name, value in results.items() if name.startswith(prefix)}
     shares = [name for name in found if name.startswith("hops") or (prefix and name == "top1")]
     return found | {name: 100 * found[name] for name in shares}
-
-
-def _mean(values: list[float], each: bool) -> str:
-    mean = f"{np.mean(values):.2f}" if values else ""
-    return f"{mean} ({', '.join(f'{value:.2f}' for value in values)})" if each and len(values) > 1 else mean
 
 
 def to_measure(settings: Comparison, locks: Path) -> list[Cell]:

@@ -16,8 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from etf_zoo.errors import EtfZooError
 from etf_zoo.trainer.recipe.config import parse
 from etf_zoo.trainer.recipe.parsing import merged, parse_entries
@@ -29,7 +27,7 @@ from etf_zoo.trainer.segment.data import load_masks
 from etf_zoo.trainer.segment.recipe import Segmentation
 from etf_zoo.trainer.segment.run import SegmentationRun, export
 from training.experiments.grid import Record, fill_table, settings_digest, weights_digest
-from training.experiments.transfer_report import markdown
+from training.experiments.transfer_report import markdown, mean_of_seeds
 
 
 @dataclass
@@ -119,18 +117,13 @@ def table(settings: Pixels, records: Iterable[Record]) -> str:
             mine = [r["results"] for r in records if r["variant"] == name and (name in settings.trials) == is_trial]
             if mine:
                 by_class = [f"iou_{label}" for label in settings.base.class_names]
-                both = [_mean([r[key] for r in mine], each=True) for key in ("miou", "rare_iou")]
-                others = [_mean([r[key] for r in mine]) for key in ("accuracy", *by_class)]
+                both = [mean_of_seeds([r[key] for r in mine], each=True) for key in ("miou", "rare_iou")]
+                others = [mean_of_seeds([r[key] for r in mine]) for key in ("accuracy", *by_class)]
                 body.append([name, str(len(mine)), *both, *others])
         if body:
             heads = ["variant", "runs", "mIoU", "four rarest", "accuracy", *settings.base.class_names]
             text += [title, "", *markdown(heads, body), ""]
     return "\n".join(text).strip() + "\n"
-
-
-def _mean(values: list[float], each: bool = False) -> str:
-    mean = f"{np.nanmean(values):.2f}"
-    return f"{mean} ({', '.join(f'{value:.2f}' for value in values)})" if each and len(values) > 1 else mean
 
 
 def main() -> None:

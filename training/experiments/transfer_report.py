@@ -224,6 +224,12 @@ def summary(records: Sequence[Record], names: Names) -> str:
     return "\n".join(markdown(["data", "method", *names.order], body))
 
 
+def mean_of_seeds(values: Sequence[float], each: bool = False) -> str:
+    """The mean of what is a number, with each seed's figure in brackets where asked for; empty for no values."""
+    mean = f"{np.nanmean(values):.2f}" if values else ""
+    return f"{mean} ({', '.join(f'{value:.2f}' for value in values)})" if each and len(values) > 1 else mean
+
+
 def markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
     """Lines of a Markdown table."""
     return [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *body)]
