@@ -1,4 +1,4 @@
-"""Splits by recipe, and their batches: resident images here, all others by `training/loader.py`."""
+"""Splits by recipe, and their batches: of images in memory here, of all others by `loader`."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from ..data import loader
 from ..recipe.config import Augment, Data, Recipe
 from .augment import IMAGENET, Colors, augment, erase, mix, normalize, views
 from .layouts import DatasetsReader, find_reader
+from .photos import Photos, keep_photos
 from .places import find_source
 from .resident import Split, cache, read_prepared
 from .sealed import refuse_test
@@ -53,7 +54,7 @@ RESIDENT_SIZE = 128  # what `resident: auto` takes for small
 
 
 def load_split(data: Data, split: str) -> Split | Rows | Stream:
-    """One split of a data set: an array (see `training/resident.py`), encoded rows, or a stream.
+    """One split of a data set: an array (see `resident`), photographs in memory (see `photos`), rows, or a stream.
 
     With `data.label` `instance` each image is a class of its own, named by its number; with `teacher` see
     `teacher.taught`.
@@ -91,7 +92,9 @@ def _load_split(data: Data, split: str) -> Split | Rows | Stream:
         return open_stream(data, split)
     resident = data.size <= RESIDENT_SIZE if data.resident == "auto" else data.resident
     rows = open_rows(data, split, resident=resident)
-    return cache(rows, data.size) if resident else rows
+    if resident:
+        return cache(rows, data.size)
+    return keep_photos(rows, for_training=split == data.train_split) if data.resident == "auto" else rows
 
 
 def split_names(data: Data) -> list[str]:
@@ -226,7 +229,8 @@ def train_batches(
             yield from split.train_batches(parts, seed=seed, epoch=epoch, start=start, device=device)
             return
         batches = _pictures(split, settings, parts, size, (seed, epoch), device)
-    if settings.views > 1 and not isinstance(split, Split):
+    in_memory = isinstance(split, Split | Photos)
+    if settings.views > 1 and not in_memory:
         raise EtfZooError("Several views of an image are for resident images: set data.resident to true.")
 
     def finished(images: Tensor) -> Tensor:
@@ -238,7 +242,7 @@ def train_batches(
         if settings.views > 1:
             groups = views(images, settings, size, generator, rank=rank, world=world)
             yield [finished(group.flatten(0, 1)).unflatten(0, group.shape[:2]) for group in groups], labels
-        elif isinstance(split, Split):
+        elif in_memory:
             yield finished(augment(images, settings, size, generator, rank=rank, world=world)), labels
         else:
             yield finished(images.to(device, non_blocking=True)), labels.to(device, non_blocking=True)
@@ -252,9 +256,11 @@ def _pictures(
     key: tuple[int, ...],
     device: torch.device,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Images of some rows at a time: of an array as they are, others through the training transform."""
+    """Images of some rows at a time: those in memory as they are, others through the training transform."""
     if isinstance(split, Split):
         return (split.take(part, device, shares=True) for part in parts)
+    if isinstance(split, Photos):
+        return split.training_batches(parts, device)
     return loader.row_batches(split, loader.train_transform(settings, size), parts, key, train=True)
 
 
@@ -279,7 +285,7 @@ def view_batches(
     parts = np.split(np.arange(len(split)), range(batch_size, len(split), batch_size))
     for step, (images, _) in enumerate(_pictures(split, settings, parts, size, (seed, view, 7), device)):
         generator = batch_generator(seed, view, step, stream=7)
-        if isinstance(split, Split):
+        if isinstance(split, Split | Photos):
             images = augment(images, settings, size, generator)
         images = normalize(images.to(device, non_blocking=True), colors)
         yield erase(images, settings.erase, generator) if settings.erase else images
@@ -317,8 +323,11 @@ def eval_batches(
             return
         if isinstance(split, Split):
             batches = (split.take(part, device) for part in parts)
+        elif isinstance(split, Photos):
+            batches = split.eval_batches(parts, size, device)
         else:
-            batches = loader.row_batches(split, loader.eval_transform(split.settings, size), parts, (0, 0), train=False)
+            transform = loader.eval_transform(size, split.settings.crop_pct)
+            batches = loader.row_batches(split, transform, parts, (0, 0), train=False)
     for images, labels in batches:
         images = images.to(device, non_blocking=True).float()
         if images.shape[-1] != size:

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 from etf_zoo.errors import EtfZooError
 from etf_zoo.images import UnreadableImageError, read_image
 
-from ..recipe.config import Augment, Data
+from ..recipe.config import Augment
 from .decode import Corrupt, decoders, encoded, end_with_parent
 from .sources import Rows, Stream
 
@@ -50,11 +50,9 @@ def train_transform(settings: Augment, size: int) -> Transform:
     return transform
 
 
-def eval_transform(settings: Data, size: int) -> Transform:
-    """Resize and center crop, by `data.crop_pct`: timm's own, so that a saved config can say what was done."""
-    transform: Any = create_transform(
-        size, crop_pct=settings.crop_pct, interpolation=INTERPOLATION, use_prefetcher=True
-    )
+def eval_transform(size: int, crop_pct: float) -> Transform:
+    """Resize and center crop: timm's own, so that a saved config can say what was done."""
+    transform: Any = create_transform(size, crop_pct=crop_pct, interpolation=INTERPOLATION, use_prefetcher=True)
     return transform
 
 
@@ -241,7 +239,7 @@ def stream_batches(
     from datasets.distributed import split_dataset_by_node
 
     data, train = stream.settings, settings is not None
-    transform = transform or (train_transform(settings, size) if settings else eval_transform(data, size))
+    transform = transform or (train_transform(settings, size) if settings else eval_transform(size, data.crop_pct))
 
     def batches(turn: int, skip: int) -> DataLoader:
         rows = stream.rows

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -28,7 +27,7 @@ from etf_zoo.images import UnreadableImageError, read_image
 from ..recipe.config import Data
 from .decode import Corrupt, decoders, end_with_parent
 from .layouts import Found
-from .loader import INTERPOLATION
+from .loader import INTERPOLATION, eval_transform
 from .places import cache_root
 from .sources import Chosen, Rows
 
@@ -137,18 +136,24 @@ class Split(Chosen):
         return self._on_device.get(device)
 
 
-def cache(rows: Rows, size: int) -> Split:
+def cache(rows: Rows, size: int, crop_pct: float = 1.0) -> Split:
     """The decoded split, kept in $ETF_ZOO_CACHE (default ~/.cache/etf_zoo) under the hash of its content and size.
+
+    Args:
+        rows: The split.
+        size: Side in pixels.
+        crop_pct: Share of the short side that the images show.
 
     Raises:
         ValueError: If too many images cannot be read.
         OSError: If the disk is full.
     """
     content = rows.content()
-    key = hashlib.sha256(f"{content} {size} {INTERPOLATION}".encode()).hexdigest()[:16]
+    shown = "" if crop_pct == 1 else f" {crop_pct}"
+    key = hashlib.sha256(f"{content} {size} {INTERPOLATION}{shown}".encode()).hexdigest()[:16]
     folder = cache_root() / f"{Path(rows.source).name}-{rows.name}-{key}"
     if not (folder / META).is_file():
-        write_prepared(rows, size, folder, content)
+        write_prepared(rows, size, folder, content, crop_pct)
     split = read_prepared(folder, replace(rows.settings, size=size), rows.source)
     if rows.found is None:  # rows of a table with the images in it: nothing to name, and too large to keep
         return split
@@ -194,7 +199,7 @@ def read_prepared(folder: Path, data: Data, source: str = "") -> Split:
     return split
 
 
-def write_prepared(rows: Rows, size: int, folder: Path, content: str = "") -> None:
+def write_prepared(rows: Rows, size: int, folder: Path, content: str = "", crop_pct: float = 1.0) -> None:
     """Decode into a folder beside the final one and rename it: another process sees all of it or nothing.
 
     Args:
@@ -202,6 +207,7 @@ def write_prepared(rows: Rows, size: int, folder: Path, content: str = "") -> No
         size: Side in pixels.
         folder: Where to.
         content: `rows.content()`, where it was computed before.
+        crop_pct: Share of the short side that the images show.
 
     Raises:
         ValueError: If too many images cannot be read.
@@ -220,7 +226,7 @@ def write_prepared(rows: Rows, size: int, folder: Path, content: str = "") -> No
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".writing-") as temporary:
             made = Path(temporary) / "split"
             made.mkdir()
-            _write(rows, size, made, content or rows.content())
+            _write(rows, size, made, content or rows.content(), crop_pct)
             try:
                 os.rename(made, folder)
             except OSError:  # another process was first
@@ -232,15 +238,13 @@ def write_prepared(rows: Rows, size: int, folder: Path, content: str = "") -> No
         raise
 
 
-def _write(rows: Rows, size: int, folder: Path, content: str) -> None:
+def _write(rows: Rows, size: int, folder: Path, content: str, crop_pct: float) -> None:
     kept, checks = [], []
     # plain writes, not a memory map: on a full disk a map ends the process with a signal
     with open(folder / "images.npy", "wb") as file:
         _write_header(file, len(rows), size)
-        shown = tqdm(
-            _decoded(rows, size), total=len(rows), desc=f"Decoding {rows.name}", unit="image", delay=5, mininterval=5
-        )
-        for row, found in shown:
+        decoded, what = _decoded(rows, size, crop_pct), f"Decoding {rows.name}"
+        for row, found in tqdm(decoded, total=len(rows), desc=what, unit="image", delay=5, mininterval=5):
             if isinstance(found, UnreadableImageError):
                 rows.corrupt.add(rows.where(row), str(found))
             else:
@@ -277,8 +281,8 @@ def _write_header(file: Any, count: int, size: int) -> None:
 class _Pieces(Dataset):
     """A split decoded in pieces: for each row of one its image `(size, size, 3)` or what is wrong with it."""
 
-    def __init__(self, rows: Rows, size: int):
-        self.rows, self.transform = rows, stored_transform(size)
+    def __init__(self, rows: Rows, size: int, crop_pct: float):
+        self.rows, self.transform = rows, eval_transform(size, crop_pct)
 
     def __len__(self) -> int:
         return -(-len(self.rows) // PIECE)
@@ -299,8 +303,8 @@ def _as_they_are(piece: Any) -> Any:
     return piece
 
 
-def _decoded(rows: Rows, size: int) -> Iterator[tuple[int, np.ndarray | UnreadableImageError]]:
-    pieces = _Pieces(rows, size)
+def _decoded(rows: Rows, size: int, crop_pct: float) -> Iterator[tuple[int, np.ndarray | UnreadableImageError]]:
+    pieces = _Pieces(rows, size, crop_pct)
     workers = decoders(min(8, len(pieces) - 1))  # processes: Pillow holds the lock for much of the work
     loader = DataLoader(
         pieces,
@@ -312,8 +316,3 @@ def _decoded(rows: Rows, size: int) -> Iterator[tuple[int, np.ndarray | Unreadab
     )
     for piece in loader:
         yield from piece
-
-
-def stored_transform(size: int) -> Any:
-    """Short side to `size`, then the center, as `(3, H, W)` uint8: what an evaluation at this size sees."""
-    return create_transform(size, crop_pct=1.0, interpolation=INTERPOLATION, use_prefetcher=True)

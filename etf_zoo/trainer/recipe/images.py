@@ -35,14 +35,16 @@ class Data(Fields):
         teacher: Name of a classifier with weights, for `label: teacher`.
         teacher_size: Pixels of a side that the teacher sees images at.
         resident: Whether images are decoded once, into an array that is kept on disk, and augmented in batches on the
-            device; `auto` does so up to a `size` of 128. Else timm's transforms run in worker processes.
+            device. `auto` does so up to a `size` of 128; above it where the images take at most a quarter of the
+            machine's memory, and then crops are drawn from images of 1.15 times `size` and evaluation has timm's own
+            pixels, see `etf_zoo.trainer.data.photos`. Else timm's transforms run in worker processes.
         size: Side in pixels that resident images are stored at, resized and center-cropped once; 0 for the largest that
             the run trains or evaluates at.
         limit: Use only the first so many training images of a fixed shuffle; 0 for all. Not for streams.
         long_tail: Thin the training classes out to an exponential long tail: size of the smallest class over the
             largest, such as 0.01; 0 for none.
         max_corrupt: Share of the images that may be unreadable. They are left out, counted and named; more is an error.
-        crop_pct: Share of the short side that evaluation sees of images that are not resident.
+        crop_pct: Share of the short side that evaluation sees, where images are not stored at `size`.
         workers: Processes that decode images that are not resident.
         streaming: Read while training, without a copy on disk, sharded over processes.
         shuffle_buffer: Images that a stream is shuffled among, after its shards are.

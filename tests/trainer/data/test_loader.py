@@ -138,7 +138,7 @@ def test_which_are_resident(folder, monkeypatch, tmp_path):
     monkeypatch.setenv("ETF_ZOO_CACHE", str(tmp_path / "cache"))
     kinds = {(size, r): type(load_split(Data(str(folder), size=size, resident=r), "val")).__name__
              for size in (128, 129) for r in ("auto", True, False)}  # fmt: skip
-    assert kinds == {(128, "auto"): "Split", (129, "auto"): "Rows", (128, True): "Split", (129, True): "Split",
+    assert kinds == {(128, "auto"): "Split", (129, "auto"): "Photos", (128, True): "Split", (129, True): "Split",
                      (128, False): "Rows", (129, False): "Rows"}  # fmt: skip
 
 
