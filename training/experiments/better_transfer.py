@@ -1,6 +1,7 @@
 """Which pretraining with a fixed frame transfers better than one with a learned head? Candidates beside both controls.
 
     python training/experiments/better_transfer.py --stage 1
+    python training/experiments/better_transfer.py --stage 1 --epochs 12 --rates --only learned "frame, MLP, entropy"
     python training/experiments/better_transfer.py --stage 2 --only learned "learned cosine" "frame, MLP, entropy"
     python training/experiments/better_transfer.py --stage 3 --only learned "learned cosine" "frame, MLP, entropy"
     python training/experiments/better_transfer.py
@@ -8,7 +9,8 @@
 Stage 1 is a short run of ResNet-18 on an eighth of Tiny ImageNet; stage 2 the zoo's recipe of 23 epochs, one seed;
 stage 3 the same, three seeds, measured on test images. Stages 1 and 2 judge by held-out training images of the transfer
 sets, and the source's accuracy is that of training images that no run trains on. Test images are opened in stage 3
-only.
+only. `--epochs` and `--images` make a budget of their own, with tables of its own: twice the epochs of stage 1 tell
+whether a difference grows or shrinks.
 
 The two controls and the frame try each of `--rates`, plain and behind an MLP. The best rate, by the mean score of seed
 0, is then that of all other candidates with this kind of head, with or without a neck; stage 3 takes what stage 2
@@ -127,9 +129,11 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     "frame, NTCE": {"model_args": SCALE, "loss": {"name": "prototype_contrast"}},
     "frame, target cosine 0.6": {"target_cosine": [0.6]},
     "frame, target cosine 0.3": {"target_cosine": [0.3]},
-    # what stage 1 led to, and its control
+    # what stage 1 led to, and its controls: without the MLP, which costs the learned head more than it gives, and with
     "frame, MLP, entropy, two depths": {"model_args": MLP, "loss": BOTH},
     "learned, entropy, two depths": {"head": "learned", "loss": BOTH},
+    "learned, MLP, entropy, two depths": {"head": "learned", "model_args": {"neck": "mlp"}, "loss": BOTH},
+    "learned cosine, MLP, entropy, two depths": {"head": "learned_cosine", "model_args": MLP, "loss": BOTH},
     RANDOM: {},
 }
 TRYING = tuple(CANDIDATES)[:6]  # a neck asks for a rate of its own
@@ -145,6 +149,7 @@ class Cell:
     recipe: Recipe
     scoring: Scoring
     keep: bool = False
+    budget: str = ""  # where it is not the stage's, what it is
 
     @property
     def key(self) -> str:
@@ -183,9 +188,13 @@ def measure(work: Path, cell: Cell) -> dict[str, Any]:
         with nullcontext() if cell.scoring.test else choosing():
             return _measure(work, cell)
     except DivergedError as error:  # which says something of the rate: a cell without scores
-        recipe = cell.recipe
-        found = {"stage": cell.stage, "name": cell.name, "seed": cell.seed, "lr": recipe.optim.lr, "head": recipe.head}
-        return {**found, "diverged": str(error)}
+        return {**_named(cell), "diverged": str(error)}
+
+
+def _named(cell: Cell) -> dict[str, Any]:
+    recipe = cell.recipe
+    found = {"stage": cell.stage, "name": cell.name, "seed": cell.seed, "lr": recipe.optim.lr, "head": recipe.head}
+    return {**found, **({"budget": cell.budget} if cell.budget else {})}
 
 
 def _measure(work: Path, cell: Cell) -> dict[str, Any]:
@@ -203,11 +212,7 @@ def _measure(work: Path, cell: Cell) -> dict[str, Any]:
         raise EtfZooError("The time budget ended a run.")
     last, model = run.records[-1] if trained else {}, run.plain_model()
     found = {
-        "stage": cell.stage,
-        "name": cell.name,
-        "seed": cell.seed,
-        "lr": recipe.optim.lr,
-        "head": recipe.head,
+        **_named(cell),
         "device": run.accelerator.device.type,
         "steps": run.step,
         "images": run.train_images,
@@ -232,18 +237,23 @@ def rate_source(name: str) -> str:
     return f"{head}, MLP" if "neck" in CANDIDATES[name].get("model_args", {}) else head
 
 
-def chosen_rate(records: Sequence[dict[str, Any]], stage: int, name: str, rates: Sequence[float] = ()) -> float | None:
-    """The rate of the best seed-0 run, of this stage or the nearest before it; None without any.
+def chosen_rate(
+    records: Sequence[dict[str, Any]], stage: int, name: str, rates: Sequence[float] = (), budget: str = ""
+) -> float | None:
+    """The rate of the best seed-0 run, of this stage and budget or the nearest before it; None without any.
 
     Args:
         records: Finished cells.
         stage: Of the cells that it is for.
         name: See `rate_source`.
-        rates: Those that have to be tried before one of this very stage is chosen.
+        rates: Those that have to be tried before one of this very stage and budget is chosen.
+        budget: See `budget_of`; before it comes the stage's own.
     """
-    for before in (s for s in (2, 1) if s <= stage):
-        tried = [r for r in records if (r["stage"], r["name"], r["seed"]) == (before, name, 0)]
-        if before == stage and not set(rates) <= {r["lr"] for r in tried}:
+    here = (stage, budget)
+    for before in dict.fromkeys([here, *((s, "") for s in (2, 1) if s <= stage)]):
+        of_before = [r for r in records if (r["stage"], r.get("budget", "")) == before]
+        tried = [r for r in of_before if (r["name"], r["seed"]) == (name, 0)]
+        if before == here and not set(rates) <= {r["lr"] for r in tried}:
             continue
         if scored := [r for r in tried if "scores" in r]:
             return max(scored, key=mean_score)["lr"]
@@ -254,11 +264,17 @@ def tuning_rate(records: Sequence[dict[str, Any]], name: str) -> float:
     """Rate at which a candidate's backbone was tuned best in stage 2, mean over sets; the middle one without a run."""
     by_rate: dict[float, list[float]] = {}
     for record in records:
-        if (record["stage"], record["name"]) == (2, name) and "scores" in record:
+        if (record["stage"], record.get("budget", ""), record["name"]) == (2, "", name) and "scores" in record:
             for scores in record["scores"].values():
                 for rate, accuracy in scores["full_by_rate"].items():
                     by_rate.setdefault(float(rate), []).append(accuracy)
     return max(by_rate, key=lambda rate: statistics.mean(by_rate[rate])) if by_rate else SCORING[3].rates[0]
+
+
+def budget_of(args: argparse.Namespace) -> str:
+    """What of the budget is not the stage's, in words; empty if all is. Tables put such cells apart."""
+    asked = {"epochs": args.epochs, "images": args.images}
+    return ", ".join(f"{number} {what}" for what, number in asked.items() if number)
 
 
 def plan(args: argparse.Namespace, records: Sequence[dict[str, Any]], first: bool) -> list[Cell]:
@@ -266,7 +282,7 @@ def plan(args: argparse.Namespace, records: Sequence[dict[str, Any]], first: boo
     changes = {"epochs": args.epochs} if args.epochs else {}
     if args.images:
         changes["data"] = {"limit": args.images}
-    scoring = replace(SCORING[args.stage], sets=tuple(args.sets))
+    scoring, budget = replace(SCORING[args.stage], sets=tuple(args.sets)), budget_of(args)
     cells = []
     for seed in args.seeds or ((0, 1, 2) if args.stage == 3 else (0,)):
         for name in args.only or CANDIDATES:
@@ -275,14 +291,14 @@ def plan(args: argparse.Namespace, records: Sequence[dict[str, Any]], first: boo
             if first:
                 rates = args.rates if tries else []
             else:
-                rate = chosen_rate(records, args.stage, source, args.rates)
+                rate = chosen_rate(records, args.stage, source, args.rates, budget)
                 rates = [] if tries or rate is None else [rate]
                 if rate is None:
                     print(f"{name} is left out: no rate is known, run {source!r} first.")
             for rate in rates:
                 recipe = recipe_of(args.stage, name, rate, seed, changes)
                 how = replace(scoring, rates=(tuning_rate(records, name),)) if args.stage == 3 else scoring
-                cells.append(Cell(args.stage, name, seed, recipe, how, args.stage == 3))
+                cells.append(Cell(args.stage, name, seed, recipe, how, args.stage == 3, budget))
     return cells
 
 

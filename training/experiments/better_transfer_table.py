@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from etf_zoo.errors import EtfZooError
 from training.experiments.intervals import Correct, Estimate, paired_difference, unpack
 from training.experiments.transfer_report import markdown
 from training.experiments.transfer_score import METHODS
@@ -23,9 +24,14 @@ def mean_score(record: Record, methods: Sequence[str] = METHODS) -> float:
     return statistics.mean(by[method] for by in record["scores"].values() for method in methods)
 
 
-def best_runs(records: Sequence[Record], stage: int) -> dict[str, list[Record]]:
-    """Name -> runs of a stage at the rate that has the best mean score of seed 0, by seed; none that diverged."""
-    found, scored = {}, [r for r in records if r["stage"] == stage and "scores" in r]
+def of_budget(records: Sequence[Record], stage: int, budget: str = "") -> list[Record]:
+    """Cells of a stage, at its own budget or at another."""
+    return [r for r in records if (r["stage"], r.get("budget", "")) == (stage, budget)]
+
+
+def best_runs(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """Name -> runs at the rate that has the best mean score of seed 0, by seed; none that diverged."""
+    found, scored = {}, [r for r in records if "scores" in r]
     for name in dict.fromkeys(r["name"] for r in scored):
         own = [r for r in scored if r["name"] == name]
         rate = max((r for r in own if r["seed"] == min(o["seed"] for o in own)), key=mean_score)["lr"]
@@ -43,19 +49,27 @@ def hits(runs: Sequence[Record], method: str, name: str) -> Correct:
 
 
 def difference(own: Sequence[Record], control: Sequence[Record], method: str) -> tuple[float, list[Estimate]]:
-    """What one has over another by a method: the mean over sets, and each set's with its interval."""
+    """What one has over another by a method: the mean over sets, and each set's with its interval.
+
+    Raises:
+        EtfZooError: If they were judged by other images.
+    """
+    for name in own[0]["scores"]:
+        judged = {r["scores"][name].get("judged") for r in (*own, *control)} - {None}  # earlier cells do not say
+        if len(judged) > 1:
+            raise EtfZooError(f"Cells were judged by different images of {name}: measure those of one side again.")
     by_set = [paired_difference(hits(own, method, s), hits(control, method, s)) for s in own[0]["scores"]]
     return statistics.mean(one.mean for one in by_set), by_set
 
 
-def table(records: Sequence[Record], stage: int, order: Sequence[str]) -> str:
-    """A stage in Markdown, each candidate less the better control of the same seeds; empty if it has no cells."""
-    runs = best_runs(records, stage)
+def table(records: Sequence[Record], order: Sequence[str]) -> str:
+    """Cells of a budget in Markdown, each candidate less the better control of the same seeds; empty without any."""
+    runs = best_runs(records)
     if not runs:
         return ""
     tried: dict[str, dict[float, str]] = {name: {} for name in runs}
     for r in records:
-        if r["stage"] == stage and r["name"] in runs:
+        if r["name"] in runs:
             tried[r["name"]][r["lr"]] = f"{r['lr']:g}" + (" (diverged)" if "diverged" in r else "")
     references = [runs[name] for name in CONTROLS if name in runs]
     columns = ["pretraining", "runs", "rates tried", "rate", "source", *METHODS, "mean", "less the better control"]
@@ -94,9 +108,9 @@ def _with_gap(text: str, gap: float) -> str:
     return text if math.isnan(gap) else f"{text} ({gap:+.1f})"
 
 
-def by_set(records: Sequence[Record], stage: int, order: Sequence[str]) -> str:
+def by_set(records: Sequence[Record], order: Sequence[str]) -> str:
     """Each set's difference to both controls with its interval, in Markdown."""
-    runs, body = best_runs(records, stage), []
+    runs, body = best_runs(records), []
     for name in sorted(runs, key=list(order).index):
         for control in CONTROLS:
             if name in CONTROLS or control not in runs:
@@ -110,7 +124,9 @@ def by_set(records: Sequence[Record], stage: int, order: Sequence[str]) -> str:
 
 
 def write_tables(records: Sequence[Record], folder: Path, order: Sequence[str]) -> None:
-    """Write `stageN.md` and `stageN_sets.md` of the stages that have cells."""
-    for stage in sorted({r["stage"] for r in records}):
-        (folder / f"stage{stage}.md").write_text(table(records, stage, order), encoding="utf-8")
-        (folder / f"stage{stage}_sets.md").write_text(by_set(records, stage, order), encoding="utf-8")
+    """Write `stageN.md` and `stageN_sets.md` of the stages that have cells, and such of each other budget."""
+    for stage, budget in sorted({(r["stage"], r.get("budget", "")) for r in records}):
+        own, name = of_budget(records, stage, budget), f"stage{stage}"
+        name += f"_{budget.replace(', ', '_').replace(' ', '_')}" if budget else ""
+        (folder / f"{name}.md").write_text(table(own, order), encoding="utf-8")
+        (folder / f"{name}_sets.md").write_text(by_set(own, order), encoding="utf-8")

@@ -30,6 +30,7 @@ from matplotlib.figure import Figure
 
 from etf_zoo.errors import EtfZooError
 from etf_zoo.trainer.data.batches import load_split
+from etf_zoo.trainer.data.sealed import choosing
 from etf_zoo.trainer.recipe.config import Recipe
 from etf_zoo.trainer.recipe.parsing import merged, parse_entries
 from etf_zoo.trainer.run.run import Run
@@ -87,7 +88,12 @@ def recipe_of(args: argparse.Namespace, name: str, rate: float, seed: int) -> Re
 
 
 def measure(work: Path, cell: Cell) -> Record:
-    """Train, and keep the curve."""
+    """Train, and keep the curve; no split can be opened but that of training."""
+    with choosing():
+        return _measure(work, cell)
+
+
+def _measure(work: Path, cell: Cell) -> Record:
     folder = work / cell.key.replace(" ", "_").replace(",", "")
     shutil.rmtree(folder, ignore_errors=True)
     recipe = replace(cell.recipe, output=str(folder))

@@ -28,6 +28,7 @@ from etf_zoo.trainer.run.model import make_model
 from etf_zoo.trainer.run.run import Run
 from etf_zoo.trainer.tune.probes import backbone_features, fit_probe
 from training.experiments.frozen import predictions
+from training.experiments.grid import digest
 from training.experiments.intervals import pack
 
 __all__ = ["METHODS", "SETS", "Scoring", "load_backbone", "score"]
@@ -38,7 +39,8 @@ STRENGTH = 0.01  # scikit-learn's C, of features standardized each
 SHOTS = 5
 DRAWS = 3  # of the few shots
 HELD = 0.4  # of each class's training images
-GROUPING = "mobilenetv3_small_100_etf"  # whose features tell which training images look alike; scored nowhere here
+# whose features tell which training images look alike; scored nowhere here. A tag, for the default may become another
+GROUPING = "mobilenetv3_small_100_etf.e27_tiny"
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,8 @@ def score(model: Any, recipe: Recipe, how: Scoring) -> dict[str, dict[str, Any]]
 
     Returns:
         Set -> method -> accuracy in percent on the images that judge; `full` is that at the best of the rates *by those
-        very images* unless there is one rate, and `full_by_rate` has all. `hits` has which images were right.
+        very images* unless there is one rate, and `full_by_rate` has all. `hits` has which images were right, and
+        `judged` a digest of which images these are, wherever they were decoded: figures of other ones are no pair.
     """
     found: dict[str, dict[str, Any]] = {}
     for name in how.sets:
@@ -87,7 +90,8 @@ def score(model: Any, recipe: Recipe, how: Scoring) -> dict[str, dict[str, Any]]
         found[name] = {method: float(np.mean([_accuracy(g, truth) for g in answers[method]])) for method in METHODS}
         found[name]["full_by_rate"] = {str(rate): accuracy for rate, accuracy in by_rate.items()}
         found[name]["hits"] = {method: [pack((g == truth).numpy()) for g in answers[method]] for method in METHODS}
-        found[name]["images"] = len(truth)
+        rows = np.arange(len(truth)) if judged.index is None else judged.index
+        found[name]["images"], found[name]["judged"] = len(truth), digest(rows.tolist(), truth.tolist())
     return found
 
 

@@ -14,9 +14,11 @@ from etf_zoo.trainer.data.batches import load_split
 from etf_zoo.trainer.data.sealed import choosing
 from etf_zoo.trainer.recipe.config import Data, Recipe
 from etf_zoo.trainer.run.model import make_model
+from etf_zoo.trainer.run.run import Run
+from etf_zoo.trainer.tune.probes import backbone_features
 from training.experiments import better_transfer, sooner, transfer_score
 from training.experiments.better_transfer import CANDIDATES, chosen_rate, plan, recipe_of, tuning_rate
-from training.experiments.better_transfer_table import METHODS, best_runs, by_set, table
+from training.experiments.better_transfer_table import METHODS, best_runs, by_set, table, write_tables
 from training.experiments.grid import Results
 from training.experiments.intervals import pack
 from training.experiments.transfer_score import Scoring, load_backbone
@@ -24,12 +26,14 @@ from training.experiments.transfer_score import Scoring, load_backbone
 ARGS = argparse.Namespace(stage=1, only=None, seeds=None, rates=[0.1, 0.3], sets=["birds"], epochs=0, images=0)
 
 
-def cell(name, lr, right, *, stage=1, seed=0, of=40):
+def cell(name, lr, right, *, stage=1, seed=0, of=40, budget="", judged=None):
     """A finished cell whose methods all have the first so many images right."""
     hits = {method: [pack(np.arange(of) < right)] for method in METHODS}
     by = dict.fromkeys(METHODS, 100 * right / of)
     scores = {"birds": {**by, "hits": hits, "images": of, "full_by_rate": {"0.001": right, "0.002": right + 1}}}
-    return {"name": name, "lr": lr, "stage": stage, "seed": seed, "source_top1": 10.0, "scores": scores}
+    scores["birds"] |= {"judged": judged} if judged else {}
+    found = {"name": name, "lr": lr, "stage": stage, "seed": seed, "source_top1": 10.0, "scores": scores}
+    return {**found, **({"budget": budget} if budget else {})}
 
 
 def test_heads_try_all_rates_and_candidates_take_that_of_their_kind():
@@ -59,8 +63,8 @@ def test_a_run_that_diverged_is_a_rate_that_was_tried(tmp_path, monkeypatch):
     done = [cell("learned, MLP", 0.1, 7), diverged]
     assert chosen_rate(done, 1, "learned, MLP", (0.1, 0.3)) == 0.1
     assert chosen_rate([diverged], 1, "learned, MLP", (0.3,)) is None
-    assert "| learned, MLP | 1 | 0.1, 0.3 (diverged) | 0.1 |" in table(done, 1, list(CANDIDATES))
-    assert table([diverged], 1, list(CANDIDATES)) == ""
+    assert "| learned, MLP | 1 | 0.1, 0.3 (diverged) | 0.1 |" in table(done, list(CANDIDATES))
+    assert table([diverged], list(CANDIDATES)) == ""
 
     def fail(*_):
         raise DivergedError("The loss is nan.")
@@ -115,19 +119,86 @@ def test_every_candidate_is_a_recipe_of_the_same_budget(stage):
 def test_tables():
     records = [cell("learned", 0.1, 20), cell("learned", 0.3, 10), cell("learned cosine", 0.1, 22)]
     records += [cell("frame", 0.1, 30, seed=seed) for seed in (0, 1)]
-    assert {name: [r["lr"] for r in runs] for name, runs in best_runs(records, 1).items()} == {
+    assert {name: [r["lr"] for r in runs] for name, runs in best_runs(records).items()} == {
         "learned": [0.1],
         "learned cosine": [0.1],
         "frame": [0.1, 0.1],
     }
-    text = table(records, 1, list(CANDIDATES))
+    text = table(records, list(CANDIDATES))
     assert "| learned | 1 | 0.1, 0.3 | 0.1 | 10.0 | 50.0 (-5.0) |" in text
     assert "| frame | 2 | 0.1 | 0.1 | 10.0 | 75.0 (+20.0) |" in text
     assert "| 75.00 (75.00, 75.00) | +20.00 |" in text  # of the seed that both have
-    assert table(records, 2, list(CANDIDATES)) == ""
-    sets = by_set(records, 1, list(CANDIDATES))
+    sets = by_set(records, list(CANDIDATES))
     assert "| frame | learned | ncm | 1 | +25.0 [" in sets  # the one seed that both have
     assert "| frame | learned cosine | full | 1 | +20.0 [" in sets
+
+
+def test_another_budget_has_tables_of_its_own(tmp_path):
+    short = [cell("learned", 0.1, 20), cell("frame", 0.3, 30), cell("frame", 0.1, 25)]
+    long = [cell("learned", 0.3, 35, budget="12 epochs"), cell("frame", 0.1, 34, budget="12 epochs")]
+    write_tables([*short, *long], tmp_path, list(CANDIDATES))
+    names = {"stage1.md", "stage1_sets.md", "stage1_12_epochs.md", "stage1_12_epochs_sets.md"}
+    assert {file.name for file in tmp_path.iterdir()} == names
+    assert "| frame | 1 | 0.1, 0.3 | 0.3 |" in (tmp_path / "stage1.md").read_text()
+    assert (tmp_path / "stage1.md").read_text() == table(short, list(CANDIDATES))
+    assert (tmp_path / "stage1_12_epochs.md").read_text().endswith("| 85.00 | -2.50 |\n")
+    # rates are those of the budget where all were tried there, else the stage's
+    assert chosen_rate([*short, *long], 1, "frame") == 0.3
+    assert chosen_rate([*short, *long], 1, "frame", budget="12 epochs") == 0.1
+    assert chosen_rate([*short, *long], 1, "frame", (0.1, 0.3), budget="12 epochs") == 0.3
+    args = argparse.Namespace(**{**vars(ARGS), "epochs": 12, "rates": [], "only": ["learned", "frame, entropy"]})
+    cells = plan(args, short, False)
+    assert [(c.name, c.recipe.optim.lr, c.recipe.epochs, c.budget) for c in cells] == [
+        ("learned", 0.1, 12, "12 epochs"),
+        ("frame, entropy", 0.3, 12, "12 epochs"),
+    ]
+
+
+def test_figures_of_different_images_are_no_pair():
+    same = [cell("learned", 0.1, 20, judged="a"), cell("frame", 0.1, 30, judged="a"), cell("learned cosine", 0.1, 3)]
+    assert by_set(same, list(CANDIDATES))  # earlier cells do not say by which they were judged
+    with pytest.raises(EtfZooError, match="different images of birds"):
+        by_set([*same[:2], cell("frame, MLP", 0.1, 30, judged="b")], list(CANDIDATES))
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_what_chooses_opens_no_test_split(stage, tmp_path, monkeypatch):
+    monkeypatch.setattr(better_transfer, "_measure", lambda *_: load_split(Data("digits", val_split="test"), "test"))
+    recipe = recipe_of(stage, "frame", 0.1, 0, {})
+    one = better_transfer.Cell(stage, "frame", 0, recipe, better_transfer.SCORING[stage])
+    if stage == 3:
+        assert len(better_transfer.measure(tmp_path, one)) == 450
+    else:
+        with pytest.raises(EtfZooError, match="while something is chosen"):
+            better_transfer.measure(tmp_path, one)
+    monkeypatch.setattr(sooner, "_measure", better_transfer._measure)
+    with pytest.raises(EtfZooError, match="while something is chosen"):
+        sooner.measure(tmp_path, sooner.Cell("frame", recipe))
+
+
+def test_every_candidate_trains_a_step_and_is_scored_before_its_heads(tmp_path, monkeypatch):
+    """What is scored after a training in bf16 is timm's backbone in float32, whatever stood behind it."""
+    train = load_split(Data("digits", size=32), "train").subset(np.arange(40))
+    shares = np.full((len(train.images), 12), 1 / 12, np.float16)
+    ways = {}
+    for name, candidate in CANDIDATES.items():  # one of each kind: a head, a neck, a loss, views, labels
+        parts = (candidate.get(part, {}) for part in ("model_args", "loss", "augment", "data"))
+        ways.setdefault(str([candidate.get("head"), "target_cosine" in candidate, *map(sorted, parts)]), name)
+    for name in ways.values():
+        changes = {"model": "test_resnet_etf", "sizes": [[0, 32]], "epochs": 1, "batch_size": 30}
+        folder = str(tmp_path / name.replace(" ", "_"))
+        recipe = dataclasses.replace(recipe_of(1, name, 0.01, 0, changes), output=folder)
+        split = train
+        if recipe.data.label == "teacher":
+            split = dataclasses.replace(train, label_names=[f"t{k}" for k in range(12)], shares=shares)
+        run = Run(dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, limit=0)), split, train)
+        run.fit()
+        model: Any = run.plain_model()
+        assert run.step > 0
+        target: Any = timm.create_model("test_resnet", num_classes=3)
+        load_backbone(model, target)
+        features = [backbone_features(one, train, size=32) for one in (model, target)]
+        torch.testing.assert_close(*features, atol=1e-5, rtol=1e-5)
 
 
 def test_the_backbone_alone_is_taken_over():
@@ -175,6 +246,7 @@ def test_a_cell_from_training_to_its_line(tmp_path, monkeypatch):
     assert all(0 <= scores[method] <= 100 for method in METHODS)
     assert scores["linear_probe"] > 30  # of ten classes
     assert len(scores["hits"]["5-shot"]) == 3
+    assert (scores["images"], len(scores["judged"])) == (100, 12)
     assert [file.suffix for file in tmp_path.iterdir()] == [".safetensors"]
     Results(tmp_path / "cells.jsonl", tmp_path / "locks").append({"key": one.key, **record})
 
