@@ -178,7 +178,7 @@ def test_what_chooses_opens_no_test_split(stage, tmp_path, monkeypatch):
 
 def test_every_candidate_trains_a_step_and_is_scored_before_its_heads(tmp_path, monkeypatch):
     """What is scored after a training in bf16 is timm's backbone in float32, whatever stood behind it."""
-    train = load_split(Data("digits", size=32), "train").subset(np.arange(40))
+    train: Any = load_split(Data("digits", size=32), "train").subset(np.arange(40))
     shares = np.full((len(train.images), 12), 1 / 12, np.float16)
     ways = {}
     for name, candidate in CANDIDATES.items():  # one of each kind: a head, a neck, a loss, views, labels
