@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import safetensors.torch
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -25,7 +25,16 @@ from .models.head_config import HeadConfig
 from .sharing.folder import storage_state_dict
 from .weights.native import CONFIG_NAME, WEIGHTS_NAME, sha256
 
-__all__ = ["DECODERS", "Segmenter", "load_segmenter", "overlay", "palette", "save_segmenter", "segment"]
+__all__ = [
+    "DECODERS",
+    "Segmenter",
+    "load_segmenter",
+    "overlay",
+    "palette",
+    "save_segmenter",
+    "segment",
+    "with_legend",
+]
 
 DECODERS = ("fpn", "deeplabv3plus", "linknet", "unet")
 FORMAT = "etf-zoo segmentation 1"
@@ -260,3 +269,27 @@ def overlay(image: np.ndarray, classes: np.ndarray, num_classes: int, opacity: f
     colors = palette(num_classes)[np.where(known, classes, 0)]
     mixed = (1 - opacity) * image + opacity * colors
     return np.where(known[..., None], mixed.round(), image).astype(np.uint8)
+
+
+def with_legend(picture: Image.Image, entries: Sequence[tuple[str, Sequence[int]]]) -> Image.Image:
+    """A picture with a legend on its right: a square of each color, and its name.
+
+    Args:
+        picture: Any size; it stays as it is, on white where the legend is higher.
+        entries: Names and their colors, red, green and blue in 0..255, from top to bottom.
+
+    Example:
+        >>> with_legend(Image.new("RGB", (64, 48)), [("sky", (0, 0, 255)), ("road", (90, 90, 90))]).height
+        48
+    """
+    font, side, gap = ImageFont.load_default(12), 12, 6
+    width = max((round(font.getlength(name)) for name, _ in entries), default=0)
+    size = (picture.width + side + width + 3 * gap, max(picture.height, gap + len(entries) * (side + gap)))
+    sheet = Image.new("RGB", size, "white")
+    sheet.paste(picture)
+    draw = ImageDraw.Draw(sheet)
+    for row, (name, color) in enumerate(entries):
+        x, y = picture.width + gap, gap + row * (side + gap)
+        draw.rectangle((x, y, x + side - 1, y + side - 1), fill=tuple(color))
+        draw.text((x + side + gap, y + side // 2), name, fill="black", font=font, anchor="lm")
+    return sheet

@@ -11,7 +11,7 @@ from torch import nn
 
 from etf_zoo import FrameClassifier
 from etf_zoo.errors import EtfZooError, LoadError, MissingPackageError
-from etf_zoo.segmentation import Segmenter, load_segmenter, overlay, palette, save_segmenter, segment
+from etf_zoo.segmentation import Segmenter, load_segmenter, overlay, palette, save_segmenter, segment, with_legend
 from etf_zoo_cli import main
 
 NAMES = ["sky", "road", "car", "tree", "sign"]
@@ -99,6 +99,21 @@ def test_overlay_paints_known_pixels_alone():
     assert len({tuple(color) for color in palette(30).tolist()}) == 30
 
 
+def test_legend_has_a_square_and_a_name_for_each_entry():
+    plain = Image.new("RGB", (40, 90), (1, 2, 3))
+    entries = [("sky", (0, 0, 255)), ("a long name of a class", (200, 0, 0)), ("road", (0, 90, 0))]
+    sheet = np.asarray(with_legend(plain, entries))
+    assert np.array_equal(sheet[:, :40], np.asarray(plain))
+    for row, (_, color) in enumerate(entries):
+        line = sheet[6 + 18 * row : 18 + 18 * row, 40:]
+        assert (line[:, 6:18] == color).all()
+        assert (line[:, 24:] < 100).all(axis=2).any()  # something is written beside it
+        assert (line[:, -4:] == 255).all()  # and fits
+    many = with_legend(plain, entries * 9)
+    assert many.height == 6 + 27 * 18
+    assert np.array_equal(np.asarray(many)[:90, :40], np.asarray(plain))
+
+
 def test_segment_answers_at_the_images_size(model):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 50, 3), dtype=np.uint8))
     classes = segment(model, image, [40, 56])
@@ -114,7 +129,11 @@ def test_command(model, tmp_path, capsys):
     shares = json.loads(capsys.readouterr().out)
     assert sum(entry["share"] for entry in shares) == pytest.approx(1)
     with Image.open(tmp_path / "overlay.png") as painted:
-        assert painted.size == (50, 30)
+        picture = np.asarray(painted)
+    image, (net, config) = Image.open(tmp_path / "x.png"), load_segmenter(tmp_path / "model")
+    assert np.array_equal(picture[:30, :50], overlay(np.asarray(image), segment(net, image, config["image_size"]), 5))
+    for row, entry in enumerate(shares):  # a square of each class's color, the largest share first
+        assert picture[6 + 18 * row, 56].tolist() == entry["color"]
     assert main(call) == 0
     assert shares[0]["class"] in capsys.readouterr().out.splitlines()[0]
     assert main([*call, "--output", str(tmp_path / "x.jpg")]) == 1

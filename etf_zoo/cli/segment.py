@@ -11,14 +11,14 @@ from PIL import Image
 
 from ..errors import EtfZooError, StorageError
 from ..images import read_image
-from ..segmentation import load_segmenter, overlay, palette, segment
+from ..segmentation import load_segmenter, overlay, palette, segment, with_legend
 from ..text import printable
 
 __all__ = ["segment_image"]
 
 
 def segment_image(args: argparse.Namespace) -> int:
-    """Print the share of the pixels of each class, the largest first; with `--output`, write an overlay."""
+    """Print the share of the pixels of each class, the largest first; with `--output`, an overlay and legend."""
     output = Path(args.output) if args.output else None
     if output and output.suffix.lower() != ".png":
         raise EtfZooError(f"--output is a picture, FILE.png; got {output.name}.")
@@ -36,7 +36,8 @@ def segment_image(args: argparse.Namespace) -> int:
             print(f"{100 * shares[k]:6.2f} %  {printable(names[k])}")
     if output:
         try:
-            Image.fromarray(overlay(np.asarray(image), classes, len(names))).save(output)
+            painted = Image.fromarray(overlay(np.asarray(image), classes, len(names)))
+            with_legend(painted, [(printable(names[k]), colors[k].tolist()) for k in order]).save(output)
         except OSError as error:
             raise StorageError(f"Cannot write {output}: {error.strerror or error}.") from error
     return 0

@@ -277,6 +277,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "scratch": _text("flowers17_scratch", "summary.md"),
     "heads": _text("cifar100_heads", "table.md"),
     "rare": _text("cifar100_rare", "table.md"),
+    "rare-01": _text("cifar100_rare_01", "table.md"),
     "tree-tiny": _text("tiny_tree", "table.md"),
     "tree-grocery": _text("grocery_tree_trials", "table.md"),
     "camvid": _text("camvid_losses", "table.md"),

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from etf_zoo.metrics import sum_over_processes
 from etf_zoo.metrics.segmentation import SegmentationScores
-from etf_zoo.segmentation import Segmenter, load_segmenter, overlay, save_segmenter
+from etf_zoo.segmentation import Segmenter, load_segmenter, overlay, palette, save_segmenter, with_legend
 
 from ..run.launching import in_float32
 from ..run.run import Run
@@ -125,7 +125,7 @@ def measure_masks(model: Segmenter, split: MaskSplit, accelerator: Any, *, batch
 
 @torch.no_grad()
 def picture(model: Segmenter, split: MaskSplit, count: int, path: Path) -> None:
-    """Images, truth and predictions side by side, a row each, as a PNG.
+    """Images, truth and predictions side by side, a row each, with a legend, as a PNG.
 
     Args:
         model: In evaluation mode.
@@ -141,7 +141,8 @@ def picture(model: Segmenter, split: MaskSplit, count: int, path: Path) -> None:
         image, guess = split.images[rows[i]], model(model.normalize(images)).argmax(1)[0].cpu().numpy()
         truth = masks[0].cpu().numpy()
         shown.append(np.concatenate([image, overlay(image, truth, k), overlay(image, guess, k)], axis=1))
-    Image.fromarray(np.concatenate(shown)).save(path)
+    colors = palette(len(split.label_names)).tolist()
+    with_legend(Image.fromarray(np.concatenate(shown)), list(zip(split.label_names, colors, strict=True))).save(path)
 
 
 def export(run: SegmentationRun) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from etf_zoo.errors import EtfZooError
 from etf_zoo.losses import CenterCollapseLoss
-from etf_zoo.segmentation import Segmenter, load_segmenter
+from etf_zoo.segmentation import Segmenter, load_segmenter, with_legend
 from etf_zoo.trainer.recipe.config import Augment, Data, Loss
 from etf_zoo.trainer.segment.data import augment_pairs, eval_pairs, load_masks, train_pairs
 from etf_zoo.trainer.segment.objective import PixelObjective, masks_at, pixel_cross_entropy
@@ -276,7 +276,8 @@ def test_a_run_learns_and_its_folder_gives_the_measured_model(recipe, tmp_path):
     assert config["label_names"] == NAMES
     assert json.loads((run.folder / "model" / "metrics.json").read_text())["training"]["steps"] == 24
     with Image.open(run.folder / "predictions.png") as shown:
-        assert shown.size == (3 * 56, 2 * 40)
+        bare = Image.new("RGB", (3 * 56, 2 * 40))
+        assert shown.size == with_legend(bare, [(name, (0, 0, 0)) for name in NAMES]).size
 
 
 def test_a_stopped_run_goes_on_bit_for_bit(recipe, tmp_path):
