@@ -3,6 +3,7 @@
     python training/experiments/kerdock.py --part choose
     python training/experiments/kerdock.py --part instances --seeds 0 1
     python training/experiments/kerdock.py --part features --seeds 0 1 2
+    python training/experiments/kerdock.py --part choose_classes
     python training/experiments/kerdock.py --part classes
     python training/experiments/kerdock.py --table
 
@@ -12,7 +13,8 @@ network. `choose` finds rate and scale for it on fewer images, by nearest neighb
 was trained on. `features`: the 200 classes of Tiny ImageNet in 16 and 64 dimensions, where no simplex fits: an MLP
 neck and a head are trained on the features of a trained model, which saw these classes; so the figures say how well the
 dimensions serve the classes, not how well a backbone learns. `classes`: the same in 16 dimensions, with the backbone
-trained too, on a quarter of the images.
+trained too, on a quarter of the images, each head at the rate and scale that `choose_classes` found for it on fewer
+images, by training images that nothing was trained on.
 
 Each cell is one training run, appended to `cells.jsonl`; cells that are there are not run again.
 """
@@ -50,6 +52,7 @@ SETS = {"flowers17": 64, "cub50": 64, "grocery": 64, "tiny_imagenet": 32, "cifar
 BY_PROBE = {"linear_probe": ("flowers17", "cub50", "grocery"), "knn_20": tuple(SETS)}
 HELD_OUT = {"tiny_imagenet": "validation"}  # elsewhere `test`
 STRENGTH = 1e-2  # scikit-learn's C, for all models and sets alike
+JUDGES = {"choose": "held_out_knn", "choose_classes": "held_out_top1"}
 BANK, JUDGED = range(80_000, 90_000), range(94_000, 100_000)  # training images, shuffled, that nothing is trained on
 
 MODEL = "resnet18"
@@ -72,6 +75,7 @@ DEFAULTS: dict[str, dict[str, int]] = {
     "choose": {"dim": 256, "images": 2_048, "epochs": 15},
     "instances": {"dim": 256, "images": 6_000, "epochs": 25},
     "features": {"epochs": 5},
+    "choose_classes": {"dim": 16, "images": 6_400, "epochs": 4},
     "classes": {"dim": 16, "images": 25_000, "epochs": 6},
 }
 GRID: dict[str, list[tuple[float, float | str | None]]] = {
@@ -93,6 +97,9 @@ CLASSES: dict[str, dict[str, Any]] = {
     "Kerdock": {"head": "frame", "model_args": {"frame": "kerdock"}},
     "spherical code": {"head": "frame", "model_args": {"frame": "spherical_code"}},
 }
+SCALED: list[tuple[float, float | str | None]] = [(lr, scale) for lr in (0.01, 0.03) for scale in (5.0, 10.0)]
+CLASS_GRID = dict.fromkeys(CLASSES, SCALED) | {"learned": [(0.003, None), (0.01, None), (0.03, None)]}
+GRIDS = {"choose": GRID, "choose_classes": CLASS_GRID}
 HEADS: dict[str, Callable[[int, int, int], nn.Module]] = {
     "learned": lambda dim, k, seed: nn.Sequential(mlp_neck(512, dim), nn.Linear(dim, k)),
     "learned cosine": lambda dim, k, seed: learn_prototypes(frame_head("random", dim, k, seed)),
@@ -184,15 +191,15 @@ def instance_cell(name: str, wanted: dict[str, Any], args: argparse.Namespace) -
     return {**told, "probe": probed(model, shuffled)}
 
 
-def chosen(name: str) -> tuple[float, float | str | None]:
-    """Rate and scale of an arm: the best by held-out training images; random vectors are trained as the frame is."""
+def chosen(name: str, part: str = "choose") -> tuple[float, float | str | None]:
+    """Rate and scale of a head: the best by held-out training images; random vectors of `instances` take the frame's."""
     if name == "untrained":
         return 0.0, None
-    name = "Kerdock" if name == "random" else name
-    cells = [cell for cell in read("choose") if cell["name"] == name]
+    name = "Kerdock" if (name, part) == ("random", "choose") else name
+    cells = [cell for cell in read(part) if cell["name"] == name]
     if not cells:
-        raise SystemExit("Choose first: --part choose.")
-    best = max(cells, key=lambda cell: cell["held_out_knn"])
+        raise SystemExit(f"Choose first: --part {part}.")
+    best = max(cells, key=lambda cell: cell[JUDGES[part]])
     return best["lr"], best["scale"]
 
 
@@ -231,13 +238,19 @@ def feature_cell(name: str, dim: int, seed: int, data: list[tuple[Tensor, Tensor
     return {"dim": dim, "train_loss": sum(last) / len(last), "val_top1": 100 * right, "cosine": cosine}
 
 
-def class_cell(name: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
-    """A backbone, a neck and a head, trained on a quarter of the images; accuracy on the validation images."""
-    images: Any = limited(load_split(BASE.data, "train"), args.images, 0)
-    val: Any = limited(load_split(BASE.data, "validation"), VAL_IMAGES, 0)
-    folder = args.runs / f"classes-{name}-{args.dim}-{args.images}-{args.epochs}-{seed}"
+def class_cell(name: str, wanted: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    """A backbone, a neck and a head; accuracy on validation images or, to choose by, on held-out training images."""
+    shuffled: Any = limited(load_split(BASE.data, "train"), 100_000, 0)
+    images, trial = shuffled.subset(np.arange(args.images)), wanted["part"] == "choose_classes"
+    val: Any = shuffled.subset(np.array(JUDGED)) if trial else load_split(BASE.data, "validation")
+    folder = args.runs / "-".join(str(value) for value in wanted.values())
+    scaled = {} if wanted["scale"] is None else {"logit_scale": wanted["scale"]}
+    optim = replace(BASE.optim, lr=wanted["lr"], warmup_epochs=args.epochs // 3)
     augment = replace(BASE.augment, crop_scale=[0.35, 1.0], color_jitter=[])
-    model, told = train(recipe_of(CLASSES[name], folder, args, augment=augment, seed=seed), images, val)
+    changes = {"optim": optim, "augment": augment, "seed": wanted["seed"], "model_args": scaled}
+    model, told = train(recipe_of(CLASSES[name], folder, args, **changes), images, limited(val, VAL_IMAGES, 0))
+    if trial:
+        told["held_out_top1"] = told.pop("val_top1")
     told["cosine"] = [head.frame_report().largest_cosine for head in frame_heads(model).values()]
     return told
 
@@ -263,13 +276,18 @@ def grouped(part: str, *keys: str) -> dict[tuple[Any, ...], list[dict[str, Any]]
     return groups
 
 
-def choose_table() -> str:
+def shown_scale(scale: float | str | None) -> str:
+    return "" if scale is None else f"{scale}"
+
+
+def choose_table(part: str) -> str:
     """Rates and scales, in Markdown."""
-    columns = ["head", "rate", "scale", "loss", "training top-1", "held-out kNN"]
+    judge = {"choose": "held-out kNN", "choose_classes": "held-out top-1"}[part]
+    columns = ["head", "rate", "scale", "loss", "training top-1", judge]
     body = [
-        [cell["name"], f"{cell['lr']:g}", "" if cell["scale"] is None else f"{cell['scale']}"]
-        + [f"{cell[key]:.2f}" for key in ("train_loss", "train_top1", "held_out_knn")]
-        for cell in sorted(read("choose"), key=lambda cell: (cell["name"], cell["lr"]))
+        [cell["name"], f"{cell['lr']:g}", shown_scale(cell["scale"])]
+        + [f"{cell[key]:.2f}" for key in ("train_loss", "train_top1", JUDGES[part])]
+        for cell in sorted(read(part), key=lambda cell: (cell["name"], cell["lr"]))
     ]
     return "\n".join(markdown(columns, body)) + "\n"
 
@@ -297,15 +315,17 @@ def instances_table() -> str:
 
 def classes_table(part: str) -> str:
     """200 classes in few dimensions, in Markdown."""
+    own = ["lr", "scale"] if part == "classes" else []
     body = []
-    for (dim, name), runs in sorted(grouped(part, "dim", "name").items()):
+    for (dim, name, *settings), runs in sorted(grouped(part, "dim", "name", *own).items(), key=str):
         cosine = spread([value for run in runs for value in run["cosine"]], 3) if runs[0]["cosine"] else ""
         loss = statistics.mean(run["train_loss"] for run in runs)
         body.append(
-            [str(dim), name, str(len(runs)), cosine, f"{loss:.3f}", spread([run["val_top1"] for run in runs], 2)]
+            [str(dim), name, *(shown_scale(value) for value in settings), str(len(runs)), cosine, f"{loss:.3f}"]
+            + [spread([run["val_top1"] for run in runs], 2)]
         )
-    columns = ["d", "head", "runs", "largest cosine", "training loss", "validation top-1 (range)"]
-    return "\n".join(markdown(columns, body)) + "\n"
+    columns = ["d", "head", *["rate", "scale"][: len(own)], "runs", "largest cosine", "training loss"]
+    return "\n".join(markdown([*columns, "validation top-1 (range)"], body)) + "\n"
 
 
 def is_done(wanted: dict[str, Any]) -> bool:
@@ -320,15 +340,26 @@ def keep(cell: dict[str, Any]) -> None:
     print(json.dumps(cell), flush=True)
 
 
-def instances(args: argparse.Namespace) -> None:
-    """Cells of `choose` and of `instances`."""
+def backbones(args: argparse.Namespace) -> None:
+    """Cells of the parts that train a backbone, and of what chooses for them."""
+    grid, labeled = GRIDS.get(args.part), args.part in ("classes", "choose_classes")
     for seed in args.seeds:
-        for name in args.only or (GRID if args.part == "choose" else INSTANCES):
-            for lr, scale in GRID[name] if args.part == "choose" else [chosen(name)]:
+        for name in args.only or grid or (CLASSES if labeled else INSTANCES):
+            for lr, scale in grid[name] if grid else [chosen(name, "choose_classes" if labeled else "choose")]:
                 wanted = {"part": args.part, "name": name, "dim": args.dim, "images": args.images}
                 wanted |= {"epochs": args.epochs, "seed": seed, "lr": lr, "scale": scale}
                 if not is_done(wanted):
-                    keep({**wanted, **instance_cell(name, wanted, args)})
+                    keep({**wanted, **(class_cell if labeled else instance_cell)(name, wanted, args)})
+
+
+def features(args: argparse.Namespace) -> None:
+    """Cells of `features`."""
+    data = zoo_features()
+    for seed, dim in ((seed, dim) for seed in args.seeds for dim in ([args.dim] if args.dim else (16, 64))):
+        for name in args.only or HEADS:
+            wanted = {"part": args.part, "name": name, "dim": dim, "epochs": args.epochs, "seed": seed}
+            if not is_done(wanted):
+                keep({**wanted, **feature_cell(name, dim, seed, data, args)})
 
 
 def main() -> None:
@@ -346,23 +377,14 @@ def main() -> None:
     for name, value in DEFAULTS.get(args.part, {}).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if args.part in ("choose", "instances"):
-        instances(args)
-    if args.part in ("features", "classes"):
-        data = zoo_features() if args.part == "features" else []
-        for seed, dim in ((seed, dim) for seed in args.seeds for dim in ([args.dim] if args.dim else (16, 64))):
-            for name in args.only or CLASSES:
-                wanted = {"part": args.part, "name": name, "dim": dim, "epochs": args.epochs, "seed": seed}
-                if not is_done(wanted):
-                    cell = feature_cell(name, dim, seed, data, args) if data else class_cell(name, seed, args)
-                    keep({**wanted, **cell})
+    if args.part:
+        (features if args.part == "features" else backbones)(args)
     if args.table:
-        tables = {"choose": choose_table(), "instances": instances_table()}
-        tables |= {part: classes_table(part) for part in ("features", "classes")}
-        for part, text in tables.items():
-            if not read(part):
-                continue
-            (RESULTS / f"{part}.md").write_text(text, encoding="utf-8")
+        tables: dict[str, Callable[[str], str]] = dict.fromkeys(GRIDS, choose_table)
+        tables |= {"instances": lambda _: instances_table(), "features": classes_table, "classes": classes_table}
+        for part, table in tables.items():
+            if read(part):
+                (RESULTS / f"{part}.md").write_text(table(part), encoding="utf-8")
 
 
 if __name__ == "__main__":
