@@ -192,7 +192,7 @@ def instance_cell(name: str, wanted: dict[str, Any], args: argparse.Namespace) -
 
 
 def chosen(name: str, part: str = "choose") -> tuple[float, float | str | None]:
-    """Rate and scale of a head: the best by held-out training images; random vectors of `instances` take the frame's."""
+    """Rate and scale of a head, best by held-out training images; in `instances` random vectors take the frame's."""
     if name == "untrained":
         return 0.0, None
     name = "Kerdock" if (name, part) == ("random", "choose") else name
@@ -317,7 +317,8 @@ def classes_table(part: str) -> str:
     """200 classes in few dimensions, in Markdown."""
     own = ["lr", "scale"] if part == "classes" else []
     body = []
-    for (dim, name, *settings), runs in sorted(grouped(part, "dim", "name", *own).items(), key=str):
+    groups = grouped(part, "dim", "name", *own)
+    for (dim, name, *settings), runs in sorted(groups.items(), key=lambda item: (*item[0][:2], str(item[0][2:]))):
         cosine = spread([value for run in runs for value in run["cosine"]], 3) if runs[0]["cosine"] else ""
         loss = statistics.mean(run["train_loss"] for run in runs)
         body.append(
