@@ -58,8 +58,6 @@ from training.experiments.transfer_report import markdown, mean_of_seeds
 
 PROTOCOL = 2  # how cells are measured; a change that changes figures is another one
 HELD_OUT = 0.25  # of the training images, to choose rates by
-OLD = """† Measured by an earlier protocol: the first step at rate 0, learned heads from timm's random weights, and a
-probe that stopped before it converged."""
 
 
 @dataclass
@@ -177,12 +175,10 @@ def at_own_rates(settings: Comparison, wanted: list[Cell], locks: Path) -> list[
     done = results.read()
     if missing := [cell.key for cell in tried if cell.key not in done]:
         raise EtfZooError(f"Another process still tries rates: {', '.join(missing)}. Run this again when it has ended.")
-    best: dict[tuple[str, str], Cell] = {}
-    for cell in tried:  # of equals the first
-        now = best.setdefault((cell.variant, cell.labels), cell)
-        if done[cell.key]["top1"] > done[now.key]["top1"]:
-            best[cell.variant, cell.labels] = cell
-    return [dataclasses.replace(cell, rate=best[cell.variant, cell.labels].rate) for cell in wanted]
+    best: dict[tuple[str, str], float] = {}
+    for cell in sorted(tried, key=lambda cell: done[cell.key]["top1"], reverse=True):  # of equals the first
+        best.setdefault((cell.variant, cell.labels), cell.rate)
+    return [dataclasses.replace(cell, rate=best[cell.variant, cell.labels]) for cell in wanted]
 
 
 def try_rate(settings: Comparison, cell: Cell) -> dict[str, Any]:
@@ -312,8 +308,12 @@ def probe(run: Run, data: Data, rows: np.ndarray, strength: float) -> float:
 
 
 def table(settings: Comparison, records: Iterable[Record]) -> str:
-    """For each variant means over seeds, and of accuracies each seed's, from the last measurement of each cell."""
-    last = {(cell["variant"], cell["labels"], cell["seed"]): cell for cell in records}
+    """For each variant means over seeds, and of accuracies each seed's, from the last measurement of each cell.
+
+    Cells of another protocol are left out.
+    """
+    own = [cell for cell in records if cell["protocol"] == PROTOCOL]
+    last = {(cell["variant"], cell["labels"], cell["seed"]): cell for cell in own}
     columns = {
         "top-1": "top1",
         "NC1 (quotient)": "nc1_quotient",
@@ -339,10 +339,9 @@ def table(settings: Comparison, records: Iterable[Record]) -> str:
                 values = [
                     mean_of_seeds([r[k] for r in results if k in r], each=k.endswith("top1")) for k in shown.values()
                 ]
-                old = " †" if any(cell["protocol"] != PROTOCOL for cell in mine) else ""
                 rates = {cell["training"]["recipe"]["optim"]["lr"] for cell in mine} if settings.rates else ()
                 rate = [", ".join(f"{rate:g}" for rate in sorted(rates))] if settings.rates else []
-                body.append([f"{name}{words}{old}", str(len(mine)), *rate, *values])
+                body.append([f"{name}{words}", str(len(mine)), *rate, *values])
         header = ["variant", "seeds", *(["rate"] if settings.rates else []), *shown]
         lines += [f"Trained on `{labels}`:", "", *markdown(header, body)]
         planned = [cell for cell in cells(settings) if cell.labels == labels]
@@ -353,8 +352,7 @@ def table(settings: Comparison, records: Iterable[Record]) -> str:
             some_done = any(seed == other for _, other in have)
             left += [f"{'; '.join(missing) if some_done else 'all'} (seed {seed})"] if missing else []
         lines += ["", f"Not run: {'; '.join(left)}." if left else "", ""]
-    text = "\n".join(lines).strip()
-    return f"{text}\n\n{OLD}\n" if "†" in text else f"{text}\n"
+    return "\n".join(lines).strip() + "\n"
 
 
 def _shown(results: dict[str, float], prefix: str) -> dict[str, float]:

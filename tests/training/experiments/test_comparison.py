@@ -184,18 +184,16 @@ def test_unknown_variant():
         cells(Comparison(variants={"a": {}}, passes=[{"labels": "x", "seed": 0, "only": ["a", "b"]}]))
 
 
-def test_earlier_protocols_are_marked():
+def test_cells_of_another_protocol_are_left_out():
     settings = Comparison(variants={"a": {}, "b": {}}, passes=[{"labels": "x", "seed": 0}])
     records = [
+        {"variant": "b", "labels": "x", "seed": 0, "protocol": comparison.PROTOCOL, "results": {"top1": 3.0}},
         {"variant": "a", "labels": "x", "seed": 0, "protocol": 1, "results": {"top1": 1.0}},
         {"variant": "b", "labels": "x", "seed": 0, "protocol": 1, "results": {"top1": 2.0}},
-        {"variant": "b", "labels": "x", "seed": 0, "protocol": comparison.PROTOCOL, "results": {"top1": 3.0}},
     ]
     text = table(settings, records)
-    assert "| a † | 1 | 1.00 |" in text
-    assert "| b | 1 | 3.00 |" in text  # measured anew
-    assert text.rstrip().endswith(comparison.OLD)
-    assert "†" not in table(settings, records[2:])
+    assert "| b | 1 | 3.00 |" in text
+    assert "Not run: a (seed 0)." in text
 
 
 def test_other_recipes_and_images_are_other_cells(monkeypatch):
