@@ -155,6 +155,8 @@ class HeadConfig:
             config = HeadConfig(**{key: getattr(self, key) for key in HEAD_ARGS if key in asked})
         if "frame" not in asked and config.is_custom:
             config = config._plain()
+        if "neck" in asked and config.neck is None and "neck_features" not in asked:  # taken away with the neck
+            config = replace(config, neck_features=None)
         if "lengths" not in asked:  # they were for other classes
             config = replace(config, lengths=None)
         if "orientation" not in asked and num_classes + config.reserve > width:

@@ -75,6 +75,17 @@ def test_none_takes_a_neck_away():
     assert HeadConfig(neck="none").build(8, 5).neck is None
 
 
+def test_none_takes_a_neck_and_its_width_away_from_weights(tmp_path):
+    model = timm.create_model("test_resnet_etf", num_classes=30, frame="kerdock", neck="mlp", neck_features=64)
+    source = f"local-dir:{save_folder(model, tmp_path)}"
+    kept = timm.create_model(source, pretrained=True, num_classes=5)
+    assert kept.fc.neck is not None
+    assert kept.fc.dim == 64
+    bare = timm.create_model(source, pretrained=True, num_classes=5, neck="none")
+    assert bare.fc.neck is None
+    assert bare.fc.dim == model.num_features
+
+
 def test_a_neck_that_is_a_module_is_copied():
     neck = nn.Linear(8, 8)
     assert HeadConfig(neck=neck).build(8, 5).neck is not neck

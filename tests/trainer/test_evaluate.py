@@ -206,5 +206,6 @@ def test_refused_before_the_work(folder, tmp_path, monkeypatch):
 def test_what_no_folder_can_hold(args):
     check_storable(Recipe(model_args=args))
     check_storable(Recipe(head="learned", model_args={"neck": "none", "whitening": False}))
-    with pytest.raises(ValueError, match="has no model folder"):
+    check_storable(Recipe(head="learned_cosine", model_args=args))
+    with pytest.raises(ValueError, match=r"has no model folder\. Use head=learned_cosine, .* or head=frame"):
         check_storable(Recipe(head="learned", model_args=args))

@@ -35,6 +35,7 @@ STEPS = 100  # of a session
 HIDDEN, NECK = 512, 256  # width within the neck, and of its output
 TRIALS = (100, 101)  # seeds that are chosen by
 DOT, TOGETHER = "frame, dot regression", "frame, with its backbone"
+COMMAND, COMMAND_RATE = "frame, neck of finetune", 1e-3  # as etf-zoo has it, and the rate of its fit to base classes
 FRAMES = ("frame", DOT)  # by what fits the neck to the base classes; the first by cross-entropy over all directions
 FITTED = (*FRAMES, "learned linear", "learned cosine")  # on frozen features; each has rates of its own
 METHODS = (*FRAMES, TOGETHER, "nearest mean", "learned linear", "learned cosine")
@@ -53,7 +54,7 @@ class Head:
         self.shift, self.scale = torch.zeros(width), torch.ones(width)
         self.net: Any = None
         room: dict[str, Any] = {"num_classes": base, "reserve": total - base}
-        if method == TOGETHER:
+        if method in (TOGETHER, COMMAND):
             self.net = FrameClassifier(width, **room, neck="mlp")
         elif method in (*FRAMES, "learned cosine"):
             neck: Any = mlp_neck(width, NECK, hidden_features=HIDDEN)
@@ -80,7 +81,7 @@ class Head:
             self.shift, self.scale = x.mean(0), x.std(0).clamp(min=1e-6)
         x = self.scaled(x)
         self.means = means_of(x, y, self.base)
-        if self.method not in FITTED:
+        if self.method not in (*FITTED, COMMAND):
             return
         order = torch.Generator().manual_seed(0)
         optimizer = torch.optim.AdamW(self.net.parameters(), lr=rate, weight_decay=0.05)
@@ -113,7 +114,7 @@ class Head:
         before, self.means = self.means, torch.cat([self.means, means_of(x, y - old, count - old)])
         if isinstance(self.net, FrameClassifier):
             self.net.add_classes(count - old)
-        if self.method in (*FRAMES, TOGETHER):
+        if self.method in (*FRAMES, TOGETHER, COMMAND):
             fit_neck(self.net, before, x, y, steps=steps, rate=rate)
         elif self.net is not None:
             inputs, labels = torch.cat([before, x]), torch.cat([torch.arange(old), y])
@@ -223,8 +224,8 @@ def rates_of(method: str, part: dict[str, Tensor], base: int, total: int) -> dic
         head = based(method, part, base, total, TRIALS[0], rate)
         return accuracy(head, part["test"], part["test_labels"], base)
 
-    found = {}
-    if method in FITTED:  # the other is fitted already
+    found = {"base_rate": COMMAND_RATE} if method == COMMAND else {}
+    if method in FITTED:  # of the others one is fitted already
         found["base_rate"], found["base_top1"] = best_rate(of_base, 1e-3)
     base_rate = found.get("base_rate", 0.0)
     heads = {seed: based(method, part, base - 15, total, seed, base_rate) for seed in TRIALS}
@@ -241,7 +242,9 @@ def choose(folder: Path) -> None:
     """Rates of each head: of its fit to the base classes by their held-out images; of sessions by sessions of base
     classes, of which fifteen take the part of new ones, by the mean accuracy of all stages over two draws.
 
-    The head that was trained with its backbone knows those fifteen: they come with prototypes that were in reserve.
+    The head that was trained with its backbone knows those fifteen: they come with prototypes that were in reserve. On
+    backbones that brought no head the one that `etf-zoo finetune --reserve` builds is chosen for too: what the default
+    rate of `etf-zoo add-classes` rests on.
     Backbones of other seeds take what was chosen on the first. What was chosen before is not chosen again.
     """
     RESULTS.mkdir(parents=True, exist_ok=True)
@@ -252,10 +255,9 @@ def choose(folder: Path) -> None:
             continue
         base = PROTOCOLS[source].base
         total, part = base + PROTOCOLS[source].sessions * WAYS, choosing_part(data, base)
-
-        for method in (*FITTED, TOGETHER):
+        for method in (*FITTED, TOGETHER if "head.weight" in data else COMMAND):
             key = f"{source} {backbone} {method}"
-            if key not in chosen and (method != TOGETHER or "head.weight" in data):
+            if key not in chosen:
                 chosen[key] = rates_of(method, part, base, total)
                 file.write_text(json.dumps(chosen, indent=1) + "\n")
                 print(key, chosen[key], flush=True)

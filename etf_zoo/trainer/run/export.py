@@ -47,7 +47,8 @@ def check_storable(recipe: Recipe) -> None:
     if recipe.head == "learned" and changed:
         raise EtfZooError(
             "A learned head behind a neck or a whitening layer is a control that training/experiments/comparison.py "
-            "measures; it has no model folder. Leave model_args.neck and model_args.whitening out, or use head=frame."
+            "measures; it has no model folder. Use head=learned_cosine, whose prototypes are learned too, or "
+            "head=frame, or leave model_args.neck and model_args.whitening out."
         )
 
 

@@ -22,6 +22,7 @@ __all__ = [
     "METHODS",
     "blocks",
     "first_tuned",
+    "fresh_neck",
     "pick_layer",
     "prepare",
     "tuned_share",
@@ -150,6 +151,26 @@ def tuned_share(model: nn.Module) -> tuple[int, int]:
     """Parameters that train, and all; the numbers of a fixed frame are none."""
     counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
     return sum(n for n, trains in counts if trains), sum(n for n, _ in counts)
+
+
+def fresh_neck(model: Any, asked: bool) -> str:
+    """A sentence on a neck that the weights brought and that is built anew, as it was for other classes; else empty.
+
+    Args:
+        model: As it was created for the classes at hand.
+        asked: Whether the recipe names the neck.
+
+    Example:
+        >>> fresh_neck(timm.create_model("test_resnet_etf", num_classes=5), asked=False)
+        ''
+    """
+    necked = any(head.neck is not None for head in frame_heads(model).values())
+    if asked or not necked or model.pretrained_cfg.get("num_classes") == model.num_classes:
+        return ""
+    return (
+        "The neck of the weights was for other classes: a fresh one stands before the frame. Its features were before "
+        "the neck; --model_args.neck none leaves it out."
+    )
 
 
 def warm_frame(features: Tensor, labels: Tensor, names: list[str]) -> Tensor:

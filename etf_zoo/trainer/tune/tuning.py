@@ -31,7 +31,7 @@ from ..run.run import Run
 from ..run.summary import summarize
 from ..run.watch import BestEpoch
 from .later import store_familiarity, store_memory
-from .methods import METHODS, first_tuned, prepare, tuned_share, warm_head, warm_learned_head
+from .methods import METHODS, first_tuned, fresh_neck, prepare, tuned_share, warm_head, warm_learned_head
 from .parts import load_data
 from .probes import PROBES, Probe, backbone_features, backbone_size, copy_linear, fit_probe, linear_classifier
 from .rates import search_rate
@@ -310,6 +310,8 @@ def _train(settings: Finetune, train: Images, held: Images | None, test: Images)
             start = run.evaluate(on)["top1"], f"{what} images"
             run.accelerator.print(f"Before any training: {start[0]:.2f} % of the {start[1]}.")
         run.accelerator.print(f"Tuning {tuned:,} of {total:,} parameters ({100 * tuned / total:.1f} %).")
+        if note := fresh_neck(model, "neck" in settings.model_args):
+            run.accelerator.print(note)
         finished = run.fit()
     run.train_split, run.val_split = splits  # from here on it is measured on images
     return Tuned(settings, run.plain_model(), train, test, tuned, total, run, held, start) if finished else None

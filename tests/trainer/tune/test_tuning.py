@@ -139,6 +139,17 @@ def test_early_stopping_resumed(tmp_path, digits):
     assert again.run.step == whole.run.step
 
 
+def test_a_fresh_neck_is_told_of(tmp_path, digits, capsys):
+    model = timm.create_model("test_resnet_etf", num_classes=30, neck="mlp", neck_features=64)
+    start = {"model": str(save_folder(model, tmp_path / "start")), "pretrained": True, "holdout": 0.0, "epochs": 1}
+    words = "The neck of the weights was for other classes"
+    fine_tune(recipe(tmp_path, **start), *digits)
+    assert words in capsys.readouterr().out
+    tuned = fine_tune(recipe(tmp_path / "bare", **start, model_args={"neck": "none"}), *digits)
+    assert words not in capsys.readouterr().out
+    assert tuned.run.plain_model().fc.neck is None
+
+
 def test_early_stopping_begun_in_a_later_session(tmp_path, digits, monkeypatch, capsys):
     scores = iter([90.0, 30.0, 50.0, 40.0, 60.0, 60.0])
     monkeypatch.setattr(
