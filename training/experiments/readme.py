@@ -295,6 +295,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "kerdock-choose": _text("kerdock", "choose.md"),
     "kerdock-instances": _text("kerdock", "instances.md"),
     "kerdock-features": _text("kerdock", "features.md"),
+    "kerdock-classes": _text("kerdock", "classes.md"),
     "standing": standing,
     "pairs": pairs,
     "better-transfer": _text("better_transfer", "stage1.md"),
