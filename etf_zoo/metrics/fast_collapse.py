@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .collapse import NeuralCollapse
+from .products import product
 
 __all__ = ["FastNeuralCollapse"]
 
 # Samples that products are taken over; smaller batches wait until there are so many.
 _ROWS = 2048
 # Rows of a block of the scatter matrix; only blocks on and above the diagonal are accumulated, half the work.
-_BLOCK = 256
+_BLOCK = 128
 # Samples that tell whether the short cut of NC4 settles enough of the others, a half, to be worth its time.
 _TRIED = 128
 
@@ -59,6 +58,7 @@ class FastNeuralCollapse(NeuralCollapse):
         """Forget everything."""
         super().reset()
         self._samples, self._questions = _Waiting(self._merge_rows), _Waiting(self._answer)
+        self._room = torch.empty(0)
 
     def _collect(self, features: Tensor, labels: Tensor) -> None:
         self._samples.add(features.to(self.device), labels.to(self.device, torch.int64))
@@ -68,7 +68,10 @@ class FastNeuralCollapse(NeuralCollapse):
         self._questions.flush()
 
     def _merge_rows(self, x: Tensor, labels: Tensor) -> None:
-        """The merge of `NeuralCollapse`, on differences from rounded means; `rest` is what rounding took from them."""
+        """The merge of `NeuralCollapse`, on differences from rounded means; `rest` is what rounding took from them.
+
+        The samples are overwritten: a new page of memory costs more than what is computed on it.
+        """
         classes, group, in_batch = torch.unique(labels, return_inverse=True, return_counts=True)
         before, means = self.counts[classes], self.means[classes]
         after, unseen = before + in_batch, before == 0
@@ -77,11 +80,10 @@ class FastNeuralCollapse(NeuralCollapse):
             means[unseen] = x[torch.empty_like(classes).scatter_(0, group, places)[unseen]].double()
         rounded = means.float()
         rest = means.sub_(rounded)
-        z = rounded.to(x.dtype)[group]
-        z = torch.sub(x, z, out=z).float()
+        z = self._subtract(x, rounded, group).float()
         shift = z.new_zeros(len(classes), self.dim).index_add_(0, group, z).double().div_(in_batch[:, None]).sub_(rest)
         self.means[classes] = torch.addcmul(rest, shift, (in_batch / after)[:, None]).add_(rounded)
-        z -= torch.addcmul(rest, shift, (1 - (before / after).sqrt())[:, None]).float()[group]
+        z = self._subtract(z, torch.addcmul(rest, shift, (1 - (before / after).sqrt())[:, None]), group)
         self.counts[classes] = after
         self._spread.index_add_(0, labels, torch.linalg.vecdot(z, z).double())
         self._add_scatter(z)
@@ -90,19 +92,33 @@ class FastNeuralCollapse(NeuralCollapse):
         if self.diagonal or z.dtype == torch.float64:  # the latter when processes meet
             super()._add_scatter(z)
             return
-        z = z.mT.contiguous()
+        z = self._scratch(self.dim, len(z)).copy_(z.mT)
         for i in range(0, self.dim, _BLOCK):
-            self._scatter[i : i + _BLOCK, i:] += _product(z[i : i + _BLOCK], z[i:])
+            self._scatter[i : i + _BLOCK, i:] += product(z[i : i + _BLOCK], z[i:])
+
+    def _subtract(self, x: Tensor, rows: Tensor, group: Tensor) -> Tensor:
+        """`x - rows[group]`, in place, in the precision of x."""
+        if x.dtype != torch.float32:
+            return x.sub_(rows.to(x.dtype)[group])
+        return x.sub_(torch.index_select(rows.float(), 0, group, out=self._scratch(len(x), self.dim)))
+
+    def _scratch(self, *shape: int) -> Tensor:
+        """Float32 numbers of any content, valid until the next call."""
+        count = shape[0] * shape[1]
+        if self._room.numel() < count:
+            self._room = torch.empty(max(count, _ROWS * self.dim), device=self.device)
+        return self._room[:count].view(shape)
 
     def _along(self, directions: Tensor) -> Tensor:
         if self.diagonal:
             return super()._along(directions)
         directions = directions.mT.float().contiguous()
-        return torch.linalg.vecdot(directions, _product(directions, self._scatter.float())).double()
+        return torch.linalg.vecdot(directions, product(directions, self._scatter.float())).double()
 
     def _ask(self, features: Tensor, weight: Tensor | None, bias: Tensor | None, predictions: Tensor | None) -> None:
         if self._centers is None:
             self._samples.flush()
+            self._questions.take_room(self._samples)
             self._centers = self._find_centers()
         x = features.to(self.device)
         if predictions is None:
@@ -112,7 +128,7 @@ class FastNeuralCollapse(NeuralCollapse):
 
     def _answer(self, x: Tensor, predicted: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> None:
         if weight is not None:
-            logits = _product(x.float(), weight.detach().to(self.device, torch.float32))
+            logits = product(x.float(), weight.detach().to(self.device, torch.float32))
             predicted = (logits if bias is None else logits.add_(bias.detach().to(self.device))).argmax(1)
         self._agreement[0] += self._agrees(x, predicted).sum()
         self._agreement[1] += len(x)
@@ -128,7 +144,7 @@ class FastNeuralCollapse(NeuralCollapse):
 
     def _agrees(self, x: Tensor, predicted: Tensor) -> Tensor:
         position, means, squares, center, near = self._centers  # type: ignore[misc]  # made by `_ask`
-        x, present, wanted = (x - center).float(), position[predicted] >= 0, position[predicted].clamp_min(0)
+        x, present, wanted = x.sub_(center).float(), position[predicted] >= 0, position[predicted].clamp_min(0)
         # within half the distance to the next class mean there is no question; the others are compared with all
         agrees = _squared(x[:_TRIED], means[wanted[:_TRIED]]) < near[wanted[:_TRIED]]
         if agrees.double().mean() > 0.5:
@@ -145,7 +161,7 @@ class _Waiting:
     """Rows that wait until there are enough of them for a product to be worth it.
 
     Args:
-        take: Called with rows `(n, d)`, their numbers `(n,)`, and what they came with.
+        take: Called with rows `(n, d)`, which it may overwrite, their numbers `(n,)`, and what they came with.
     """
 
     def __init__(self, take: Callable[..., None]):
@@ -163,10 +179,6 @@ class _Waiting:
             self.flush()
         self.extra, self.versions = extra, versions
         while len(x):
-            if not self.count and len(x) >= _ROWS:
-                self.take(x[:_ROWS], numbers[:_ROWS], *extra)
-                x, numbers = x[_ROWS:], numbers[_ROWS:]
-                continue
             if self.rows.shape[1:] != x.shape[1:] or self.rows.dtype != x.dtype:
                 self.rows, self.numbers = x.new_empty(_ROWS, x.shape[1]), numbers.new_empty(_ROWS)
             taken = min(_ROWS - self.count, len(x))
@@ -177,23 +189,16 @@ class _Waiting:
             if self.count == _ROWS:
                 self.flush()
 
+    def take_room(self, other: _Waiting) -> None:
+        """Use the memory of another that holds no rows, where this one has none."""
+        if not other.count and not len(self.rows):
+            self.rows, self.numbers, other.rows, other.numbers = other.rows, other.numbers, self.rows, self.numbers
+
     def flush(self) -> None:
         """Hand on what waits."""
         count, self.count = self.count, 0
         if count:
             self.take(self.rows[:count], self.numbers[:count], *self.extra)
-
-
-@functools.cache
-def _has_onednn() -> bool:
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """A B^T of float32 `(m, d)` and `(n, d)`; by oneDNN on a CPU, for MKL knows no AVX-512 of AMD's processors."""
-    if a.device.type == "cpu" and _has_onednn():
-        return torch.ops.mkldnn._linear_pointwise(a.contiguous(), b.contiguous(), None, "none", [], "")
-    return F.linear(a, b)
 
 
 def _squared(x: Tensor, means: Tensor) -> Tensor:
@@ -206,7 +211,7 @@ def _nearest(means: Tensor, squares: Tensor) -> Tensor:
     """A quarter of the squared distance of each class mean to the nearest other, `(K,)`, less what rounding may add."""
     longest = squares.max()
     found = [
-        (squares[rows, None] + squares - 2 * _product(means[rows], means)).scatter_(1, rows[:, None], math.inf).amin(1)
+        (squares[rows, None] + squares - 2 * product(means[rows], means)).scatter_(1, rows[:, None], math.inf).amin(1)
         for rows in torch.arange(len(means), device=means.device).split(_BLOCK)
     ]
     return (torch.cat(found) - 1e-5 * longest) / 4
@@ -214,6 +219,6 @@ def _nearest(means: Tensor, squares: Tensor) -> Tensor:
 
 def _is_nearest(x: Tensor, means: Tensor, squares: Tensor, wanted: Tensor) -> Tensor:
     """Whether the wanted class mean is nearer than all others, `(B,)`."""
-    scores = torch.sub(squares, _product(x, means), alpha=2)  # squared distances minus |x|^2
+    scores = torch.sub(squares, product(x, means), alpha=2)  # squared distances minus |x|^2
     own = scores.gather(1, wanted[:, None])
     return (scores.scatter_(1, wanted[:, None], math.inf).amin(1, keepdim=True) > own)[:, 0]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from etf_zoo.metrics import FastNeuralCollapse, NeuralCollapse, fast_collapse
+from etf_zoo.metrics import FastNeuralCollapse, NeuralCollapse, fast_collapse, products
 from tests.metrics.test_collapse import reference
 
 K, D, N = 7, 24, 400
@@ -175,8 +175,18 @@ def test_over_processes():
 def test_without_onednn_it_is_the_same(monkeypatch):
     data = make(0.1)
     own = measure(FastNeuralCollapse, *data)
-    monkeypatch.setattr(fast_collapse, "_has_onednn", lambda: False)
+    monkeypatch.setattr(products, "_has_onednn", lambda: False)
     assert_agrees(measure(FastNeuralCollapse, *data), own)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("rows", [32, N, fast_collapse._ROWS])
+def test_what_is_handed_over_is_left_as_it_is(rows, dtype, monkeypatch):
+    monkeypatch.setattr(fast_collapse, "_ROWS", rows)
+    x, y, weight, bias = (value.to(dtype) if value.is_floating_point() else value for value in make(0.1))
+    kept = x.clone()
+    measure(FastNeuralCollapse, x, y, weight, bias, batch=N)
+    assert torch.equal(x, kept)
 
 
 def test_errors_are_those_of_the_exact_metrics():

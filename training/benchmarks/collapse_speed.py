@@ -136,12 +136,20 @@ def run(method, *args) -> dict:
     return result
 
 
+def _processor() -> str:
+    """Its name, and the vector instructions that torch uses of it."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+
+
 def _write(args: argparse.Namespace, rows: list[dict]) -> None:
     report = {
         "command": " ".join(["python", *sys.argv]),
         "times": "CPU seconds, median of the repeats",
         "settings": {k: v for k, v in vars(args).items() if k != "out"},
-        "machine": {"cpus": os.cpu_count(), "machine": platform.machine(), "torch": torch.__version__},
+        "machine": {"cpus": os.cpu_count(), "machine": _processor(), "torch": torch.__version__},
         "results": rows,
     }
     args.out.write_text(json.dumps(report, indent=2) + "\n")

@@ -1,10 +1,16 @@
 """Training speed of this engine beside timm's training script: models, sizes, precisions, in one run.
 
     ETF_ZOO_DATA=... python training/benchmarks/pretrain_speed.py --out training/benchmarks/pretrain_speed_cpu.json
+    ETF_ZOO_DATA=... python training/benchmarks/pretrain_speed.py --photos flowers17 --sizes 160 --precisions fp32 \
+        --models tf_efficientnet_lite0 mobilenetv3_small_100 --sides ours "ours, workers" timm "timm, channels_last" \
+        --out training/benchmarks/photos_speed_cpu.json
+    ETF_ZOO_DATA=... python training/benchmarks/pretrain_speed.py --device cuda --sizes 64 224 --precisions bf16 \
+        --workers 8 16 --out training/benchmarks/pretrain_speed_gpu.json
 
 At 64 pixels a network is pretrained on Tiny ImageNet (SGD), at 160 and 224 fine-tuned on photographs of `cub50`
 (AdamW). Ours is the engine as `training/pretrain.py` and `training/finetune.py` run it: images decoded once, augmented
-in batches. The peer is what timm's `train.py` does with the same model, batch, size, augmentation (random resized crop
+in batches; "ours, workers" is the same with `data.resident: false`, where timm's transforms run in worker processes.
+The peer is what timm's `train.py` does with the same model, batch, size, augmentation (random resized crop
 and flip), precision and optimizer: `create_dataset` on a folder of the same image files, `create_loader` (PIL in worker
 processes, prefetcher) and its step; with as many workers as were fastest in a trial of the same run. The script's
 default memory format is contiguous; `--channels-last` is an option of it, so both are measured.
@@ -37,14 +43,13 @@ import numpy as np
 
 MODELS = ("mobilenetv3_small_100", "resnet18", "tf_efficientnet_lite0", "vit_tiny_patch16_224", "resnet50")
 BATCH = {64: 128, 160: 32, 224: 16}
-SOURCE = {64: "tiny_imagenet", 160: "cub50", 224: "cub50"}
 OPTIM = {
     64: {"name": "sgd", "lr": 0.1, "weight_decay": 4e-5, "warmup_epochs": 0},
     160: {"name": "adamw", "lr": 1e-4, "weight_decay": 0.05, "warmup_epochs": 0},
 }
 OPTIM[224] = OPTIM[160]
-STORED = 1.15  # side of the resident images, in training sizes
 SIDES = ("ours", "timm", "timm, channels_last")
+WORKERS = "ours, workers"  # another side, if asked for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +129,7 @@ class Ours:
     """The engine, with a learned head."""
 
     def __init__(self, cell: Cell, split: Any, folder: Path):
+        self.cell = cell
         from etf_zoo.trainer.recipe.config import Data, Optim, Recipe
         from etf_zoo.trainer.run.run import Run
 
@@ -132,7 +138,7 @@ class Ours:
             model=f"{cell.model}_etf",
             model_args=cell.model_args,
             head="learned",
-            data=Data(size=split.images.shape[1]),
+            data=Data(size=cell.size),
             optim=Optim(**OPTIM[cell.size]),
             epochs=1_000,
             batch_size=BATCH[cell.size],
@@ -186,25 +192,28 @@ def serve(pipe: Any, folder: Path, args: argparse.Namespace) -> None:
             pipe.send(rate(sides[name], *rest))
             continue
         cell, workers = rest
-        split = resident_split(cell.size, args.images)
-        if name == "ours":
-            sides = {name: Ours(cell, split, folder / "ours" / "-".join(map(str, dataclasses.astuple(cell))))}
+        split = open_images(source(cell.size, args), cell.size, args.images, name != WORKERS)
+        sides = {kept: side for kept, side in sides.items() if side.cell == cell}
+        if name.startswith("ours"):
+            sides[name] = Ours(cell, split, folder / name / "-".join(map(str, dataclasses.astuple(cell))))
         else:
-            images, classes = folder / SOURCE[cell.size], len(split.label_names)
-            own = Peer(cell, images, classes, workers, args.device, name.endswith("channels_last"))
-            kept: dict[str, Peer | Ours] = {k: v for k, v in sides.items() if isinstance(v, Peer) and v.cell == cell}
-            sides = {**kept, name: own}
+            images, classes = folder / source(cell.size, args), len(split.label_names)
+            sides[name] = Peer(cell, images, classes, workers, args.device, name.endswith("channels_last"))
         pipe.send({"threads": torch.get_num_threads()})
 
 
+def source(size: int, args: argparse.Namespace) -> str:
+    """Data set that images of a size are taken from."""
+    return "tiny_imagenet" if size == 64 else args.photos
+
+
 @functools.cache
-def resident_split(size: int, images: int) -> Any:
-    """Training images decoded once, each as often as makes enough of them."""
+def open_images(name: str, size: int, images: int, resident: bool) -> Any:
+    """Training images as a recipe has them, each as often as makes enough of them."""
     from etf_zoo.trainer.data.batches import load_split
     from etf_zoo.trainer.recipe.config import Data
 
-    stored = size if SOURCE[size] == "tiny_imagenet" else round(STORED * size)
-    whole: Any = load_split(Data(SOURCE[size], size=stored, resident=True), "train")
+    whole: Any = load_split(Data(name, size=size, resident="auto" if resident else False), "train")
     return whole.subset(chosen(len(whole), images))
 
 
@@ -214,12 +223,12 @@ def chosen(count: int, images: int) -> np.ndarray:
     return np.resize(order, images)
 
 
-def write_folder(source: str, images: int, folder: Path) -> None:
+def write_folder(name: str, images: int, folder: Path) -> None:
     """The image files as they are, `CLASS/NUMBER.jpg`, what timm's image folder reads."""
     from etf_zoo.trainer.data.batches import load_split
     from etf_zoo.trainer.recipe.config import Data
 
-    rows: Any = load_split(Data(source, size=64, resident=False), "train")
+    rows: Any = load_split(Data(name, size=64, resident=False), "train")
     for number, row in enumerate(chosen(len(rows), images)):
         file = folder / f"{rows.labels[row]:04d}" / f"{number}.jpg"
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -236,7 +245,7 @@ class Processes:
             context.Process(target=serve, args=(theirs, folder, args)).start()
 
     def ask(self, verb: str, name: str, *rest: Any) -> Any:
-        pipe = self.pipes["ours" if name == "ours" else "timm"]
+        pipe = self.pipes[name[:4]]
         pipe.send((verb, name, *rest))
         return pipe.recv()
 
@@ -247,15 +256,15 @@ class Processes:
 
 def compare(processes: Processes, cell: Cell, workers: int, args: argparse.Namespace) -> dict[str, Any]:
     """All sides on one cell, taking turns."""
-    for name in SIDES:
+    for name in args.sides:
         processes.ask("make", name, cell, workers)
     processes.ask("rate", "ours", 0.0, 0.0)  # the engine measures once
-    turns: dict[str, list[dict[str, float]]] = {name: [] for name in SIDES}
+    turns: dict[str, list[dict[str, float]]] = {name: [] for name in args.sides}
     for _ in range(args.rounds):
-        for name in SIDES:
+        for name in args.sides:
             turns[name].append(processes.ask("rate", name, args.seconds, args.warm))
     found: dict[str, Any] = {**dataclasses.asdict(cell), "batch": BATCH[cell.size], "workers": workers, "turns": turns}
-    for peer in SIDES[1:]:
+    for peer in args.sides[1:]:
         ratios = [
             a["images_per_second"] / b["images_per_second"] for a, b in zip(turns["ours"], turns[peer], strict=True)
         ]
@@ -272,10 +281,11 @@ def best_workers(processes: Processes, size: int, args: argparse.Namespace) -> t
     return max(tried, key=lambda n: tried[n]), {str(n): value for n, value in tried.items()}
 
 
-def summary(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """Geometric mean and least of the ratios, to each peer and to the faster of the two."""
-    ratios = {peer: [r[f"ours / {peer}"] for r in results] for peer in SIDES[1:]}
-    ratios["the faster of both"] = [min(r[f"ours / {peer}"] for peer in SIDES[1:]) for r in results]
+def summary(results: list[dict[str, Any]], sides: list[str]) -> dict[str, Any]:
+    """Geometric mean and least of the ratios, to each other side and to the faster of timm's."""
+    ratios = {peer: [r[f"ours / {peer}"] for r in results] for peer in sides[1:]}
+    peers = [side for side in sides if side.startswith("timm")]
+    ratios["the faster of both"] = [min(r[f"ours / {peer}"] for peer in peers) for r in results]
     return {
         peer: {"geometric_mean": math.exp(statistics.fmean(map(math.log, values))), "least": min(values)}
         for peer, values in ratios.items()
@@ -307,6 +317,8 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS))
     parser.add_argument("--sizes", type=int, nargs="+", default=list(BATCH), choices=list(BATCH))
     parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"])
+    parser.add_argument("--photos", default="cub50", help="data set of the sizes above 64")
+    parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=[*SIDES, WORKERS], help="ours first")
     parser.add_argument("--images", type=int, default=8192, help="training images; fewer are repeated")
     parser.add_argument("--seconds", type=float, default=1.5, help="counted in a turn, at least")
     parser.add_argument("--warm", type=float, default=1.0, help="seconds not counted at the start of a turn")
@@ -331,8 +343,8 @@ def main() -> None:
     }
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        for source in {SOURCE[size] for size in args.sizes}:
-            write_folder(source, args.images, folder / source)
+        for name in {source(size, args) for size in args.sizes}:
+            write_folder(name, args.images, folder / name)
         began, processes, workers = time.monotonic(), Processes(folder, args), {}
         try:
             for precision in args.precisions:
@@ -344,8 +356,8 @@ def main() -> None:
                         if time.monotonic() - began > 60 * args.minutes:
                             continue
                         results.append(compare(processes, Cell(model, size, precision), workers[size], args))
-                        report["summary"] = summary(results)
-                        ratios = ", ".join(f"{results[-1][f'ours / {peer}']:.2f}" for peer in SIDES[1:])
+                        report["summary"] = summary(results, args.sides)
+                        ratios = ", ".join(f"{results[-1][f'ours / {peer}']:.2f}" for peer in args.sides[1:])
                         print(
                             f"{time.monotonic() - began:5.0f} s  {precision} {size:3d} {model:24s} {ratios}", flush=True
                         )

@@ -3,8 +3,9 @@
 Which way that is depends on the processor, the sizes and the precision, so it is measured at a layer's first step and
 kept, see `fastest`. The ways differ by rounding alone:
 
-- a convolution: as the library has it; by products of matrices, see `small_maps`; under bf16 in float32, as oneDNN's
-  gradients of depthwise convolutions in bf16 take several times as long;
+- a convolution: as the library has it; by products of matrices, see `small_maps`; with its weight gradient by another
+  way, see `weight_gradients`; under bf16 in float32, as oneDNN's gradients of depthwise convolutions in bf16 take
+  several times as long;
 - a linear layer over tokens: as the library has it (MKL, which knows no AVX-512 of AMD's processors); or as a
   convolution of 1 x 1 (oneDNN, which does);
 - attention: fused, or by two products, which under bf16 is several times as fast for the few hundred tokens of a ViT.
@@ -23,17 +24,22 @@ from functools import partial
 from typing import Any
 
 import torch
+from timm.layers.conv2d_same import Conv2dSame
+from timm.layers.padding import pad_same
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .fastest import fastest, may_measure
 from .small_maps import MAX_INPUTS, MAX_OUTPUTS, dense_product, depthwise_product
+from .weight_gradients import convolve
 
 __all__ = ["FasterConv2d", "FasterLinear", "keep_freed_memory", "use_faster_layers"]
 
 # Products are tried up to so many pixels; without a measurement they are taken up to `small_maps`' own bounds.
 TRIED_OUTPUTS = 16
 TRIED_INPUTS = 64
+DENSE_MAP = 64  # pixels that a dense convolution may give for its weight gradient to be tried as a product
+DEPTHWISE_TAPS = 25  # that a depthwise one has at least, for its to be tried as a forward convolution
 MEASURED_BATCH = 32  # images that a measurement takes at most
 SMALL_MAP_BATCH = 128  # the same where products are tried: part of what they cost does not grow with the batch
 WORTH_MEASURING = 4_000_000  # multiplications of a forward pass
@@ -44,7 +50,8 @@ def use_faster_layers(model: nn.Module) -> nn.Module:
 
     Args:
         model: Any module. Of its layers, plain `nn.Linear` and `nn.Conv2d` ones change, the latter if they are dense or
-            depthwise, pad with zeros and have no dilation; and timm's attention. Weights and their names stay.
+            depthwise, pad with zeros and have no dilation, as do timm's that pad as TensorFlow does; and timm's
+            attention. Weights and their names stay.
 
     Returns:
         The same model.
@@ -55,8 +62,8 @@ def use_faster_layers(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = FasterLinear
-        elif type(module) is nn.Conv2d and _is_plain(module):
-            module.__class__ = FasterConv2d
+        elif type(module) in (nn.Conv2d, Conv2dSame) and _is_plain(module):
+            module.__class__ = FasterConv2d if type(module) is nn.Conv2d else FasterConv2dSame
         elif getattr(module, "fused_attn", False) and hasattr(module, "num_heads"):
             module.register_forward_pre_hook(_settle_attention)
     return model
@@ -89,10 +96,10 @@ class FasterConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """As `nn.Conv2d`."""
-        if not torch.is_grad_enabled() or input.ndim != 4 or input.device.type != "cpu":
-            return super().forward(input)
-        way = self._way(input)
-        return super().forward(input) if way == "library" else self._compute(way, input, self.weight, self.bias)
+        way = "library"
+        if torch.is_grad_enabled() and input.ndim == 4 and input.device.type == "cpu":
+            way = self._way(input)
+        return self._compute(way, input, self.weight, self.bias)
 
     def _way(self, x: Tensor) -> str:
         outputs = 1
@@ -107,9 +114,13 @@ class FasterConv2d(nn.Conv2d):
         work = len(x) * outputs * self.weight.numel()
         if work < WORTH_MEASURING or not _may_measure():
             return rule
+        taps = math.prod(self.kernel_size)
+        other = taps > 1 and outputs <= DENSE_MAP if self.groups == 1 else taps >= DEPTHWISE_TAPS
         ways = ["library"]
         ways += ["products"] if pixels <= tried else []
-        ways += ["float32"] if torch.is_autocast_enabled("cpu") else []
+        ways += ["weights"] if other and self.bias is None else []
+        if torch.is_autocast_enabled("cpu"):
+            ways += ["float32", *(["float32 weights"] if "weights" in ways and self.groups > 1 else [])]
         if len(ways) == 1:
             return "library"
         layout = "last" if x.is_contiguous(memory_format=torch.channels_last) else "first"
@@ -130,11 +141,26 @@ class FasterConv2d(nn.Conv2d):
         if way == "products":
             product = dense_product if self.groups == 1 else depthwise_product
             return product(x, weight, bias, self.stride, self.padding)  # type: ignore[arg-type]
-        if way == "float32":
+        if torch.is_autocast_enabled("cpu") and way != "library":
+            low = torch.get_autocast_dtype("cpu")
+            dtype = torch.float32 if "float32" in way else low
             with torch.autocast("cpu", enabled=False):
-                bias = None if bias is None else bias.float()
-                return self._conv_forward(x.float(), weight.float(), bias).to(torch.get_autocast_dtype("cpu"))
+                bias = None if bias is None else bias.to(dtype)
+                return self._in_one_precision(way, x.to(dtype), weight.to(dtype), bias).to(low)
+        return self._in_one_precision(way, x, weight, bias)
+
+    def _in_one_precision(self, way: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if "weights" in way:
+            return convolve(x, weight, self.stride, self.padding)  # type: ignore[arg-type]
         return self._conv_forward(x, weight, bias)
+
+
+class FasterConv2dSame(FasterConv2d, Conv2dSame):
+    """`Conv2dSame` of timm, which pads as TensorFlow does, that chooses how to compute what follows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As `Conv2dSame`."""
+        return super().forward(pad_same(x, list(self.kernel_size), list(self.stride), list(self.dilation)))
 
 
 class FasterLinear(nn.Linear):

@@ -22,9 +22,9 @@ from ..data.places import cache_root
 
 __all__ = ["fastest", "may_measure"]
 
-REPEATS = 7
-PATIENCE = 0.5  # seconds after which the ways are not repeated
-MARGIN = 0.9  # of the first way's time: what another has to stay below
+ROUNDS = (3, 9)  # in which the ways take turns: at least, at most
+PATIENCE = 0.5  # seconds of processor time after which no more rounds than the least are begun
+MARGIN = 0.95  # of the first way's time: what another has to stay below
 
 _known: dict[Path, dict[str, dict[str, float]]] = {}  # milliseconds of the ways, by file and key
 
@@ -39,7 +39,7 @@ def fastest(key: str, ways: Mapping[str, Callable[[], Any]]) -> str:
 
     Args:
         key: Names what is computed: sizes, precision.
-        ways: Name -> what to run; the first is taken unless another saves a tenth of its time.
+        ways: Name -> what to run; the first is taken unless another saves a twentieth of its time.
 
     Returns:
         Its name.
@@ -61,17 +61,22 @@ def fastest(key: str, ways: Mapping[str, Callable[[], Any]]) -> str:
 
 
 def _milliseconds(ways: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
-    """Least time of each way. They take turns, so that what else the machine does disturbs all of them."""
+    """Least time of each way. They take turns, so that what else the machine does disturbs all of them.
+
+    Other processes slow a way down, by the caches and the memory that they share, and never speed it up: the least of
+    some rounds is the nearest to what a way takes alone. It is the processor's time that is limited, as on a busy
+    machine the clock on the wall would leave a single round.
+    """
     for way in ways.values():
         way()  # what is made at a first call is not counted
-    best, began = dict.fromkeys(ways, float("inf")), time.perf_counter()
-    for _ in range(REPEATS):
+    best, began = dict.fromkeys(ways, float("inf")), time.process_time()
+    for number in range(1, ROUNDS[1] + 1):
         for name, way in ways.items():
             start = _clock()
             way()
             spent = max(b - a for a, b in zip(start, _clock(), strict=True))
             best[name] = min(best[name], round(1000 * spent, 4))
-        if time.perf_counter() - began > PATIENCE:
+        if number >= ROUNDS[0] and time.process_time() - began > PATIENCE * torch.get_num_threads():
             break
     return best
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+from etf_zoo.trainer.data.augment import IMAGENET
 from etf_zoo.trainer.data.batches import Split, augment, eval_batches, load_split, normalize, train_batches
 from etf_zoo.trainer.recipe.config import Augment, Data
 
@@ -92,6 +93,17 @@ def test_evaluation_drops_and_doubles_nothing(split):
     expected = normalize(torch.from_numpy(split.images).permute(0, 3, 1, 2).float())
     torch.testing.assert_close(x, expected)
     assert next(eval_batches(split, size=16, batch_size=4))[0].shape == (4, 3, 16, 16)
+
+
+def test_colors_are_the_same_in_any_layout():
+    images = torch.rand(2, 3, 5, 7) * 255
+    mean, std = (torch.tensor(values)[:, None, None] for values in IMAGENET)
+    wanted = (images / 255 - mean) / std
+    for given in (images, images.contiguous(memory_format=torch.channels_last), images.mT.contiguous().mT):
+        found = normalize(given)
+        torch.testing.assert_close(found, wanted)
+        assert torch.equal(found, normalize(images))
+        assert found.stride() == given.stride()
 
 
 def test_digits():

@@ -5,6 +5,7 @@ import copy
 import pytest
 import timm
 import torch
+from timm.layers.conv2d_same import Conv2dSame
 from torch import nn
 
 from etf_zoo.trainer.run import faster_layers
@@ -55,23 +56,25 @@ MODELS = {
     "mobilenetv3_small_050": {},
     "convnext_atto": {},
     "vit_tiny_patch16_224": {"img_size": 64, "depth": 3},
+    "tf_efficientnet_lite0": {},  # pads as TensorFlow does
 }
 
 
-@pytest.mark.parametrize("ways", [("library",), ("products", "convolution"), None])
+@pytest.mark.parametrize("ways", [("library",), ("products", "convolution"), ("weights",), None])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_computes_the_same(name, ways, choose):
-    if ways:  # else by the fixed rules
-        choose(*ways)
+    asked = choose(*ways) if ways else {}  # else by the fixed rules
     model = made(name, **MODELS[name])
     own = use_faster_layers(copy.deepcopy(model))
     x = torch.randn(4, 3, 64, 64, dtype=torch.float64)
     for mine, theirs in zip(outputs_and_gradients(own, x), outputs_and_gradients(model, x), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-8, atol=1e-9)
     assert list(own.state_dict()) == list(model.state_dict())
+    if name.startswith(("resnet", "tf_", "mobile")) and ways:
+        assert any("weights" in given for given in asked.values())
 
 
-@pytest.mark.parametrize("name", ["mobilenetv3_small_050", "vit_tiny_patch16_224"])
+@pytest.mark.parametrize("name", ["mobilenetv3_small_050", "tf_efficientnet_lite0", "vit_tiny_patch16_224"])
 def test_under_bf16_other_ways_are_as_near_to_the_truth(name, choose):
     """Each way rounds otherwise: none may be farther from float64 than the library's by more than a half."""
     model = made(name, **MODELS[name])
@@ -79,7 +82,7 @@ def test_under_bf16_other_ways_are_as_near_to_the_truth(name, choose):
     model.eval()  # statistics of a batch would enlarge what rounding does
     truth = model(x).detach()
     distance = {}
-    for ways in (("library",), ("float32", "products", "convolution")):
+    for ways in (("library",), ("float32 weights", "float32", "products", "convolution")):
         asked = choose(*ways)
         own = use_faster_layers(copy.deepcopy(model).float())
         with torch.autocast("cpu", torch.bfloat16):
@@ -88,7 +91,20 @@ def test_under_bf16_other_ways_are_as_near_to_the_truth(name, choose):
     library, other = distance.values()
     assert 0 < other < 1.5 * library
     assert any("bfloat16" in key for key in asked)
-    assert any(("float32" if name.startswith("mobile") else "products") in ways for ways in asked.values())
+    assert any(("products" if name.startswith("vit") else "float32 weights") in ways for ways in asked.values())
+
+
+@pytest.mark.parametrize("size", [(7, 8), (9, 6)])
+@pytest.mark.parametrize(("kernel", "stride"), [(3, 2), (5, 2), (3, 1), (5, 3)])
+@pytest.mark.parametrize("groups", [1, 6])
+def test_a_layer_pads_as_tensorflow_does(groups, kernel, stride, size, choose):
+    choose("weights", "products")
+    layer = Conv2dSame(6, 6, kernel, stride=stride, groups=groups, bias=False).double()
+    own, x = use_faster_layers(copy.deepcopy(layer)), torch.randn(2, 6, *size, dtype=torch.float64)
+    for mine, theirs in zip(outputs_and_gradients(own, x), outputs_and_gradients(layer, x), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)
+    with torch.no_grad():
+        assert torch.equal(own(x), layer(x))
 
 
 def test_attention_takes_the_way_that_was_chosen(choose):
@@ -158,11 +174,14 @@ def test_leaves_other_layers_alone():
         nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"),
         nn.Conv1d(4, 4, 3),
         Other(4, 4, 3),
+        Conv2dSame(4, 4, 3, dilation=2),
+        Conv2dSame(4, 4, 3, stride=2),
         nn.Conv2d(4, 4, 3),
         nn.Linear(3, 3),
     )
     use_faster_layers(layers)
-    assert [isinstance(layer, FasterConv2d) for layer in layers] == [False] * 7 + [True, False]
+    assert [isinstance(layer, FasterConv2d) for layer in layers] == [False] * 8 + [True, True, False]
+    assert isinstance(layers[-3], Conv2dSame)
     assert isinstance(layers[-1], FasterLinear)
 
 

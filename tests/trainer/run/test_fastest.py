@@ -43,10 +43,24 @@ def test_takes_the_fastest_and_measures_once(kept, monkeypatch):
     assert written["a"]["quick"] < written["a"]["slow"]
 
 
-def test_leaves_the_first_way_for_a_tenth_only(kept, monkeypatch):
-    for quick, wanted in ((9.5, "first"), (8.5, "other")):
+def test_leaves_the_first_way_for_a_twentieth_only(kept, monkeypatch):
+    for quick, wanted in ((9.6, "first"), (9.4, "other")):
         monkeypatch.setattr(module, "_milliseconds", lambda ways, ms=quick: {"first": 10.0, "other": ms})
         assert fastest(str(quick), {"first": busy(0), "other": busy(0)}) == wanted
+
+
+def test_what_disturbs_a_round_changes_no_choice(kept, monkeypatch):
+    """A way that another process slows down in one round is judged by the others, however short the patience."""
+    monkeypatch.setattr(module, "PATIENCE", 0.0)
+    for disturbed in (1, 2, 3):  # the first call of each is not counted
+        calls = []
+
+        def quick(calls=calls, disturbed=disturbed):
+            calls.append(1)
+            busy(20 if len(calls) == 1 + disturbed else 1)()
+
+        assert fastest(f"{disturbed}", {"slow": busy(4), "quick": quick}) == "quick"
+        assert len(calls) == 1 + module.ROUNDS[0]
 
 
 def test_measures_again_where_ways_changed(kept):
