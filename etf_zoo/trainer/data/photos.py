@@ -93,7 +93,7 @@ class Photos(Rows):
         self.corrupt.found.update(split.corrupt)
         self.corrupt.check()
         kept = np.array([not split.corrupt or base.where(row) not in split.corrupt for row in range(len(base))], bool)
-        places = np.full(len(self.images), -1)
+        places = np.full(index.max(initial=-1) + 1, -1)
         places[index[kept]] = np.arange(kept.sum())
         return split, places if self.index is None else places[self.index]
 

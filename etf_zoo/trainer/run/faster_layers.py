@@ -62,8 +62,10 @@ def use_faster_layers(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = FasterLinear
-        elif type(module) in (nn.Conv2d, Conv2dSame) and _is_plain(module):
-            module.__class__ = FasterConv2d if type(module) is nn.Conv2d else FasterConv2dSame
+        elif type(module) is nn.Conv2d and _is_plain(module):
+            module.__class__ = FasterConv2d
+        elif type(module) is Conv2dSame and _is_plain(module):
+            module.__class__ = FasterConv2dSame
         elif getattr(module, "fused_attn", False) and hasattr(module, "num_heads"):
             module.register_forward_pre_hook(_settle_attention)
     return model

@@ -7,6 +7,7 @@ fixed rules: then the bits depend on no clock.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -95,6 +96,7 @@ def _file() -> Path:
     return cache_root() / "fastest" / f"{hashlib.sha256(repr(what).encode()).hexdigest()[:16]}.json"
 
 
+@functools.cache  # else it is read at each layer of each step
 def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -21,6 +21,7 @@ from etf_zoo.trainer.data.batches import (
 from etf_zoo.trainer.data.photos import Photos
 from etf_zoo.trainer.recipe.config import Augment, Data, Optim, Recipe
 from etf_zoo.trainer.run.run import Run
+from tests.made_data import write_parquet
 
 SIZE = 132  # `auto` stores up to 128 as they are seen
 SHAPES = [(150, 201), (199, 140), (97, 131), (160, 160), (300, 141), (143, 300), (138, 151)]  # as photographs come
@@ -91,6 +92,19 @@ def photos_colors():
     from etf_zoo.trainer.data.augment import Colors
 
     return Colors(AS_IS["mean"], AS_IS["std"])
+
+
+def test_parquet_files_do_as_folders_do(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hf")
+    write_parquet(tmp_path / "rows", {"train": [0, 1, 0, 1, 1]}, names=["x", "y"], shards=2, size=(150, 140))
+    own, encoded = (load_split(Data("rows", size=SIZE, resident=r), "train") for r in ("auto", False))
+    assert isinstance(own, Photos)
+    for rows in (np.arange(5), np.array([4, 1, 3]), np.array([3]), np.arange(0)):
+        look = {"size": SIZE, "batch_size": 2}
+        batches = [list(eval_batches(split.subset(rows), **look)) for split in (own, encoded)]
+        for (x, y), (wanted, labels) in zip(*batches, strict=True):
+            assert torch.equal(x, wanted)
+            assert torch.equal(y, labels)
 
 
 def test_training_crops_are_drawn_from_the_center_square_at_its_larger_size():
