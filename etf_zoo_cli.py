@@ -292,7 +292,13 @@ def _add_classes(commands) -> None:
         "--base", default="", metavar="FOLDER", help="what the model was trained on, if no memory lies beside it"
     )
     command.add_argument("--steps", type=_positive, default=100, metavar="N", help="steps of the fit (default: 100)")
-    command.add_argument("--rate", type=float, default=3e-4, metavar="LR", help="its learning rate (default: 0.0003)")
+    command.add_argument(
+        "--rate",
+        type=float,
+        default=3e-4,
+        metavar="LR",
+        help="its learning rate (default: 0.0003); a larger one learns the new classes better and forgets more",
+    )
     command.add_argument("--json", action="store_true", help="print JSON")
 
 
