@@ -341,12 +341,20 @@ def keep(cell: dict[str, Any]) -> None:
     print(json.dumps(cell), flush=True)
 
 
+def settings(name: str, args: argparse.Namespace, grid: dict | None, part: str) -> list[tuple[float, Any]]:
+    """Rates and scales of a head's cells: those to try, those asked for, or what was chosen."""
+    if grid or not args.at:
+        return grid[name] if grid else [chosen(name, part)]
+    rate, scale = args.at
+    return [(float(rate), None if name == "learned" else scale if scale == "auto" else float(scale))]
+
+
 def backbones(args: argparse.Namespace) -> None:
     """Cells of the parts that train a backbone, and of what chooses for them."""
     grid, labeled = GRIDS.get(args.part), args.part in ("classes", "choose_classes")
     for seed in args.seeds:
         for name in args.only or grid or (CLASSES if labeled else INSTANCES):
-            for lr, scale in grid[name] if grid else [chosen(name, "choose_classes" if labeled else "choose")]:
+            for lr, scale in settings(name, args, grid, "choose_classes" if labeled else "choose"):
                 wanted = {"part": args.part, "name": name, "dim": args.dim, "images": args.images}
                 wanted |= {"epochs": args.epochs, "seed": seed, "lr": lr, "scale": scale}
                 if not is_done(wanted):
@@ -371,6 +379,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--only", nargs="*", help="names of cells")
+    parser.add_argument("--at", nargs=2, metavar=("RATE", "SCALE"), help="in the place of what was chosen")
     parser.add_argument("--runs", type=Path, default=Path("runs/kerdock"))
     parser.add_argument("--table", action="store_true", help="write the tables of the cells that are done")
     args = parser.parse_args()

@@ -296,6 +296,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "kerdock-instances": _text("kerdock", "instances.md"),
     "kerdock-features": _text("kerdock", "features.md"),
     "kerdock-classes": _text("kerdock", "classes.md"),
+    "kerdock-choose-classes": _text("kerdock", "choose_classes.md"),
     "standing": standing,
     "pairs": pairs,
     "better-transfer": _text("better_transfer", "stage1.md"),
