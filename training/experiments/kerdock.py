@@ -276,16 +276,12 @@ def grouped(part: str, *keys: str) -> dict[tuple[Any, ...], list[dict[str, Any]]
     return groups
 
 
-def shown_scale(scale: float | str | None) -> str:
-    return "" if scale is None else f"{scale}"
-
-
 def choose_table(part: str) -> str:
     """Rates and scales, in Markdown."""
     judge = {"choose": "held-out kNN", "choose_classes": "held-out top-1"}[part]
     columns = ["head", "rate", "scale", "loss", "training top-1", judge]
     body = [
-        [cell["name"], f"{cell['lr']:g}", shown_scale(cell["scale"])]
+        [cell["name"], f"{cell['lr']:g}", str(cell["scale"] or "")]
         + [f"{cell[key]:.2f}" for key in ("train_loss", "train_top1", JUDGES[part])]
         for cell in sorted(read(part), key=lambda cell: (cell["name"], cell["lr"]))
     ]
@@ -322,7 +318,7 @@ def classes_table(part: str) -> str:
         cosine = spread([value for run in runs for value in run["cosine"]], 3) if runs[0]["cosine"] else ""
         loss = statistics.mean(run["train_loss"] for run in runs)
         body.append(
-            [str(dim), name, *(shown_scale(value) for value in settings), str(len(runs)), cosine, f"{loss:.3f}"]
+            [str(dim), name, *(str(value or "") for value in settings), str(len(runs)), cosine, f"{loss:.3f}"]
             + [spread([run["val_top1"] for run in runs], 2)]
         )
     columns = ["d", "head", *["rate", "scale"][: len(own)], "runs", "largest cosine", "training loss"]
