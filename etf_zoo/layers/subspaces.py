@@ -39,7 +39,9 @@ class SubspaceClassifier(FrameClassifier):
 
     The subspace of a class is spanned by the coordinates of its own node and of its ancestors; see
     `frames.hierarchical_subspaces`, whose rows are the buffer `weight`. Trained by `losses.HierarchicalSubspaceLoss`.
-    Scores are lengths, at least zero: their order is meant, their softmax is no calibrated probability.
+    Scores are lengths, at least zero: their order is meant, their softmax is no calibrated probability. A class with a
+    longer path has more axes to collect length on: where leaves are not equally deep and the feature is unsure, it is
+    preferred to one that is likelier. That is the method, not a fault of this head.
 
     Args:
         in_features: Width of the features.

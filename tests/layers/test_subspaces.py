@@ -35,6 +35,17 @@ def test_scores_are_lengths_of_projections():
     assert torch.equal(classes, classifier(x).topk(2).indices)
 
 
+@pytest.mark.parametrize(("likelier", "winner"), [("e", "a"), ("c", "c")])
+def test_an_unsure_feature_prefers_the_longer_path(likelier, winner):
+    """What the docstring says of the method: a feature that minimizes the loss, where a class is likelier than a."""
+    classifier = head()
+    chances = torch.zeros(5)
+    chances[["abcde".index(name) for name in (likelier, "a", "b")]] = torch.tensor([0.5, 0.3, 0.2])
+    wanted = chances @ classifier.weight.square()  # where softmax(|x|) is then
+    x = (6 + wanted.log()).clamp_min(0)
+    assert "abcde"[classifier(x[None]).argmax()] == winner
+
+
 @pytest.mark.filterwarnings("ignore:.torch.jit")
 def test_scripting():
     x, classifier = torch.randn(3, 16), head()

@@ -64,6 +64,32 @@ def test_free_features_end_on_their_paths():
     assert bool((leaf_and_parent > 0.95).all())
 
 
+def deep_tree():
+    """Ten nodes in a chain, each with ten classes of its own: paths of one to ten nodes."""
+    parents, above = {}, "root"
+    for depth in range(10):
+        parents |= {f"{depth}_{i}": above for i in range(10)}
+        if depth < 9:
+            parents[f"node{depth}"] = above
+            above = f"node{depth}"
+    distances = Hierarchy(parents).distances([name for name in parents if "_" in name])
+    return hierarchical_subspaces(distances, 109)
+
+
+@pytest.mark.parametrize(("args", "stays"), [((), True), ((0.05,), False)])  # 0.05 is CIFAR-100's
+def test_at_the_default_alpha_a_deep_tree_keeps_the_target_of_unsure_features(args, stays):
+    """One feature for all classes, as before anything is learned: it belongs at the mean of their targets."""
+    frame, loss = deep_tree(), HierarchicalSubspaceLoss(*args)
+    x = (1 + 0.2 * torch.rand(1, 109, generator=torch.Generator().manual_seed(1))).requires_grad_()
+    optimizer = torch.optim.Adam([x], lr=0.05)
+    for _ in range(300):
+        optimizer.zero_grad()
+        loss(x.expand(100, -1), torch.arange(100), frame).backward()
+        optimizer.step()
+    away = 0.5 * (x.detach().abs().softmax(1)[0] - frame.square().mean(0)).abs().sum()
+    assert bool(away < 0.05) if stays else bool(away > 0.2)
+
+
 def test_sign_and_unused_axes_do_not_count():
     loss, x = HierarchicalSubspaceLoss(), features()
     assert torch.equal(loss(x, LABELS, FRAME), loss(-x, LABELS, FRAME))
