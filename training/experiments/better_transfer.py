@@ -33,11 +33,12 @@ trains six at a time: a ResNet-18 leaves most of a large GPU idle, under MPS ker
 and each process wants two or three cores. `--rates` without any takes those that stage 1 chose, each head its own:
 three runs less, and no candidate waits for the controls. The order is by what stage 1 says: the better control, the
 best candidate and the learned head with the same additions, which tells whether a frame has any part in it, as do
-learned cosine rows behind the same MLP; then the rest. `timeout` ends all with a signal at which they save; the same command goes on, each run from where it was. Another
-15 minutes are for nine runs that judge: `--stage 3 --jobs 9 --only` and the first three names above, and once more for
-"learned cosine". `--results` says where lines and tables go, `--work` where checkpoints, locks and the weights of stage
-3 do (45 MB each); copy both back to go on elsewhere. A try that a CPU does in two minutes: `--stage 1 --images 256
---epochs 1 --sets flowers17 --results /tmp/try --work /tmp/try/work --only learned --rates 0.1`.
+learned cosine rows behind the same MLP; then the rest. `timeout` ends all with a signal at which they save; the same
+command goes on, each run from where it was. Another 15 minutes are for nine runs that judge: `--stage 3 --jobs 9
+--only` and the first three names above, and once more for "learned cosine". `--results` says where lines and tables go,
+`--work` where checkpoints, locks and the weights of stage 3 do (45 MB each); copy both back to go on elsewhere. A try
+that a CPU does in two minutes: `--stage 1 --images 256 --epochs 1 --sets flowers17 --results /tmp/try --work
+/tmp/try/work --only learned --rates 0.1`.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,15 @@ def best_runs(records: Sequence[Record]) -> dict[str, list[Record]]:
         rate = max((r for r in own if r["seed"] == min(o["seed"] for o in own)), key=mean_score)["lr"]
         found[name] = sorted((r for r in own if r["lr"] == rate), key=lambda r: r["seed"])
     return found
+
+
+def partners(name: str, runs: Mapping[str, Any]) -> list[str]:
+    """Learned heads among the runs that have a frame's additions, behind its MLP or without one."""
+    if not name.startswith("frame, "):
+        return []
+    additions = name.removeprefix("frame")
+    pairs = [f"{control}{rest}" for control in CONTROLS for rest in (additions, additions.replace(", MLP", "", 1))]
+    return [pair for pair in pairs if pair in runs and pair not in CONTROLS]
 
 
 def hits(runs: Sequence[Record], method: str, name: str) -> Correct:
@@ -73,6 +82,7 @@ def table(records: Sequence[Record], order: Sequence[str]) -> str:
             tried[r["name"]][r["lr"]] = f"{r['lr']:g}" + (" (diverged)" if "diverged" in r else "")
     references = [runs[name] for name in CONTROLS if name in runs]
     columns = ["pretraining", "runs", "rates tried", "rate", "source", *METHODS, "mean", "less the better control"]
+    columns.append("less the better learned head with the same additions")
     body = []
     for name in sorted(runs, key=list(order).index):
         own = runs[name]
@@ -83,7 +93,8 @@ def table(records: Sequence[Record], order: Sequence[str]) -> str:
         each = [f"{mean_score(run):.2f}" for run in own]
         row.append(f"{mean_of(own, METHODS):.2f}" + (f" ({', '.join(each)})" if len(each) > 1 else ""))
         gap = math.nan if name in CONTROLS else _gap(own, references, METHODS)
-        body.append([*row, "" if math.isnan(gap) else f"{gap:+.2f}"])
+        alike = _gap(own, [runs[pair] for pair in partners(name, runs)], METHODS)
+        body.append([*row, *("" if math.isnan(value) else f"{value:+.2f}" for value in (gap, alike))])
     return "\n".join(markdown(columns, body)) + "\n"
 
 
@@ -109,10 +120,10 @@ def _with_gap(text: str, gap: float) -> str:
 
 
 def by_set(records: Sequence[Record], order: Sequence[str]) -> str:
-    """Each set's difference to both controls with its interval, in Markdown."""
+    """Each set's difference to both controls, and to learned heads with the same additions, with its interval."""
     runs, body = best_runs(records), []
     for name in sorted(runs, key=list(order).index):
-        for control in CONTROLS:
+        for control in (*CONTROLS, *partners(name, runs)):
             if name in CONTROLS or control not in runs:
                 continue
             for method in METHODS:

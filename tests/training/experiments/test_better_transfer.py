@@ -18,7 +18,7 @@ from etf_zoo.trainer.run.run import Run
 from etf_zoo.trainer.tune.probes import backbone_features
 from training.experiments import better_transfer, sooner, transfer_score
 from training.experiments.better_transfer import CANDIDATES, chosen_rate, plan, recipe_of, tuning_rate
-from training.experiments.better_transfer_table import METHODS, best_runs, by_set, table, write_tables
+from training.experiments.better_transfer_table import METHODS, best_runs, by_set, partners, table, write_tables
 from training.experiments.grid import Results
 from training.experiments.intervals import pack
 from training.experiments.transfer_score import Scoring, load_backbone
@@ -127,7 +127,7 @@ def test_tables():
     text = table(records, list(CANDIDATES))
     assert "| learned | 1 | 0.1, 0.3 | 0.1 | 10.0 | 50.0 (-5.0) |" in text
     assert "| frame | 2 | 0.1 | 0.1 | 10.0 | 75.0 (+20.0) |" in text
-    assert "| 75.00 (75.00, 75.00) | +20.00 |" in text  # of the seed that both have
+    assert "| 75.00 (75.00, 75.00) | +20.00 |  |" in text  # of the seed that both have
     sets = by_set(records, list(CANDIDATES))
     assert "| frame | learned | ncm | 1 | +25.0 [" in sets  # the one seed that both have
     assert "| frame | learned cosine | full | 1 | +20.0 [" in sets
@@ -141,7 +141,7 @@ def test_another_budget_has_tables_of_its_own(tmp_path):
     assert {file.name for file in tmp_path.iterdir()} == names
     assert "| frame | 1 | 0.1, 0.3 | 0.3 |" in (tmp_path / "stage1.md").read_text()
     assert (tmp_path / "stage1.md").read_text() == table(short, list(CANDIDATES))
-    assert (tmp_path / "stage1_12_epochs.md").read_text().endswith("| 85.00 | -2.50 |\n")
+    assert (tmp_path / "stage1_12_epochs.md").read_text().endswith("| 85.00 | -2.50 |  |\n")
     # rates are those of the budget where all were tried there, else the stage's
     assert chosen_rate([*short, *long], 1, "frame") == 0.3
     assert chosen_rate([*short, *long], 1, "frame", budget="12 epochs") == 0.1
@@ -152,6 +152,19 @@ def test_another_budget_has_tables_of_its_own(tmp_path):
         ("learned", 0.1, 12, "12 epochs"),
         ("frame, entropy", 0.3, 12, "12 epochs"),
     ]
+
+
+def test_a_frame_stands_beside_learned_heads_with_the_same_additions():
+    names = ["frame, MLP, entropy", "learned, entropy", "learned cosine, MLP, entropy", "learned"]
+    records = [cell(name, 0.1, right) for name, right in zip(names, (30, 24, 26, 20), strict=True)]
+    assert partners("frame, MLP, entropy", best_runs(records)) == [
+        "learned, entropy",
+        "learned cosine, MLP, entropy",
+    ]
+    assert partners("learned, entropy", best_runs(records)) == partners("frame", best_runs(records)) == []
+    order = [*names, *CANDIDATES]
+    assert "| 75.00 | +25.00 | +10.00 |" in table(records, order)
+    assert "| frame, MLP, entropy | learned, entropy | ncm | 1 | +15.0 [" in by_set(records, order)
 
 
 def test_figures_of_different_images_are_no_pair():
