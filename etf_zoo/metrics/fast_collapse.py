@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .collapse import NeuralCollapse
-from .products import product
+from .products import product, room
 
 __all__ = ["FastNeuralCollapse"]
 
@@ -106,7 +106,7 @@ class FastNeuralCollapse(NeuralCollapse):
         """Float32 numbers of any content, valid until the next call."""
         count = shape[0] * shape[1]
         if self._room.numel() < count:
-            self._room = torch.empty(max(count, _ROWS * self.dim), device=self.device)
+            self._room = room(max(count, _ROWS * self.dim), like=torch.empty(0, device=self.device))
         return self._room[:count].view(shape)
 
     def _along(self, directions: Tensor) -> Tensor:
@@ -180,7 +180,7 @@ class _Waiting:
         self.extra, self.versions = extra, versions
         while len(x):
             if self.rows.shape[1:] != x.shape[1:] or self.rows.dtype != x.dtype:
-                self.rows, self.numbers = x.new_empty(_ROWS, x.shape[1]), numbers.new_empty(_ROWS)
+                self.rows, self.numbers = room(_ROWS, x.shape[1], like=x), numbers.new_empty(_ROWS)
             taken = min(_ROWS - self.count, len(x))
             self.rows[self.count : self.count + taken] = x[:taken]
             self.numbers[self.count : self.count + taken] = numbers[:taken]

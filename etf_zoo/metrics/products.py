@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["product"]
+__all__ = ["product", "room"]
 
 
 @functools.cache
@@ -34,3 +35,14 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     if a.device.type == "cpu" and _has_onednn():
         return torch.ops.mkldnn._linear_pointwise(a.contiguous(), b.contiguous(), None, "none", [], "")
     return F.linear(a, b)
+
+
+def room(*shape: int, like: Tensor) -> Tensor:
+    """Numbers of any content in the precision and on the device of a tensor.
+
+    On a CPU they are numpy's, which asks Linux for large pages: to be given small ones, one by one, takes longer than
+    what is computed on them.
+    """
+    if like.device.type != "cpu" or like.dtype not in (torch.float32, torch.float64):
+        return like.new_empty(shape)
+    return torch.from_numpy(np.empty(shape, np.float32 if like.dtype == torch.float32 else np.float64))
