@@ -39,6 +39,7 @@ class Source:
             that what was measured on other weights of the same name is not taken for theirs.
         folder: Model folder that its files lie in; None if they are not on this machine as a folder.
         license: Of its weights, such as `apache-2.0`; empty where it is not stated.
+        num_classes: That its weights know; 0 where it is not stated.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Source:
     identity: str = ""
     folder: Path | None = None
     license: str = ""
+    num_classes: int = 0
 
     @property
     def is_twin(self) -> bool:
@@ -79,13 +81,13 @@ def find_model(model: str, pretrained: bool = True) -> Source:
     if folder := model_folder(model):
         read_config(folder / CONFIG_NAME)  # whose errors name file and field
         cfg, architecture, _ = load_model_config_from_path(folder)
-        return Source(
-            f"{_LOCAL}{folder}", architecture, cfg["input_size"][-1], _identity(cfg, folder), folder, _license(cfg)
-        )
+        found = f"{_LOCAL}{folder}", architecture, cfg["input_size"][-1], _identity(cfg, folder), folder
+        return Source(*found, _license(cfg), cfg.get("num_classes", 0))
     if model.startswith(_HUB):
         with hub_errors(model.removeprefix(_HUB)):
             cfg, architecture, _ = load_model_config_from_hf(model.removeprefix(_HUB))
-        return Source(model, architecture, cfg["input_size"][-1], _identity(cfg), license=_license(cfg))
+        found = model, architecture, cfg["input_size"][-1], _identity(cfg), None
+        return Source(*found, _license(cfg), cfg.get("num_classes", 0))
     architecture, _, tag = model.partition(".")
     if not timm.is_model(architecture):
         raise EtfZooError(_unknown(model))
@@ -100,7 +102,8 @@ def find_model(model: str, pretrained: bool = True) -> Source:
     embedded = cards_folder() / name
     folder = embedded if (embedded / CONFIG_NAME).is_file() else None
     entries = cfg.to_dict()
-    return Source(model, architecture, cfg.input_size[-1], _identity(entries, folder), folder, _license(entries))
+    found = model, architecture, cfg.input_size[-1], _identity(entries, folder), folder
+    return Source(*found, _license(entries), cfg.num_classes)
 
 
 def model_folder(model: str) -> Path | None:

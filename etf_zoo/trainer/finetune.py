@@ -28,7 +28,9 @@ from .tune.tuning import Finetune, Tuned, fine_tune
 def plan(settings: Finetune) -> dict[str, Finetune]:
     """What to run, by the name it gets in the table; the first is the one asked for."""
     found = {_name(settings): settings}
-    references = {"random_weights": {"pretrained": False}, "learned_head": {"head": "learned", "reserve": 0}}
+    other_head = "frame" if settings.head == "warm" else settings.head  # means of random features say nothing
+    random_weights = {"pretrained": False, "head": other_head}
+    references = {"random_weights": random_weights, "learned_head": {"head": "learned", "reserve": 0}}
     for folder, change in references.items() if settings.compare else ():
         output = Path(settings.output) / folder
         # a kill may have come before this one began
@@ -40,6 +42,7 @@ def plan(settings: Finetune) -> dict[str, Finetune]:
 
 def _name(settings: Finetune) -> str:
     heads = {
+        "auto": "fixed frame",
         "frame": "fixed frame",
         "random": "random frame",
         "learned": "learned head",

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import shutil
+import sys
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -64,7 +66,7 @@ def main() -> None:
             runs[name] = measure(METHODS[name], args.shots, Path(folder) / "run")
         print(name, runs[name], flush=True)
     what = f"flowers17, {args.shots or 'all'} images a class, {MODEL}, {SIZE} px, one core"
-    found = {"command": f"python training/benchmarks/tune_seconds.py --output {args.output}", "what": what}
+    found = {"command": f"python training/benchmarks/tune_seconds.py {shlex.join(sys.argv[1:])}", "what": what}
     args.output.write_text(json.dumps({**found, "torch": torch.__version__, "runs": runs}, indent=1) + "\n")
 
 

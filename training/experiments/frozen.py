@@ -27,7 +27,7 @@ from etf_zoo.trainer.run.model import find_model, make_model
 from etf_zoo.trainer.run.run import Run
 from etf_zoo.trainer.tune.depth import stage_features
 from etf_zoo.trainer.tune.methods import first_tuned, prepare, tuned_share
-from etf_zoo.trainer.tune.settle import completed
+from etf_zoo.trainer.tune.settle import completed, settle
 from etf_zoo.trainer.tune.trunk import replayed, store_inputs
 from etf_zoo.trainer.tune.tuning import Finetune, features_of, start_head, strip_head
 from training.experiments.grid import digest, lock_file, weights_digest
@@ -114,7 +114,7 @@ def tune_stored(
         For each test image whether it is right; parameters that were tuned; all parameters.
     """
     names = train.label_names
-    settings = completed(settings, len(train))
+    settings = completed(settle(settings, train.images), len(train))
     model = make_model(settings, len(names), frame_tree(settings, names))
     start_head(model, settings, features, torch.from_numpy(train.labels), names)
     layer = first_tuned(model, settings.method, settings.layer)

@@ -26,13 +26,16 @@ FOLDERS = (
     "photos",
     "photos_layer",
     "photos_layer_more",
+    "photos_layer_few",
     "photos_top",
+    "photos_top_more",
     "photos_full",
     "photos_full_more",
+    "photos_full_few",
     "photos_defaults",
 )
-CHOSEN = (*FOLDERS, "photos_epochs")  # those with choices
-DEFAULTS = ("finetune learned", "finetune frame")  # of a plain timm model, and of its twin
+CHOSEN = (*FOLDERS, "photos_few", "photos_epochs")  # those with choices
+DEFAULT = "finetune twin"  # what is measured as a twin's fine-tuning is when nothing else is said
 SHOTS = (1, 5, 10, 0)  # images a class; 0 for all
 # What the picture shows, of all rows.
 SHOWN = (
@@ -40,10 +43,10 @@ SHOWN = (
     "linear_probe",
     "head learned",
     "head learned cosine",
-    "scl learned",
     "top learned",
+    "layer warm frame, default steps",
     "full learned",
-    *DEFAULTS,
+    DEFAULT,
 )
 NOTE = """Top-1 (%) with its 95 % interval over training subsets and test images, and the number of subsets. A
 difference is paired: the same training images, the same test images; \\* tells from zero. Rates were chosen on held-out
@@ -102,9 +105,9 @@ def short(cells: dict[Key, dict[int, Record]]) -> str:
     found = estimates(cells)
     places = list(dict.fromkeys(key[:2] for key in found))
     body = []
-    for method in (method for method in SHOWN if not method.startswith(("layer", "scl", "full", "finetune"))):
+    for method in SHOWN:
         row = [[found.get((*place, method, shots)) for shots in SHOTS] for place in places]
-        if any(one for some in row for one in some):
+        if all(any(some) for some in row):
             body.append([method, *(" / ".join(f"{one.mean:.1f}" if one else "-" for one in some) for some in row)])
     return "\n".join(markdown(["1 / 5 / 10 / all images a class", *(f"{data}, {w}" for w, data in places)], body))
 
@@ -160,12 +163,12 @@ def beside_defaults(cells: dict[Key, dict[int, Record]]) -> str:
     """
     body = []
     for (weights, data, method, shots), own in cells.items():
-        if method not in DEFAULTS:
+        if method != DEFAULT:
             continue
         others = {
             m: {seed: some[seed] for seed in own}
             for (w, d, m, s), some in cells.items()
-            if (w, d, s) == (weights, data, shots) and m not in DEFAULTS and own.keys() <= some.keys()
+            if (w, d, s) == (weights, data, shots) and m != DEFAULT and own.keys() <= some.keys()
         }
         means = {m: estimate(stacked(hits(some))).mean for m, some in others.items()}
         number = f"{shots} a class" if shots else "all"
@@ -199,7 +202,7 @@ def tried(folders: Sequence[Path]) -> str:
         for (weights, data, method), gave in read_choices(folder).items():
             shown = ", ".join(f"{value:g}: {top1:.1f}" for value, top1 in sorted(gave.items()))
             body.append([data, weights, method, shown])
-    return "\n".join(markdown(["data", "weights", "method", "rate, or epochs: top-1 (%)"], body))
+    return "\n".join(markdown(["data", "weights", "method", "rate, epochs or batch size: top-1 (%)"], body))
 
 
 def draw(cells: dict[Key, dict[int, Record]], path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -104,7 +105,10 @@ def _describe(settings: Recipe, parts: Parts, is_photos: bool) -> list[str]:
             f"  The data have no split to test on: {share} are held out, images that look the same on one side "
             f"(--data.test_share)"
         )
-    holdout = getattr(settle(settings, parts.train, parts.watched), "holdout", 0.0)
+    settled: Any = settle(settings, parts.train, parts.watched)
+    if getattr(settings, "head", "") == "auto" and settled.head == "warm":
+        lines.append("  Few images of a class: the frame lies by their means (--head)")
+    holdout = getattr(settled, "holdout", 0.0)
     if holdout == 0 and getattr(settings, "holdout", 0.0) == "auto":
         lines.append("  Few images of a class: all are trained on, and nothing is held out to choose by (--holdout)")
     if holdout and not parts.watched:

@@ -7,15 +7,22 @@ import math
 from typing import Any
 
 import numpy as np
+import timm
+import torch
+
+from etf_zoo import frame_heads
+from etf_zoo.models.head_config import split_head_args
 
 from ..data.subsets import Images
 from ..recipe.config import RATE
 from ..recipe.fields import MAX_COUNT
+from ..run.model import find_model
+from .probes import PROBES
 
-__all__ = ["batch_for", "completed", "epochs_for", "once", "rate_for", "settle"]
+__all__ = ["batch_for", "completed", "epochs_for", "head_for", "once", "rate_for", "settle", "strip_head"]
 
-HOLDOUT = 0.1  # of each class, where that is two images of it
-FEWEST = 2
+FEW = 20  # images of a class: with fewer of most classes none are held out, and a frame lies by the class means
+HOLDOUT = 0.1  # of each class, where there are more
 EPOCHS = 20
 STEPS = 100  # that a training takes at least, by smaller batches and more epochs where images are few
 BATCHES = (64, 32, 16)
@@ -80,18 +87,50 @@ def once(settings: Any) -> int:
     return settings.epochs or MAX_COUNT
 
 
+def strip_head(settings: Any) -> Any:
+    """The recipe of the same backbone under its own classifier, which frozen features do not depend on."""
+    _, args = split_head_args(settings.model_args)
+    return dataclasses.replace(settings, head="learned", model_args=args, reserve=0)
+
+
+def head_for(settings: Any, train: Images) -> str:
+    """The head of a twin of which nothing is said: `warm` for few images, else `frame`.
+
+    It is `frame` too where `warm` cannot be, or would put away what is known: from random weights, with arguments for
+    the head, with classes that have no image or are more than the features, with room for later classes, and with
+    weights that bring a frame for as many classes.
+
+    Args:
+        settings: A `Finetune` recipe.
+        train: All its training images.
+    """
+    counts = np.asarray(train.class_counts())
+    each = float(np.median(np.minimum(counts, settings.shots) if settings.shots else counts))
+    said = split_head_args(settings.model_args)[0] or settings.reserve or settings.data.limit
+    if each >= FEW or not settings.pretrained or said or settings.method in PROBES or not counts.all():
+        return "frame"
+    source = find_model(settings.model)
+    with torch.device("meta"):
+        twin = timm.create_model(source.name, num_classes=len(counts), **settings.model_args)
+    width = next(iter(frame_heads(twin).values())).in_features
+    return "frame" if source.num_classes == len(counts) or len(counts) > width else "warm"
+
+
 def settle(settings: Any, train: Images, watched: Images | None = None) -> Any:
-    """A `Finetune` recipe with its `holdout` a number; without one the test is looked at once, after the last epoch.
+    """A `Finetune` recipe with a head, and its `holdout` a number.
+
+    Without a holdout the test is looked at once, after the last epoch.
 
     Args:
         settings: The recipe.
         train: All its training images.
         watched: Images to choose by, where the data have a split for it.
     """
+    if getattr(settings, "head", "") == "auto":
+        settings = dataclasses.replace(settings, head=head_for(settings, train))
     if getattr(settings, "holdout", None) != "auto":
         return settings
     chooses = settings.patience or settings.lr == "auto"
-    per_class = float(np.median(train.class_counts()))
-    if chooses or watched is not None or HOLDOUT * per_class >= FEWEST:
+    if chooses or watched is not None or float(np.median(train.class_counts())) >= FEW:
         return dataclasses.replace(settings, holdout=HOLDOUT)
     return dataclasses.replace(settings, holdout=0.0, eval_every=once(settings))

@@ -14,7 +14,6 @@ from torch import nn
 
 from etf_zoo import attach_frame
 from etf_zoo.errors import EtfZooError
-from etf_zoo.models.head_config import split_head_args
 
 from ..data.augment import colors_of
 from ..data.batches import Split, frame_tree
@@ -35,7 +34,7 @@ from .methods import METHODS, first_tuned, fresh_neck, prepare, tuned_share, war
 from .parts import load_data
 from .probes import PROBES, Probe, backbone_features, backbone_size, copy_linear, fit_probe, linear_classifier
 from .rates import search_rate
-from .settle import completed, settle
+from .settle import completed, settle, strip_head
 from .trunk import frozen_once
 
 __all__ = ["Finetune", "Tuned", "strip_head", "features_of", "fine_tune", "load_data", "start_head"]
@@ -51,7 +50,8 @@ class Finetune(Recipe):
         model: timm or `_etf` name, `hf-hub:` id, model folder or the folder of a finished run.
         head: The new head, as in pretraining, or one that knows the classes before any training: `warm` (the simplex
             ETF nearest to the class means of the frozen features) or `warm_learned` (their linear probe, 2202.10054).
-            By default `frame` for `_etf` models and `learned` for others.
+            `auto` is `learned`, and for `_etf` models `frame`, or with fewer than 20 images of most classes `warm`,
+            where there is no reason against it, see `head_for`.
         method: `full`, `head` (frozen backbone), `layer` (one block and the head), `scl` (the same, with a skip
             connection to the last feature, 2212.12206), or on frozen features, with a head of their own,
             `linear_probe`, `knn`, `knn_20`, `ncm`, `ncm_euclid`, see `fit_probe`; what `head` and `model_args` say of a
@@ -83,12 +83,12 @@ class Finetune(Recipe):
             itself: the same model from random weights, and a learned head on the same weights.
     """
 
-    heads: ClassVar[tuple[str, ...]] = (*HEADS, *WARM_HEADS)
+    heads: ClassVar[tuple[str, ...]] = (*HEADS, *WARM_HEADS, "auto")
     own_rate: ClassVar[float] = 0  # that of the head which is tuned, see `completed`
 
     output: str = "runs/finetune"
     model: str = "mobilenetv3_small_100_etf"
-    head: str = ""
+    head: str = "auto"
     pretrained: bool = True
     method: str = "full"
     layer: str = ""
@@ -107,7 +107,8 @@ class Finetune(Recipe):
 
     def __post_init__(self):
         source = find_model(self.model, self.pretrained)
-        self.head = self.head or ("frame" if source.is_twin else "learned")
+        if self.head == "auto" and not source.is_twin:
+            self.head = "learned"
         if not self.sizes:
             self.sizes = [[0, source.input_size]]
             self.data = dataclasses.replace(self.data, size=max(self.data.size, source.input_size))
@@ -117,7 +118,7 @@ class Finetune(Recipe):
         if isinstance(self.lr, int | float):
             self.optim, self.lr = dataclasses.replace(self.optim, lr=self.lr), ""
         if self.reserve:
-            if self.head not in ("frame", "random") or self.method in PROBES:
+            if self.head not in ("frame", "random", "auto") or self.method in PROBES:
                 raise EtfZooError(
                     f"Room for classes is in a fixed frame: --reserve takes --head frame or random and a method that "
                     f"trains, not {self.head} and {self.method}."
@@ -277,12 +278,6 @@ def fine_tune(
         optim = dataclasses.replace(settings.optim, lr=rate, min_lr=min(settings.optim.min_lr, rate))
         settings = dataclasses.replace(settings, lr="", optim=optim)
     return _probe(settings, fitted_on, test) if is_probe else _train(settings, fitted_on, held, test)
-
-
-def strip_head(settings: Finetune) -> Finetune:
-    """The recipe of the same backbone under its own classifier, which frozen features do not depend on."""
-    _, args = split_head_args(settings.model_args)
-    return dataclasses.replace(settings, head="learned", model_args=args, reserve=0)
 
 
 def features_of(settings: Finetune, model: nn.Module, split: Images) -> torch.Tensor:

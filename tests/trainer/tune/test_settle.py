@@ -4,10 +4,11 @@ import dataclasses
 
 import numpy as np
 import pytest
+import torch
 
 from etf_zoo.trainer.data.resident import Split
 from etf_zoo.trainer.recipe.config import Data, Optim
-from etf_zoo.trainer.tune.settle import batch_for, completed, epochs_for, settle
+from etf_zoo.trainer.tune.settle import batch_for, completed, epochs_for, head_for, settle
 from etf_zoo.trainer.tune.tuning import Finetune, fine_tune
 
 RECIPE = Finetune(model="test_resnet_etf", pretrained=False, sizes=[[0, 16]], data=Data("digits", size=16), epochs=20)
@@ -78,3 +79,48 @@ def test_one_image_of_each_class(tmp_path):
     assert tuned.held is None
     assert tuned.run.recipe.batch_size == 3
     assert [record["epoch"] for record in tuned.run.records if "val_top1" in record] == [2]  # one look at the test
+
+
+PHOTOS = Finetune(model="mobilenetv3_small_100_etf", sizes=[[0, 32]], data=Data("digits", size=32), tensorboard=False)
+
+
+def test_a_frame_lies_by_the_means_of_few_images():
+    assert PHOTOS.head == "auto"
+    assert head_for(PHOTOS, images(19)) == "warm"
+    assert head_for(PHOTOS, images(20)) == "frame"
+    assert head_for(dataclasses.replace(PHOTOS, shots=5), images(60)) == "warm"
+    assert head_for(PHOTOS, images(1, classes=1024)) == "warm"
+    assert head_for(PHOTOS, images(1, classes=1025)) == "frame"  # of 1024 features
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"pretrained": False},
+        {"reserve": 5},
+        {"model_args": {"orientation": "blocks"}},
+        {"model_args": {"neck": "mlp"}},
+        {"data": Data("digits", size=32, limit=10)},  # some classes may have no image
+        {"method": "ncm"},
+    ],
+)
+def test_a_frame_lies_at_random_where_something_speaks_for_it(changes):
+    assert head_for(dataclasses.replace(PHOTOS, **changes), images(5)) == "frame"
+
+
+def test_weights_for_as_many_classes_keep_their_frame():
+    assert head_for(PHOTOS, images(1, classes=200)) == "frame"
+    assert head_for(PHOTOS, images(1, classes=199)) == "warm"
+
+
+def test_a_head_that_is_named_stays():
+    for head in ("frame", "random", "learned", "warm"):
+        assert settle(dataclasses.replace(PHOTOS, head=head), images(5)).head == head
+    assert Finetune(model="resnet18", sizes=[[0, 32]]).head == "learned"
+
+
+def test_a_fine_tuning_finds_its_head(tmp_path):
+    tuned = fine_tune(dataclasses.replace(PHOTOS, epochs=1, output=str(tmp_path)), images(4, 32), images(2, 32))
+    assert tuned.settings.head == tuned.run.record().head == "warm"  # the record is what the card is written from
+    prototypes = tuned.model.get_classifier().weight
+    assert torch.allclose(prototypes @ prototypes.T, 1.5 * torch.eye(3) - 0.5, atol=1e-5)

@@ -319,7 +319,8 @@ def run_script(monkeypatch, *arguments):
 def test_a_folder_and_one_command(folder, tmp_path, monkeypatch, capsys):
     run_script(monkeypatch, "--data", folder, "--output", tmp_path / "run", "--epochs", "4", "--batch_size", "8")
     out = capsys.readouterr().out
-    assert "fixed frame, pretrained" in out
+    assert "Few images of a class: the frame lies by their means (--head)" in out
+    assert "warm frame, pretrained" in out
     model = tmp_path / "run" / "model"
     config = json.loads((model / "config.json").read_text())
     assert config["label_names"] == ["blue", "red"]
@@ -417,7 +418,7 @@ def test_a_number_for_lr_is_that_of_the_optimizer():
 
 
 def test_defaults_follow_the_model():
-    assert Finetune().head == "frame"
+    assert Finetune().head == "auto"
     assert Finetune().sizes == [[0, 96]]
     plain = Finetune(model="resnet18")
     assert (plain.head, plain.sizes, plain.data.size) == ("learned", [[0, 224]], 224)

@@ -57,11 +57,11 @@ def test_what_each_cell_of_the_table_says(folders):
 
 def test_defaults_are_compared_on_their_own_draws(folders):
     results = Results(folders[1] / CELLS, folders[1] / "locks")
-    cell = {"weights": "w", "data": "d", "method": "finetune frame 5-shot", "seed": 1}
+    cell = {"weights": "w", "data": "d", "method": "finetune twin 5-shot", "seed": 1}
     results.append({"key": "x", **cell, "correct": pack(np.arange(10) < 4), "test_images": 10})
     rows = photos.beside_defaults(photos.read(folders)).splitlines()[2:]
     assert len(rows) == 1
-    assert rows[0].startswith("| d | w | 5 a class | finetune frame | 40.0 | head learned cosine: 70.0, -30.0 [")
+    assert rows[0].startswith("| d | w | 5 a class | finetune twin | 40.0 | head learned cosine: 70.0, -30.0 [")
     assert rows[0].endswith("|  |  | 1 |")
 
 
