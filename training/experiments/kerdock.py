@@ -16,7 +16,7 @@ dimensions serve the classes, not how well a backbone learns. `classes`: the sam
 trained too, on a quarter of the images, each head at the rate and scale that `choose_classes` found for it on fewer
 images, by training images that nothing was trained on.
 
-Each cell is one training run, appended to `cells.jsonl`; cells that are there are not run again.
+Each cell is one training run, appended to `cells.jsonl`; one that is there is not run again, a stopped one goes on.
 """
 
 from __future__ import annotations
@@ -43,6 +43,8 @@ from etf_zoo.layers.necks import mlp_neck
 from etf_zoo.trainer.data.batches import limited, load_split
 from etf_zoo.trainer.data.resident import Split
 from etf_zoo.trainer.recipe.config import Augment, Data, Optim, Recipe
+from etf_zoo.trainer.run import checkpoint
+from etf_zoo.trainer.run.checkpoint import CHECKPOINTS
 from etf_zoo.trainer.run.run import Run
 from etf_zoo.trainer.tune.probes import backbone_features, fit_probe
 from training.experiments.transfer_report import markdown
@@ -128,8 +130,9 @@ def recipe_of(head: dict[str, Any], folder: Path, args: argparse.Namespace, **ch
         model_args={**BASE.model_args, **head_args, **changes.pop("model_args", {})},
         epochs=args.epochs,
         eval_every=args.epochs,
-        save_every=args.epochs,
+        save_every=max(1, args.epochs // 8),
         output=str(folder),
+        resume=checkpoint.exists(folder / CHECKPOINTS),
         **changes,
     )
 
@@ -278,8 +281,7 @@ def grouped(part: str, *keys: str) -> dict[tuple[Any, ...], list[dict[str, Any]]
 
 def choose_table(part: str) -> str:
     """Rates and scales, in Markdown."""
-    judge = {"choose": "held-out kNN", "choose_classes": "held-out top-1"}[part]
-    columns = ["head", "rate", "scale", "loss", "training top-1", judge]
+    columns = ["head", "rate", "scale", "loss", "training top-1", f"held-out {'kNN' if part == 'choose' else 'top-1'}"]
     body = [
         [cell["name"], f"{cell['lr']:g}", str(cell["scale"] or "")]
         + [f"{cell[key]:.2f}" for key in ("train_loss", "train_top1", JUDGES[part])]
