@@ -279,7 +279,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "rare": _text("cifar100_rare", "table.md"),
     "rare-01": _text("cifar100_rare_01", "table.md"),
     "tree-tiny": _text("tiny_tree", "table.md"),
-    "tree-grocery": _text("grocery_tree_trials", "table.md"),
+    "tree-grocery": _text("grocery_tree", "table.md"),
     "camvid": _text("camvid_losses", "table.md"),
     "tree-cifar100": _text("cifar100_tree", "table.md"),
     "head-start": _text("head_start", "table.md"),
