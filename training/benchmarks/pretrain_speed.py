@@ -4,8 +4,9 @@
     ETF_ZOO_DATA=... python training/benchmarks/pretrain_speed.py --photos flowers17 --sizes 160 --precisions fp32 \
         --models tf_efficientnet_lite0 mobilenetv3_small_100 --sides ours "ours, workers" timm "timm, channels_last" \
         --out training/benchmarks/photos_speed_cpu.json
-    ETF_ZOO_DATA=... python training/benchmarks/pretrain_speed.py --device cuda --sizes 64 224 --precisions bf16 \
-        --workers 8 16 --out training/benchmarks/pretrain_speed_gpu.json
+    ETF_ZOO_DATA=... python training/benchmarks/pretrain_speed.py --device cuda --sizes 64 224 --batch 512 128 \
+        --precisions bf16 --models resnet18 resnet50 --workers 8 16 --images 65536 --seconds 5 --warm 3 \
+        --out training/benchmarks/pretrain_speed_gpu.json
 
 At 64 pixels a network is pretrained on Tiny ImageNet (SGD), at 160 and 224 fine-tuned on photographs of `cub50`
 (AdamW). Ours is the engine as `training/pretrain.py` and `training/finetune.py` run it: images decoded once, augmented
@@ -24,6 +25,7 @@ those that would come later.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import json
@@ -107,6 +109,7 @@ class Peer:
             std=IMAGENET.std,
             num_workers=self.workers,
             device=self.device,
+            pin_memory=self.device.type == "cuda",
             persistent_workers=False,
         )
         losses, loss_fn = AverageMeter(), torch.nn.CrossEntropyLoss()
@@ -119,9 +122,7 @@ class Peer:
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()
-            if self.device.type == "cuda":
-                torch.cuda.synchronize()
-            losses.update(loss.item(), len(pixels))
+            losses.update(loss.item(), len(pixels))  # which waits for the device, as the script does
             yield len(pixels)
 
 
@@ -183,6 +184,7 @@ def serve(pipe: Any, folder: Path, args: argparse.Namespace) -> None:
     """A process of one side: takes what to make or to measure, gives what it found."""
     import torch
 
+    set_batches(args)
     if args.threads:
         torch.set_num_threads(args.threads)
     sides: dict[str, Peer | Ours] = {}
@@ -200,6 +202,11 @@ def serve(pipe: Any, folder: Path, args: argparse.Namespace) -> None:
             images, classes = folder / source(cell.size, args), len(split.label_names)
             sides[name] = Peer(cell, images, classes, workers, args.device, name.endswith("channels_last"))
         pipe.send({"threads": torch.get_num_threads()})
+
+
+def set_batches(args: argparse.Namespace) -> None:
+    """Take the sizes of batches that were asked for."""
+    BATCH.update(zip(args.sizes, args.batch, strict=False))
 
 
 def source(size: int, args: argparse.Namespace) -> str:
@@ -251,7 +258,8 @@ class Processes:
 
     def close(self) -> None:
         for pipe in self.pipes.values():
-            pipe.send(None)
+            with contextlib.suppress(OSError):  # of one that an error ended
+                pipe.send(None)
 
 
 def compare(processes: Processes, cell: Cell, workers: int, args: argparse.Namespace) -> dict[str, Any]:
@@ -316,6 +324,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(MODELS))
     parser.add_argument("--sizes", type=int, nargs="+", default=list(BATCH), choices=list(BATCH))
+    parser.add_argument("--batch", type=int, nargs="*", default=[], help="images of a step at each of the sizes")
     parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"])
     parser.add_argument("--photos", default="cub50", help="data set of the sizes above 64")
     parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=[*SIDES, WORKERS], help="ours first")
@@ -331,7 +340,10 @@ def main() -> None:
     args = parser.parse_args()
     import torch
 
+    set_batches(args)
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if args.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # both sides, in processes to come
     results: list[dict[str, Any]] = []
     report = {
         "command": "python training/benchmarks/pretrain_speed.py " + " ".join(sys.argv[1:]),

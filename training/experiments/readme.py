@@ -162,9 +162,17 @@ def _read(file: Path) -> Any:
 
 def pretrain_speed(page: Path) -> str:
     """Images a second beside timm's training script, medians of the turns, and the ratios."""
-    names = ["ours", "timm", "timm, channels_last"]
-    files = (f"pretrain_speed_{part}.json" for part in ("cpu", "bf16_64_cpu", "bf16_cpu"))
-    results = [r for file in files for r in _read(BENCHMARKS / file)["results"]]
+    return _beside(_read(BENCHMARKS / "pretrain_speed_cpu.json"))
+
+
+def photos_speed(page: Path) -> str:
+    """The same of fine-tuning on photographs: in memory, by worker processes, and by timm's training script."""
+    return _beside(_read(BENCHMARKS / "photos_speed_cpu.json"))
+
+
+def _beside(report: dict[str, Any]) -> str:
+    names = report["settings"].get("sides", ["ours", "timm", "timm, channels_last"])
+    results = sorted(report["results"], key=lambda r: (r["size"], r["precision"] != "fp32"))
     ratios = {name: [r[f"ours / {name}"] for r in results] for name in names[1:]}
     body = []
     for i, r in enumerate(results):
@@ -172,8 +180,20 @@ def pretrain_speed(page: Path) -> str:
         own = [f"{values[i]:.2f}" for values in ratios.values()]
         body.append([f"{r['size']}", r["precision"], r["model"], *speeds, *own])
     for words, of in (("geometric mean", statistics.geometric_mean), ("least", min)):
-        body.append(["", "", words, "", "", "", *(f"{of(values):.2f}" for values in ratios.values())])
+        blank = [""] * len(names)
+        body.append(["", "", words, *blank, *(f"{of(values):.2f}" for values in ratios.values())])
     return "\n".join(markdown(["pixels", "precision", "model", *names, *(f"ours / {n}" for n in names[1:])], body))
+
+
+def step_profile(page: Path) -> str:
+    """What a step's convolutions take, how fast they are, and what would be left to gain."""
+    body = [
+        [r["model"], f"{r['size']}", r["precision"], f"{100 * r['share']:.0f} %", f"{r['gflop_per_second']:.0f}"]
+        + [f"{r['fastest_gflop_per_second']:.0f}", f"{r['bound']:.2f}"]
+        for r in _read(BENCHMARKS / "step_profile_cpu.json")["results"]
+    ]
+    columns = ["model", "pixels", "precision", "convolutions", "GFLOP/s", "of the fastest", "times faster at most"]
+    return "\n".join(markdown(columns, body))
 
 
 def small_maps(page: Path) -> str:
@@ -229,9 +249,10 @@ def collapse_speed(page: Path) -> str:
         seconds = [f"{r[side]['seconds']:.2f}" for side in ("ours", "fast", "package")]
         ratios = [f"{r[s]['times_faster']['seconds']:.2f} ({r[s]['memory_ratio']:.2f})" for s in ("ours", "fast")]
         apart = f"{r['largest_relative_difference']['fast, ours']:.0e}"
-        body.append([f"{r['num_classes']:,}", f"{r['dim']}", *seconds, *ratios, apart])
+        bound = f"{r['times_faster_at_most']:.1f}" if "times_faster_at_most" in r else ""
+        body.append([f"{r['num_classes']:,}", f"{r['dim']}", *seconds, *ratios, bound, apart])
     columns = ["classes", "width", "exact (s)", "float32 (s)", "package (s)", "package / exact", "package / float32"]
-    return "\n".join(markdown([*columns, "float32 from exact"], body))
+    return "\n".join(markdown([*columns, "at most", "float32 from exact"], body))
 
 
 def kerdock_step(page: Path) -> str:
@@ -284,6 +305,8 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "tree-cifar100": _text("cifar100_tree", "table.md"),
     "head-start": _text("head_start", "table.md"),
     "pretrain-speed": pretrain_speed,
+    "photos-speed": photos_speed,
+    "step-profile": step_profile,
     "small-maps": small_maps,
     "cache-speed": cache_speed,
     "head-cost": head_cost,
