@@ -84,7 +84,7 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(mmap_max, 0)) and bool(mallopt(trim_threshold, 2**31 - 1))
 
 
-def _is_plain(layer: nn.Conv2d) -> bool:
+def _is_plain(layer: Any) -> bool:
     return (
         (layer.groups == 1 or layer.groups == layer.in_channels == layer.out_channels)
         and layer.dilation == (1, 1)
