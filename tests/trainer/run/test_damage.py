@@ -215,7 +215,7 @@ if __name__ == "__main__":
     Rows.encoded = stuck_later
     if sys.argv[2] == "resident":
         resident.PIECE, resident.decoders = 4, lambda most: 2
-        batches = resident._decoded(rows, 16)
+        batches = resident._decoded(rows, 16, 1.0)
     else:
         batches = train_batches(rows, Augment(), size=16, batch_size=4, seed=0, epoch=0)
     iterator = iter(batches)
