@@ -302,6 +302,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "tree-tiny": _text("tiny_tree", "table.md"),
     "tree-grocery": _text("grocery_tree", "table.md"),
     "camvid": _text("camvid_losses", "table.md"),
+    "camvid-embedded": _text("camvid_embedded", "table.md"),
     "tree-cifar100": _text("cifar100_tree", "table.md"),
     "head-start": _text("head_start", "table.md"),
     "pretrain-speed": pretrain_speed,

@@ -17,6 +17,7 @@ from training.experiments.transfer_table import Table, cells, names_of, newest
 RECIPES = ROOT / "training" / "recipes"
 
 
+SEGMENTED = ["camvid_losses", "camvid_embedded"]
 COMPARED = [
     "cifar100_heads",
     "head_start",
@@ -50,11 +51,12 @@ def test_comparisons(name, monkeypatch):
     assert (RESULTS / name / "table.md").read_text(encoding="utf-8") == comparison.table(settings, records)
 
 
-def test_segmentation(monkeypatch):
+@pytest.mark.parametrize("name", SEGMENTED)
+def test_segmentation(monkeypatch, name):
     monkeypatch.chdir(ROOT)
-    settings = parse(Pixels, ["--config", str(RECIPES / "camvid_losses.yaml")])
-    records = Results(RESULTS / "camvid_losses" / CELLS, RESULTS).read().values()
-    assert (RESULTS / "camvid_losses" / "table.md").read_text(encoding="utf-8") == pixels.table(settings, records)
+    settings = parse(Pixels, ["--config", str(RECIPES / f"{name}.yaml")])
+    records = Results(RESULTS / name / CELLS, RESULTS).read().values()
+    assert (RESULTS / name / "table.md").read_text(encoding="utf-8") == pixels.table(settings, records)
 
 
 def test_photos():
@@ -73,7 +75,7 @@ def test_better_transfer(tmp_path):
         assert (folder / file.name).read_text(encoding="utf-8") == file.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", [*COMPARED, "camvid_losses", *MEASURED, *PHOTOS, "better_transfer"])
+@pytest.mark.parametrize("name", [*COMPARED, *SEGMENTED, *MEASURED, *PHOTOS, "better_transfer"])
 def test_no_line_is_damaged(name):
     file = RESULTS / name / CELLS
     lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
