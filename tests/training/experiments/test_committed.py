@@ -1,6 +1,7 @@
 """The committed reports are what their committed cells give."""
 
 import json
+from typing import Any
 
 import pytest
 
@@ -15,17 +16,18 @@ from training.experiments.transfer_report import report, summary
 from training.experiments.transfer_table import Table, cells, names_of, newest
 
 RECIPES = ROOT / "training" / "recipes"
-
-
 SEGMENTED = ["camvid_losses", "camvid_embedded"]
 COMPARED = [
     "cifar100_heads",
     "head_start",
     "cifar100_rare",
+    "cifar100_rare_01",
     "cifar100_rare_trials",
     "cifar100_tree",
     "cifar100_tree_trials",
     "tiny_tree",
+    "tiny_tree_trials",
+    "grocery_tree",
     "grocery_tree_trials",
 ]
 PHOTOS = [name for name in photos.FOLDERS if (RESULTS / name / CELLS).is_file()]  # the others are still to be run
@@ -43,20 +45,13 @@ def test_transfer_tables(name, monkeypatch):
     assert (RESULTS / name / "summary.md").read_text(encoding="utf-8") == f"{summary(records, names_of(table))}\n"
 
 
-@pytest.mark.parametrize("name", COMPARED)
+@pytest.mark.parametrize("name", [*COMPARED, *SEGMENTED])
 def test_comparisons(name, monkeypatch):
     monkeypatch.chdir(ROOT)
-    settings = parse(Comparison, ["--config", str(RECIPES / f"{name}.yaml")])
+    kind, table = (Pixels, pixels.table) if name in SEGMENTED else (Comparison, comparison.table)
+    settings: Any = parse(kind, ["--config", str(RECIPES / f"{name}.yaml")])
     records = Results(RESULTS / name / CELLS, RESULTS).read().values()
-    assert (RESULTS / name / "table.md").read_text(encoding="utf-8") == comparison.table(settings, records)
-
-
-@pytest.mark.parametrize("name", SEGMENTED)
-def test_segmentation(monkeypatch, name):
-    monkeypatch.chdir(ROOT)
-    settings = parse(Pixels, ["--config", str(RECIPES / f"{name}.yaml")])
-    records = Results(RESULTS / name / CELLS, RESULTS).read().values()
-    assert (RESULTS / name / "table.md").read_text(encoding="utf-8") == pixels.table(settings, records)
+    assert (RESULTS / name / "table.md").read_text(encoding="utf-8") == table(settings, records)
 
 
 def test_photos():
