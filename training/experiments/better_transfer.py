@@ -4,13 +4,15 @@
     python training/experiments/better_transfer.py --stage 1 --epochs 12 --rates --only learned "frame, MLP, entropy"
     python training/experiments/better_transfer.py --stage 2 --only learned "learned cosine" "frame, MLP, entropy"
     python training/experiments/better_transfer.py --stage 3 --only learned "learned cosine" "frame, MLP, entropy"
+    python training/experiments/better_transfer.py --stage 2 --finished
     python training/experiments/better_transfer.py
 
 Stage 1 is a short run of ResNet-18 on an eighth of Tiny ImageNet; stage 2 the zoo's recipe of 23 epochs, one seed;
 stage 3 the same, three seeds, measured on test images. Stages 1 and 2 judge by held-out training images of the transfer
 sets, and the source's accuracy is that of training images that no run trains on. Test images are opened in stage 3
 only. `--epochs` and `--images` make a budget of their own, with tables of its own: twice the epochs of stage 1 tell
-whether a difference grows or shrinks.
+whether a difference grows or shrinks. `--finished` trains nothing: it scores weights of the zoo, which
+`training/experiments/zoo.py` trained by the recipe of stage 2 on all images of the source.
 
 The two controls and the frame try each of `--rates`, plain and behind an MLP. The best rate, by the mean score of seed
 0, is then that of all other candidates with this kind of head, with or without a neck; stage 3 takes what stage 2
@@ -57,17 +59,18 @@ import numpy as np
 from safetensors.torch import save_file
 
 from etf_zoo.errors import DivergedError, EtfZooError
+from etf_zoo.models.find import load_model, model_folder
 from etf_zoo.trainer.data.batches import limited, load_split
 from etf_zoo.trainer.data.sealed import choosing
 from etf_zoo.trainer.data.teacher import taught
-from etf_zoo.trainer.recipe.config import Recipe
+from etf_zoo.trainer.recipe.config import Recipe, parse
 from etf_zoo.trainer.recipe.parsing import merged, parse_entries
 from etf_zoo.trainer.run import checkpoint
 from etf_zoo.trainer.run.checkpoint import CHECKPOINTS
 from etf_zoo.trainer.run.run import Run
 from etf_zoo.trainer.run.script import run_script
 from training.experiments.better_transfer_table import mean_score, write_tables
-from training.experiments.grid import CELLS, Results, raise_failed, run_grid, settings_digest
+from training.experiments.grid import CELLS, Results, raise_failed, run_grid, settings_digest, weights_digest
 from training.experiments.transfer_score import SETS, Scoring, images_of, score
 
 RESULTS = Path("training/results/better_transfer")
@@ -137,6 +140,12 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     "learned cosine, MLP, entropy, two depths": {"head": "learned_cosine", "model_args": MLP, "loss": BOTH},
     RANDOM: {},
 }
+FINISHED = {  # name -> weights of `training/recipes/zoo_cpu.yaml`; those of the last are not kept in the repository
+    "learned": "model_cards/resnet18_control.e23_tiny",
+    "frame": "model_cards/resnet18_etf.e23s30_tiny",
+    "frame, MLP, entropy, two depths": "model_cards/resnet18_etf.e23mlp_tiny",
+    "learned, MLP, entropy, two depths": "runs/zoo/resnet18_control.e23mlp_tiny/model",
+}
 TRYING = tuple(CANDIDATES)[:6]  # a neck asks for a rate of its own
 
 
@@ -151,10 +160,12 @@ class Cell:
     scoring: Scoring
     keep: bool = False
     budget: str = ""  # where it is not the stage's, what it is
+    weights: str = ""  # a model that was trained before
 
     @property
     def key(self) -> str:
-        settings = settings_digest(self.recipe, asdict(self.scoring), UNTRAINED)
+        weights = [weights_digest(self.weights)] if self.weights else []
+        settings = settings_digest(self.recipe, asdict(self.scoring), UNTRAINED, *weights)
         return f"{self.stage} {self.name} lr{self.recipe.optim.lr:g} seed{self.seed} {settings}"
 
 
@@ -201,6 +212,9 @@ def _named(cell: Cell) -> dict[str, Any]:
 def _measure(work: Path, cell: Cell) -> dict[str, Any]:
     folder = work / cell.key.replace(" ", "_").replace(",", "")
     recipe = replace(cell.recipe, output=str(folder), resume=checkpoint.exists(folder / CHECKPOINTS))
+    if cell.weights:
+        scores = score(load_model(cell.weights), recipe, cell.scoring)
+        return {**_named(cell), "weights": cell.weights, "source_top1": None, "scores": scores}
     source: Any = load_split(replace(recipe.data, label="class"), "train")
     order = np.random.default_rng(0).permutation(len(source))
     train, held = source.subset(np.sort(order[UNTRAINED:])), source.subset(np.sort(order[:UNTRAINED]))
@@ -303,6 +317,19 @@ def plan(args: argparse.Namespace, records: Sequence[dict[str, Any]], first: boo
     return cells
 
 
+def finished(args: argparse.Namespace) -> list[Cell]:
+    """Cells of `FINISHED`, by the scoring of a stage; what is not there is told."""
+    scoring, cells = replace(SCORING[args.stage], sets=tuple(args.sets)), []
+    for name, weights in FINISHED.items():
+        folder = model_folder(weights)
+        if folder is None:
+            print(f"{name} is left out: there is no {weights}, see training/experiments/zoo.py.")
+            continue
+        recipe = parse(Recipe, ["--config", str(folder / "recipe.yaml")])
+        cells.append(Cell(args.stage, name, recipe.seed, recipe, scoring, budget="weights of the zoo", weights=weights))
+    return cells
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", type=int, choices=tuple(STAGES))
@@ -316,6 +343,7 @@ def main() -> None:
     parser.add_argument("--sets", nargs="+", default=list(SETS))
     parser.add_argument("--epochs", type=int, default=0, help="instead of the stage's")
     parser.add_argument("--images", type=int, default=0, help="of the source, instead of the stage's")
+    parser.add_argument("--finished", action="store_true", help="train nothing, score weights of the zoo")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--work", type=Path, default=WORK)
@@ -324,8 +352,8 @@ def main() -> None:
     if args.stage:
         if args.jobs > 1:
             decode(args)
-        for first in (True, False):
-            cells = plan(args, list(results.read().values()), first)
+        for first in (True,) if args.finished else (True, False):
+            cells = finished(args) if args.finished else plan(args, list(results.read().values()), first)
             failed += run_grid(cells, partial(measure, args.work), results, args.work / "locks", args.jobs)
     write_tables(list(results.read().values()), args.results, list(CANDIDATES))
     raise_failed(failed)

@@ -23,7 +23,7 @@ from etf_zoo.trainer.tune.tuning import Finetune, features_of, fine_tune, strip_
 from training.experiments.frozen import frozen_features, stored_inputs, tune_stored
 from training.experiments.grid import Record, Results, digest, settings_digest
 
-__all__ = ["CHOICES", "Candidate", "Choice", "TrainingImages", "choose", "held_out_figures", "read_choices"]
+__all__ = ["CHOICES", "Candidate", "Choice", "TrainingImages", "as_said", "choose", "held_out_figures", "read_choices"]
 
 CHOICES = "choices.jsonl"
 CLOSED = "none: choices are made on held-out training images"  # in the place of the test split's name
@@ -168,6 +168,7 @@ def choose(settings: Finetune, images: TrainingImages, work: Path, frozen: Path 
     if settings.method in PROBES:
         raise EtfZooError(f"{settings.method} chooses by cross-validation itself.")
     settings = dataclasses.replace(settings, data=images.data, output=str(work), holdout=0, eval_every=once(settings))
+    settings = as_said(settings)
     shutil.rmtree(work, ignore_errors=True)  # of a run that was killed
     with choosing():
         train = images.load()
@@ -190,6 +191,11 @@ def choose(settings: Finetune, images: TrainingImages, work: Path, frozen: Path 
             top1 = tuned.figures()["top1"]
     shutil.rmtree(work, ignore_errors=True)
     return {"top1": top1, "fitted": len(kept), "held_out": len(held)}
+
+
+def as_said(settings: Finetune) -> Finetune:
+    """A recipe that settles nothing by the number of images: what a cell does is written in its recipe."""
+    return dataclasses.replace(settings, freeze_bn=settings.freeze_bn is True)
 
 
 def read_choices(folder: Path) -> Trials:

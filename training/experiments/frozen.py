@@ -118,7 +118,7 @@ def tune_stored(
     model = make_model(settings, len(names), frame_tree(settings, names))
     start_head(model, settings, features, torch.from_numpy(train.labels), names)
     layer = first_tuned(model, settings.method, settings.layer)
-    prepare(model, settings.method, settings.layer)
+    prepare(model, settings.method, settings.layer, settings.freeze_bn is True)
     tuned, total = tuned_share(model)
     with replayed(model, layer, _some_images(settings, model)):
         if tuned:

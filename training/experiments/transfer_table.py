@@ -39,7 +39,7 @@ from etf_zoo.trainer.run.script import run_script
 from etf_zoo.trainer.tune.probes import PROBES, backbone_size, fit_probe
 from etf_zoo.trainer.tune.settle import once
 from etf_zoo.trainer.tune.tuning import Finetune, features_of, fine_tune, strip_head
-from training.experiments.choices import Choice, Trials, read_choices
+from training.experiments.choices import Choice, Trials, as_said, read_choices
 from training.experiments.frozen import frozen_features, hits, stored_inputs, tune_stored
 from training.experiments.grid import CELLS, Results, digest, raise_failed, run_grid, settings_digest, weights_digest
 from training.experiments.intervals import pack
@@ -318,7 +318,7 @@ def _tuned_stored(cell: Cell, train: Images, rows: np.ndarray, test: Images, wor
 def _tuned(cell: Cell, train: Images, test: Images, work: Path) -> dict[str, Any]:
     output = work / "runs" / digest(cell.key)
     shutil.rmtree(output, ignore_errors=True)  # of a cell that was killed
-    tuned = fine_tune(dataclasses.replace(cell.settings, output=str(output)), train, test)
+    tuned = fine_tune(as_said(dataclasses.replace(cell.settings, output=str(output))), train, test)
     if tuned is None:
         raise EtfZooError("time_budget has no place in a table: a cell is run to its end.")
     correct, fitted = hits(tuned.model, cell.settings, tuned.test), tuned.train

@@ -8,6 +8,7 @@ from typing import Any
 from timm.models import group_parameters
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from etf_zoo import add_skip, attach_frame, frame_heads
 from etf_zoo.errors import EtfZooError
@@ -101,7 +102,7 @@ def first_tuned(model: nn.Module, method: str, layer: str = "") -> str:
     return timm_classifier_names(model)[0] if method == "head" else pick_layer(model, layer)
 
 
-def prepare(model: nn.Module, method: str, layer: str = "") -> nn.Module:
+def prepare(model: nn.Module, method: str, layer: str = "", freeze_bn: bool = False) -> nn.Module:
     """Make a model ready for a method, in place: skip connection, frozen parameters, frozen batch statistics.
 
     Args:
@@ -109,6 +110,7 @@ def prepare(model: nn.Module, method: str, layer: str = "") -> nn.Module:
         method: `full`: everything trains. `head`: the head alone. `layer`: one block and the head. `scl`: the same,
             with a skip connection from that block to the penultimate feature, see `etf_zoo.models.skip`.
         layer: Name of the block; by default see `pick_layer`.
+        freeze_bn: Whether what trains keeps its batch statistics, too, but for a neck of the head.
 
     Returns:
         The same model.
@@ -118,9 +120,12 @@ def prepare(model: nn.Module, method: str, layer: str = "") -> nn.Module:
     """
     if method not in METHODS:
         raise EtfZooError(f"Unknown method {method!r}. Choose one of {', '.join(METHODS)}.")
+    heads = timm_classifier_names(model)
+    norms = [n for n, m in model.named_modules() if isinstance(m, _BatchNorm) and not _below(n, heads)]
+    frozen = norms if freeze_bn else []
     if method == "full":
-        return model
-    tuned = timm_classifier_names(model)
+        return _freeze(model, frozen) if frozen else model
+    tuned = heads
     if method != "head":
         layer = pick_layer(model, layer)
         tuned += (layer,)
@@ -134,8 +139,12 @@ def prepare(model: nn.Module, method: str, layer: str = "") -> nn.Module:
             "(--model_args.neck mlp), take --head learned, or another method (ncm, layer, scl, full)."
         )
     outside = [n for n, m in model.named_modules() if n and not _below(n, tuned) and not _above(n, tuned)]
+    return _freeze(model, [*outside, *frozen])
+
+
+def _freeze(model: nn.Module, modules: Iterable[str]) -> nn.Module:
     become(model, _PartlyFrozen)
-    model._frozen = tuple(outside)  # type: ignore[assignment]
+    model._frozen = tuple(modules)  # type: ignore[assignment]
     return model
 
 

@@ -22,6 +22,7 @@ from .probes import PROBES
 __all__ = ["batch_for", "completed", "epochs_for", "head_for", "once", "rate_for", "settle", "strip_head"]
 
 FEW = 20  # images of a class: with fewer of most classes none are held out, and a frame lies by the class means
+FEWEST = 3  # with fewer of most classes batch statistics of the backbone stay as they were
 HOLDOUT = 0.1  # of each class, where there are more
 EPOCHS = 20
 STEPS = 100  # that a training takes at least, by smaller batches and more epochs where images are few
@@ -53,14 +54,14 @@ def epochs_for(images: int, batch_size: int) -> int:
     return max(EPOCHS, math.ceil(STEPS / max(images // batch_size, 1)))
 
 
-def rate_for(method: str, head: str) -> float:
+def rate_for(method: str, head: str, freeze_bn: bool = False) -> float:
     """The learning rate by what is tuned; chosen on held-out photographs, see docs/results/photos.md.
 
     Example:
         >>> rate_for("full", "learned"), rate_for("full", "frame"), rate_for("head", "learned")
         (0.0005, 0.002, 0.002)
     """
-    return 5e-4 if method == "full" and head in ("learned", "warm_learned") else RATE
+    return 5e-4 if method == "full" and (freeze_bn or head in ("learned", "warm_learned")) else RATE
 
 
 def completed(settings: Any, images: int) -> Any:
@@ -72,7 +73,7 @@ def completed(settings: Any, images: int) -> Any:
     """
     batch = min(settings.batch_size or batch_for(images, settings.epochs), images)
     epochs = settings.epochs or epochs_for(images, batch)
-    rate = settings.optim.lr or rate_for(settings.method, settings.head)
+    rate = settings.optim.lr or rate_for(settings.method, settings.head, settings.freeze_bn is True)
     return dataclasses.replace(
         settings,
         batch_size=batch,
@@ -104,8 +105,7 @@ def head_for(settings: Any, train: Images) -> str:
         settings: A `Finetune` recipe.
         train: All its training images.
     """
-    counts = np.asarray(train.class_counts())
-    each = float(np.median(np.minimum(counts, settings.shots) if settings.shots else counts))
+    counts, each = np.asarray(train.class_counts()), _images_of_most(settings, train)
     said = split_head_args(settings.model_args)[0] or settings.reserve or settings.data.limit
     if each >= FEW or not settings.pretrained or said or settings.method in PROBES or not counts.all():
         return "frame"
@@ -116,8 +116,14 @@ def head_for(settings: Any, train: Images) -> str:
     return "frame" if source.num_classes == len(counts) or len(counts) > width else "warm"
 
 
+def _images_of_most(settings: Any, train: Images) -> float:
+    """The median over classes of the images that are trained on."""
+    counts = np.asarray(train.class_counts())
+    return float(np.median(np.minimum(counts, settings.shots) if settings.shots else counts))
+
+
 def settle(settings: Any, train: Images, watched: Images | None = None) -> Any:
-    """A `Finetune` recipe with a head, and its `holdout` a number.
+    """A `Finetune` recipe with a head, and its `holdout` a number and `freeze_bn` a truth value.
 
     Without a holdout the test is looked at once, after the last epoch.
 
@@ -128,6 +134,9 @@ def settle(settings: Any, train: Images, watched: Images | None = None) -> Any:
     """
     if getattr(settings, "head", "") == "auto":
         settings = dataclasses.replace(settings, head=head_for(settings, train))
+    if getattr(settings, "freeze_bn", None) == "auto":
+        few = _images_of_most(settings, train) < FEWEST and not settings.data.limit
+        settings = dataclasses.replace(settings, freeze_bn=few and settings.pretrained and settings.method == "full")
     if getattr(settings, "holdout", None) != "auto":
         return settings
     chooses = settings.patience or settings.lr == "auto"

@@ -73,6 +73,8 @@ class Finetune(Recipe):
         cache_views: With `head`, `layer` and `scl`: compute the frozen layers once, for so many views of each training
             image (as evaluation has it, then augmented), and train on what they give; 0 to run them in every step, on
             images augmented anew.
+        freeze_bn: Batch norms of the backbone keep the statistics of their pretraining, while their weights and biases
+            train. `auto`: where everything is tuned from pretrained weights on fewer than three images of most classes.
         shots: Train on so many images of each class; 0 for all.
         strength: scikit-learn's C of the linear probe; 0 to choose it by cross-validation.
         sizes: As in pretraining; by default the size that the model was trained at.
@@ -97,6 +99,7 @@ class Finetune(Recipe):
     patience: Annotated[int, Range(0, note="0 for never")] = 0
     lr: Annotated[float, Range(0, above=True)] | Literal["auto", ""] = ""
     cache_views: Annotated[int, Range(0, note="0 to run the frozen layers in every step")] = 0
+    freeze_bn: bool | Literal["auto"] = "auto"
     shots: Annotated[int, Range(0, note="0 for all")] = 0
     strength: Annotated[float, Range(0, note="0 to choose it")] = 0.0
     sizes: list[list[int]] = dataclasses.field(default_factory=list)
@@ -292,7 +295,7 @@ def _train(settings: Finetune, train: Images, held: Images | None, test: Images)
     if settings.head in WARM_HEADS:
         start_head(model, settings, features_of(settings, model, train), torch.from_numpy(train.labels), names)
     frozen_to = first_tuned(model, settings.method, settings.layer) if settings.cache_views else ""
-    prepare(model, settings.method, settings.layer)
+    prepare(model, settings.method, settings.layer, settings.freeze_bn is True)
     tuned, total = tuned_share(model)
     chooses = held is not None and (settings.keep == "best" or settings.patience > 0)
     best = BestEpoch(settings.patience) if chooses else None

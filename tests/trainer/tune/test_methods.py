@@ -61,6 +61,16 @@ def test_only_what_is_meant_changes(name, method):
     assert model.layer3[0].bn1.training == (method != "head")
 
 
+@pytest.mark.parametrize("method", ["full", "layer"])
+def test_batch_statistics_that_are_kept(method):
+    model = prepare(make("test_resnet_etf", neck="mlp"), method, "layer3.0" if method == "layer" else "", True)
+    buffers = {name for name, _ in model.named_buffers() if "running_" in name}
+    changed = changed_by_a_step(model)
+    assert {"layer3.0.conv1.weight", "layer3.0.bn1.weight", "layer3.0.bn1.bias"} <= changed
+    assert changed & buffers == {name for name in buffers if name.startswith("fc.neck.")} != set()  # which is new
+    assert ("conv1.0.weight" in changed) == (method == "full")
+
+
 def test_share_of_parameters():
     tuned, total = tuned_share(prepare(make(), "head"))
     assert (tuned, total) == (5 * 96 + 5, sum(p.numel() for p in make().parameters()))

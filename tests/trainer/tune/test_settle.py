@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+import timm
 import torch
 
 from etf_zoo.trainer.data.resident import Split
@@ -106,6 +107,22 @@ def test_a_frame_lies_by_the_means_of_few_images():
 )
 def test_a_frame_lies_at_random_where_something_speaks_for_it(changes):
     assert head_for(dataclasses.replace(PHOTOS, **changes), images(5)) == "frame"
+
+
+def test_batch_statistics_stay_where_images_are_very_few(tmp_path):
+    assert settle(PHOTOS, images(2)).freeze_bn is True
+    assert settle(PHOTOS, images(3)).freeze_bn is False
+    assert settle(dataclasses.replace(PHOTOS, shots=1), images(60)).freeze_bn is True
+    for changes in ({"pretrained": False}, {"method": "layer"}, {"data": Data("digits", size=32, limit=10)}):
+        assert settle(dataclasses.replace(PHOTOS, **changes), images(1)).freeze_bn is False
+    for said in (True, False):
+        assert settle(dataclasses.replace(PHOTOS, freeze_bn=said), images(1 + 9 * said)).freeze_bn is said
+    rates = [completed(settle(PHOTOS, images(count)), 3 * count).optim.lr for count in (2, 3)]
+    assert rates == [5e-4, 2e-3]
+    before = timm.create_model("mobilenetv3_small_100_etf", pretrained=True).bn1
+    tuned = fine_tune(dataclasses.replace(PHOTOS, epochs=1, output=str(tmp_path)), images(1, 32), images(2, 32))
+    assert torch.equal(tuned.model.bn1.running_mean, before.running_mean)
+    assert not torch.equal(tuned.model.bn1.weight, before.weight)
 
 
 def test_weights_for_as_many_classes_keep_their_frame():
