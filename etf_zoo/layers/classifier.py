@@ -63,9 +63,10 @@ class FrameClassifier(GuardedFrame):
             classifier, see `etf_zoo.models.convert`. Above 4,096 classes it and a Kerdock frame are computed, not
             stored: `weight` is `(K, 0)` and `implicit` is true. `"auto"` is a Kerdock frame above 16,384 classes; see
             `losses.FrameCrossEntropy` for its training.
-        neck: None, `"mlp"` (`"mlp2"`, `"mlp3"`: of so many hidden layers), `"residual"`, or a module whose output is
-            `dim` wide (then pass the frame as a tensor or let its `out_features` say the width). See
-            `etf_zoo.layers.necks` for why none is linear; `"linear"` and `"center"` are for converted classifiers.
+        neck: None, `"mlp"` (`"mlp2"`, `"mlp3"`: of so many hidden layers), `"projector"` (an MLP for pretraining: a
+            model for other classes leaves it out), `"residual"`, or a module whose output is `dim` wide (then pass the
+            frame as a tensor or let its `out_features` say the width). See `etf_zoo.layers.necks` for why none is
+            linear; `"linear"` and `"center"` are for converted classifiers.
         neck_features: Width of a named neck's output. By default that of the features, or what the frame needs where
             that is more: K - 1, or for a Kerdock frame the power of four that has K vectors.
         feature_norm: `"l2"` (unit features: logits are scaled cosines), `"batch"` (batch norm without affine part,

@@ -14,9 +14,19 @@ from torch import Tensor, nn
 from ..errors import EtfZooError
 from ..frames.build import HELMERT
 
-__all__ = ["LastDimBatchNorm", "mlp_neck", "ResidualNeck", "Center", "build_neck", "check_conversion", "NECKS"]
+__all__ = [
+    "LastDimBatchNorm",
+    "mlp_neck",
+    "ResidualNeck",
+    "Center",
+    "build_neck",
+    "check_conversion",
+    "NECKS",
+    "PROJECTOR",
+]
 
-MLP_LAYERS = {"mlp": 1, "mlp2": 2, "mlp3": 3}  # hidden layers
+PROJECTOR = "projector"  # an MLP for pretraining: a model for other classes leaves it out
+MLP_LAYERS = {"mlp": 1, "mlp2": 2, "mlp3": 3, PROJECTOR: 1}  # hidden layers
 NECKS = (*MLP_LAYERS, "residual")
 
 

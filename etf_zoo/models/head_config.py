@@ -16,6 +16,7 @@ from ..frames.orientation import resolve_orientation
 from ..frames.subspaces import subspace_axes
 from ..layers.classifier import FrameClassifier
 from ..layers.moving import MOVING_ARGS, MovingFrameClassifier
+from ..layers.necks import PROJECTOR
 from ..layers.subspaces import SubspaceClassifier
 
 __all__ = ["HEAD_ARGS", "HeadConfig", "read_switch", "same_value", "split_head_args"]
@@ -155,7 +156,11 @@ class HeadConfig:
             config = HeadConfig(**{key: getattr(self, key) for key in HEAD_ARGS if key in asked})
         if "frame" not in asked and config.is_custom:
             config = config._plain()
-        if "neck" in asked and config.neck is None and "neck_features" not in asked:  # taken away with the neck
+        if same_value(config.neck, PROJECTOR) and "neck" not in asked:
+            config = replace(config, neck=None)
+            if "frame" not in asked and not same_value(config.frame, "random"):  # it was for the projector's width
+                config = config._plain()
+        if config.neck is None and "neck_features" not in asked:  # taken away with the neck
             config = replace(config, neck_features=None)
         if "lengths" not in asked:  # they were for other classes
             config = replace(config, lengths=None)

@@ -263,7 +263,7 @@ def test_meta_device_computes_nothing(monkeypatch):
         ({"frame": torch.ones(5, 8)}, "unit rows.*row norms from 2.828.*nearest_simplex_etf"),
         ({"frame": torch.full((5, 8), math.nan)}, "unit rows"),
         ({"feature_norm": "layer"}, "Unknown feature_norm 'layer'. Choose one of l2, batch, none"),
-        ({"neck": "conv"}, "Unknown neck 'conv'. Choose one of mlp, mlp2, mlp3, residual, or None"),
+        ({"neck": "conv"}, "Unknown neck 'conv'. Choose one of mlp, mlp2, mlp3, projector, residual, or None"),
         ({"logit_scale": "big"}, "Unknown logit_scale 'big'"),
         ({"logit_scale": 0}, "positive and finite, got 0"),
         ({"logit_scale": math.inf}, "positive and finite, got inf"),

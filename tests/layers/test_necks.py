@@ -129,5 +129,6 @@ def test_width_is_the_features_or_what_a_simplex_needs(name, in_features, num_cl
 
 
 def test_errors():
-    with pytest.raises(ValueError, match=r"Unknown neck 'conv'. Choose one of mlp, mlp2, mlp3, residual, or None"):
+    known = "mlp, mlp2, mlp3, projector, residual, or None"
+    with pytest.raises(ValueError, match=rf"Unknown neck 'conv'. Choose one of {known}"):
         build_neck("conv", 8, 5)

@@ -86,6 +86,21 @@ def test_none_takes_a_neck_and_its_width_away_from_weights(tmp_path):
     assert bare.fc.dim == model.num_features
 
 
+def test_other_classes_leave_a_projector_out(tmp_path):
+    x = torch.randn(2, 3, 32, 32)
+    model = timm.create_model("test_resnet_etf", num_classes=30, frame="kerdock", neck="projector", neck_features=64)
+    source = f"local-dir:{save_folder(model, tmp_path)}"
+    same = timm.create_model(source, pretrained=True)
+    torch.testing.assert_close(same.eval()(x), model.eval()(x), rtol=1e-2, atol=1e-2)  # half precision
+    bare = timm.create_model(source, pretrained=True, num_classes=5)
+    assert (bare.fc.neck, bare.fc.dim, bare.fc.frame) == (None, model.num_features, "auto")
+    other = timm.create_model(source, pretrained=True, num_classes=5, neck="mlp")
+    assert other.fc.neck is not None
+    config = HeadConfig(frame="random", neck="projector", neck_features=64)
+    assert config.refitted(5, 96, asked=()).saved() == HeadConfig(frame="random").saved()
+    assert config.refitted(5, 96, asked={"neck"}).neck == "projector"
+
+
 def test_a_neck_that_is_a_module_is_copied():
     neck = nn.Linear(8, 8)
     assert HeadConfig(neck=neck).build(8, 5).neck is not neck
