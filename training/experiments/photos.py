@@ -33,8 +33,9 @@ FOLDERS = (
     "photos_full_more",
     "photos_full_few",
     "photos_defaults",
+    "photos_lite2",
 )
-CHOSEN = (*FOLDERS, "photos_few", "photos_epochs")  # those with choices
+CHOSEN = (*FOLDERS, "photos_few", "photos_epochs", "photos_decay")  # those with choices
 DEFAULT = "finetune twin"  # what is measured as a twin's fine-tuning is when nothing else is said
 SHOTS = (1, 5, 10, 0)  # images a class; 0 for all
 # What the picture shows, of all rows.
@@ -101,8 +102,8 @@ def tables(cells: dict[Key, dict[int, Record]]) -> str:
 
 
 def short(cells: dict[Key, dict[int, Record]]) -> str:
-    """Means alone: a row for each method of `SHOWN` that all data sets have, a column for each weights and data set."""
-    found = estimates(cells)
+    """Means alone, of the first weights: a row for each method of `SHOWN` that all data sets have, a column for each."""
+    found = estimates(_of_first_weights(cells))
     places = list(dict.fromkeys(key[:2] for key in found))
     body = []
     for method in SHOWN:
@@ -110,6 +111,11 @@ def short(cells: dict[Key, dict[int, Record]]) -> str:
         if all(any(some) for some in row):
             body.append([method, *(" / ".join(f"{one.mean:.1f}" if one else "-" for one in some) for some in row)])
     return "\n".join(markdown(["1 / 5 / 10 / all images a class", *(f"{data}, {w}" for w, data in places)], body))
+
+
+def _of_first_weights(cells: dict[Key, dict[int, Record]]) -> dict[Key, dict[int, Record]]:
+    first = next(iter(cells), ("",))[0]
+    return {key: some for key, some in cells.items() if key[0] == first}
 
 
 def _shown(found: Estimate | None) -> str:
@@ -165,21 +171,22 @@ def beside_defaults(cells: dict[Key, dict[int, Record]]) -> str:
     for (weights, data, method, shots), own in cells.items():
         if method != DEFAULT:
             continue
-        others = {
-            m: {seed: some[seed] for seed in own}
+        both = {  # on the draws that both have
+            m: [{seed: side[seed] for seed in own.keys() & some.keys()} for side in (own, some)]
             for (w, d, m, s), some in cells.items()
-            if (w, d, s) == (weights, data, shots) and m != DEFAULT and own.keys() <= some.keys()
+            if (w, d, s) == (weights, data, shots) and m != DEFAULT and own.keys() & some.keys()
         }
-        means = {m: estimate(stacked(hits(some))).mean for m, some in others.items()}
+        found = {m: paired_difference(hits(ours), hits(theirs)) for m, (ours, theirs) in both.items()}
         number = f"{shots} a class" if shots else "all"
         row = [data, weights, number, method, f"{estimate(stacked(hits(own))).mean:.1f}"]
-        for which in (max(means, key=lambda m: means[m], default=""), "linear_probe", "ncm"):
-            if which not in others:
+        for which in (min(found, key=lambda m: found[m].mean, default=""), "linear_probe", "ncm"):
+            if which not in found:
                 row.append("")
                 continue
-            found = paired_difference(hits(own), hits(others[which]))
-            tells = " \\*" if found.tells else ""
-            row.append(f"{which}: {means[which]:.1f}, {found.mean:+.1f} [{found.low:+.1f}, {found.high:+.1f}]{tells}")
+            gap, mean = found[which], estimate(stacked(hits(both[which][1]))).mean
+            tells = " \\*" if gap.tells else ""
+            shown = f"{gap.mean:+.1f} [{gap.low:+.1f}, {gap.high:+.1f}]{tells} ({gap.subsets})"
+            row.append(f"{which}: {mean:.1f}, {shown}")
         body.append([*row, str(len(own))])
     header = [
         "data",
@@ -187,7 +194,7 @@ def beside_defaults(cells: dict[Key, dict[int, Record]]) -> str:
         "images",
         "defaults",
         "top-1 (%)",
-        "best other: its figure, difference",
+        "best other: its figure, difference (draws of both)",
         "",
         "",
         "draws",
@@ -200,14 +207,18 @@ def tried(folders: Sequence[Path]) -> str:
     body = []
     for folder in folders:
         for (weights, data, method), gave in read_choices(folder).items():
-            shown = ", ".join(f"{value:g}: {top1:.1f}" for value, top1 in sorted(gave.items()))
+            shown = ", ".join(f"{_value(value)}: {top1:.1f}" for value, top1 in sorted(gave.items()))
             body.append([data, weights, method, shown])
-    return "\n".join(markdown(["data", "weights", "method", "rate, epochs or batch size: top-1 (%)"], body))
+    return "\n".join(markdown(["data", "weights", "method", "what was tried: top-1 (%)"], body))
+
+
+def _value(value: float | bool) -> str:
+    return str(value).lower() if isinstance(value, bool) else f"{value:g}"
 
 
 def draw(cells: dict[Key, dict[int, Record]], path: Path) -> None:
-    """Accuracy over the number of images a class, a panel for each data set; bars are intervals."""
-    found = {key: value for key, value in estimates(cells).items() if key[2] in SHOWN}
+    """Accuracy over the number of images a class, of the first weights; bars are intervals."""
+    found = {key: value for key, value in estimates(_of_first_weights(cells)).items() if key[2] in SHOWN}
     panels = list(dict.fromkeys(key[:2] for key in found))
     shown = [method for method in SHOWN if any(key[2] == method for key in found)]
     figure = Figure(figsize=(4.2 * len(panels) + 1, 3.6), layout="constrained")

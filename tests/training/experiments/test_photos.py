@@ -55,14 +55,24 @@ def test_what_each_cell_of_the_table_says(folders):
     assert lines[2].endswith("| 2 x 10 |")
 
 
-def test_defaults_are_compared_on_their_own_draws(folders):
+def test_defaults_are_compared_on_the_draws_that_both_have(folders):
     results = Results(folders[1] / CELLS, folders[1] / "locks")
-    cell = {"weights": "w", "data": "d", "method": "finetune twin 5-shot", "seed": 1}
-    results.append({"key": "x", **cell, "correct": pack(np.arange(10) < 4), "test_images": 10})
+    cell = {"weights": "w", "data": "d", "method": "finetune twin 5-shot", "test_images": 10}
+    for seed, right in ((1, 4), (2, 10)):
+        results.append({"key": f"x{seed}", **cell, "seed": seed, "correct": pack(np.arange(10) < right)})
     rows = photos.beside_defaults(photos.read(folders)).splitlines()[2:]
     assert len(rows) == 1
-    assert rows[0].startswith("| d | w | 5 a class | finetune twin | 40.0 | head learned cosine: 70.0, -30.0 [")
-    assert rows[0].endswith("|  |  | 1 |")
+    assert rows[0].startswith("| d | w | 5 a class | finetune twin | 70.0 | head learned cosine: 70.0, -30.0 [")
+    assert rows[0].endswith(" (1) |  |  | 2 |")
+
+
+def test_larger_weights_stand_in_the_tables_alone(folders):
+    results = Results(folders[1] / CELLS, folders[1] / "locks")
+    cell = {"weights": "v", "data": "d", "method": "linear_probe", "test_images": 10, "seed": 0}
+    results.append({"key": "v", **cell, "correct": pack(np.arange(10) < 9)})
+    cells = photos.read(folders)
+    assert "**d**, v, 10 test images:" in photos.tables(cells)
+    assert photos.short(cells).splitlines()[0] == "| 1 / 5 / 10 / all images a class | d, w |"
 
 
 def test_the_report(folders):
