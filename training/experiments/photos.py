@@ -102,7 +102,7 @@ def tables(cells: dict[Key, dict[int, Record]]) -> str:
 
 
 def short(cells: dict[Key, dict[int, Record]]) -> str:
-    """Means alone, of the first weights: a row for each method of `SHOWN` that all data sets have, a column for each."""
+    """Means of the first weights: a row for each method of `SHOWN` that all data sets have, a column for each set."""
     found = estimates(_of_first_weights(cells))
     places = list(dict.fromkeys(key[:2] for key in found))
     body = []
