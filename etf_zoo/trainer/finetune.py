@@ -29,7 +29,7 @@ def plan(settings: Finetune) -> dict[str, Finetune]:
     """What to run, by the name it gets in the table; the first is the one asked for."""
     found = {_name(settings): settings}
     other_head = "frame" if settings.head == "warm" else settings.head  # means of random features say nothing
-    random_weights = {"pretrained": False, "head": other_head}
+    random_weights = {"pretrained": False, "head": other_head, "freeze_bn": False}
     references = {"random_weights": random_weights, "learned_head": {"head": "learned", "reserve": 0}}
     for folder, change in references.items() if settings.compare else ():
         output = Path(settings.output) / folder

@@ -83,6 +83,7 @@ FRAME, RANDOM, HEAD = "fixed frame, pretrained", "fixed frame, random weights", 
     ("settings", "planned"),
     [
         ({}, [(FRAME, "x"), (RANDOM, "x/random_weights"), (HEAD, "x/learned_head")]),
+        ({"freeze_bn": True}, [(FRAME, "x"), (RANDOM, "x/random_weights"), (HEAD, "x/learned_head")]),
         ({"pretrained": False}, [(RANDOM, "x"), ("learned head, random weights", "x/learned_head")]),
         ({"head": "learned"}, [(HEAD, "x"), ("learned head, random weights", "x/random_weights")]),
         ({"head": "learned", "pretrained": False}, [("learned head, random weights", "x")]),
@@ -93,6 +94,7 @@ def test_what_was_asked_for_is_no_reference_of_itself(settings, planned):
     assert [(name, recipe.output) for name, recipe in found.items()] == planned
     assert all(recipe.pretrained == ("pretrained" in name) for name, recipe in found.items())
     assert all((recipe.head == "learned") == ("learned" in name) for name, recipe in found.items())
+    assert all(recipe.freeze_bn is not True for recipe in found.values() if not recipe.pretrained)
 
 
 def test_a_comparison_goes_on_after_a_kill_in_its_first_run(tmp_path, monkeypatch, capsys):

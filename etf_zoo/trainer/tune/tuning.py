@@ -127,6 +127,8 @@ class Finetune(Recipe):
                     f"trains, not {self.head} and {self.method}."
                 )
             self.model_args = {"neck": "mlp", **self.model_args, "reserve": self.reserve}
+        if self.freeze_bn is True and not self.pretrained:
+            raise EtfZooError("Random weights have no batch statistics to keep: leave freeze_bn out, or pretrained.")
         if self.data.streaming:
             raise EtfZooError("Fine-tuning chooses among images, which a stream does not let it: data.streaming false.")
         if self.cache_views:

@@ -117,6 +117,8 @@ def test_batch_statistics_stay_where_images_are_very_few(tmp_path):
         assert settle(dataclasses.replace(PHOTOS, **changes), images(1)).freeze_bn is False
     for said in (True, False):
         assert settle(dataclasses.replace(PHOTOS, freeze_bn=said), images(1 + 9 * said)).freeze_bn is said
+    with pytest.raises(ValueError, match="Random weights have no batch statistics"):
+        dataclasses.replace(PHOTOS, freeze_bn=True, pretrained=False)
     rates = [completed(settle(PHOTOS, images(count)), 3 * count).optim.lr for count in (2, 3)]
     assert rates == [5e-4, 2e-3]
     before = timm.create_model("mobilenetv3_small_100_etf", pretrained=True).bn1
