@@ -140,11 +140,10 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     "learned cosine, MLP, entropy, two depths": {"head": "learned_cosine", "model_args": MLP, "loss": BOTH},
     RANDOM: {},
 }
-FINISHED = {  # name -> weights of `training/recipes/zoo_cpu.yaml`; those of the last are not kept in the repository
+FINISHED = {  # name -> weights of `training/recipes/zoo_cpu.yaml`
     "learned": "model_cards/resnet18_control.e23_tiny",
     "frame": "model_cards/resnet18_etf.e23s30_tiny",
-    "frame, MLP, entropy, two depths": "model_cards/resnet18_etf.e23mlp_tiny",
-    "learned, MLP, entropy, two depths": "runs/zoo/resnet18_control.e23mlp_tiny/model",
+    "frame, MLP, entropy, two depths": "model_cards/resnet18_etf.e23p_tiny",
 }
 TRYING = tuple(CANDIDATES)[:6]  # a neck asks for a rate of its own
 
