@@ -4,7 +4,8 @@
 
 Images are prepared as each model's config says. Of each split a fixed random choice is taken, the same for all models.
 One file a model and split, `FOLDER/MODEL/SET-SPLIT.safetensors`: the backbone's features, the head's logits, labels;
-files that are there are not computed again. Data are found through $ETF_ZOO_DATA.
+files that are there are not computed again. Data are found through $ETF_ZOO_DATA. The first model's weights are in the
+repository's history: `git checkout 8fb60d7 -- model_cards/resnet18_etf.e23s30_tiny`.
 """
 
 from __future__ import annotations
