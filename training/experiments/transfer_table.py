@@ -39,6 +39,7 @@ from etf_zoo.trainer.run.script import run_script
 from etf_zoo.trainer.tune.probes import PROBES, backbone_size, fit_probe
 from etf_zoo.trainer.tune.settle import once
 from etf_zoo.trainer.tune.tuning import Finetune, features_of, fine_tune, strip_head
+from etf_zoo.weights.native import WEIGHTS_NAME
 from training.experiments.choices import Choice, Trials, as_said, read_choices
 from training.experiments.frozen import frozen_features, hits, stored_inputs, tune_stored
 from training.experiments.grid import CELLS, Results, digest, raise_failed, run_grid, settings_digest, weights_digest
@@ -213,7 +214,9 @@ def available(table: Table) -> dict[str, dict[str, Any]]:
     for name, start in table.weights.items():
         try:
             if not table.report_only:
-                find_model(start.get("model", Finetune.model), start.get("pretrained", True))
+                source = find_model(start.get("model", Finetune.model), start.get("pretrained", True))
+                if start.get("pretrained", True) and source.folder and not (source.folder / WEIGHTS_NAME).is_file():
+                    raise EtfZooError(f"{source.folder.name} has no weights here.")
             found[name] = start
         except EtfZooError as error:
             print(f"Left out: {name}. {error}", file=sys.stderr, flush=True)

@@ -140,9 +140,12 @@ def test_a_report_mixes_no_weights_and_no_images():
 
 
 def test_weights_that_are_not_here_are_left_out_and_told(tmp_path, monkeypatch, capsys):
-    weights = {**TABLE["weights"], "gone": {"model": str(tmp_path / "none")}}
+    figures_only = "model_cards/resnet18_etf.e23s30_tiny"
+    weights = {**TABLE["weights"], "gone": {"model": str(tmp_path / "none")}, "figures": {"model": figures_only}}
     run(tmp_path, monkeypatch, source={}, weights=weights, methods={"ncm": {"seeds": [0]}})
-    assert "Left out: gone. " in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "Left out: gone. " in said
+    assert "Left out: figures. resnet18_etf.e23s30_tiny has no weights here." in said
     assert "| gone |" not in (tmp_path / "results" / "table.md").read_text()
 
 
