@@ -69,6 +69,7 @@ from etf_zoo.trainer.run import checkpoint
 from etf_zoo.trainer.run.checkpoint import CHECKPOINTS
 from etf_zoo.trainer.run.run import Run
 from etf_zoo.trainer.run.script import run_script
+from etf_zoo.weights.native import WEIGHTS_NAME
 from training.experiments.better_transfer_table import mean_score, write_tables
 from training.experiments.grid import CELLS, Results, raise_failed, run_grid, settings_digest, weights_digest
 from training.experiments.transfer_score import SETS, Scoring, images_of, score
@@ -140,7 +141,9 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     "learned cosine, MLP, entropy, two depths": {"head": "learned_cosine", "model_args": MLP, "loss": BOTH},
     RANDOM: {},
 }
-FINISHED = {  # name -> weights of `training/recipes/zoo_cpu.yaml`
+# Name -> weights of `training/recipes/zoo_cpu.yaml`; those of the frame are in the repository's history:
+# git checkout 8fb60d7 -- model_cards/resnet18_etf.e23s30_tiny
+FINISHED = {
     "learned": "model_cards/resnet18_control.e23_tiny",
     "frame": "model_cards/resnet18_etf.e23s30_tiny",
     "frame, MLP, entropy, two depths": "model_cards/resnet18_etf.e23p_tiny",
@@ -321,8 +324,8 @@ def finished(args: argparse.Namespace) -> list[Cell]:
     scoring, cells = replace(SCORING[args.stage], sets=tuple(args.sets)), []
     for name, weights in FINISHED.items():
         folder = model_folder(weights)
-        if folder is None:
-            print(f"{name} is left out: there is no {weights}, see training/experiments/zoo.py.")
+        if folder is None or not (folder / WEIGHTS_NAME).is_file():
+            print(f"{name} is left out: there are no weights in {weights}.")
             continue
         recipe = parse(Recipe, ["--config", str(folder / "recipe.yaml")])
         cells.append(Cell(args.stage, name, recipe.seed, recipe, scoring, budget="weights of the zoo", weights=weights))

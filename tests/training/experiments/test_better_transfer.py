@@ -264,6 +264,23 @@ def test_a_cell_from_training_to_its_line(tmp_path, monkeypatch):
     Results(tmp_path / "cells.jsonl", tmp_path / "locks").append({"key": one.key, **record})
 
 
+def test_weights_of_the_zoo_are_scored_without_training(tmp_path, monkeypatch, capsys):
+    args = argparse.Namespace(**{**vars(ARGS), "stage": 2})
+    cells = better_transfer.finished(args)
+    assert [(c.name, c.recipe.optim.lr, c.recipe.epochs) for c in cells] == [
+        ("learned", 0.2, 23),
+        ("frame, MLP, entropy, two depths", 0.3, 23),
+    ]
+    assert "frame is left out: there are no weights in model_cards/resnet18_etf.e23s30_tiny." in capsys.readouterr().out
+    seen = {}
+    monkeypatch.setattr(better_transfer, "score", lambda model, recipe, how: seen.update(model=model, how=how) or {})
+    record = better_transfer.measure(tmp_path, cells[1])
+    assert record["budget"] == "weights of the zoo"
+    assert seen["model"].pretrained_cfg["tag"] == "e23p_tiny"
+    assert (seen["how"].sets, seen["how"].test) == (("birds",), False)
+    assert len({c.key for c in cells}) == 2
+
+
 def test_epochs_until_and_own_rates():
     assert sooner.epochs_until([10.0, 20.0, 40.0], 30.0) == 2.5
     assert sooner.epochs_until([10.0, 20.0], 5.0) == 0.5
