@@ -21,6 +21,8 @@ from torch import nn
 from etf_zoo.errors import EtfZooError, StorageError
 from etf_zoo.sharing.card import METRICS_NAME, write_card
 from etf_zoo.sharing.folder import save_folder
+from etf_zoo.weights.config import read_config
+from etf_zoo.weights.native import CONFIG_NAME
 
 from ..data.augment import Colors
 from ..data.batches import Split
@@ -30,6 +32,7 @@ from ..recipe.config import Recipe, final_size, save_recipe
 from .checkpoint import reason
 from .launching import make_accelerator
 from .log import METRICS, read_records
+from .model import find_model
 from .run import Run
 
 __all__ = ["Origin", "check_storable", "export_model", "export_run", "plot_curve"]
@@ -44,12 +47,17 @@ def check_storable(recipe: Recipe) -> None:
     """Raise ValueError, before any training, on a model that no folder can hold: timm could not build it."""
     args = recipe.model_args
     changed = args.get("neck") not in (None, "none") or args.get("whitening") not in (None, False)
-    if recipe.head == "learned" and changed:
+    if recipe.head == "learned" and (changed or _starts_whitened(recipe)):
         raise EtfZooError(
             "A learned head behind a neck or a whitening layer is a control that training/experiments/comparison.py "
             "measures; it has no model folder. Use head=learned_cosine, whose prototypes are learned too, or "
-            "head=frame, or leave model_args.neck and model_args.whitening out."
+            "head=frame, or leave model_args.neck, model_args.whitening and weights with whitening out."
         )
+
+
+def _starts_whitened(recipe: Recipe) -> bool:
+    folder = find_model(recipe.model, recipe.pretrained).folder if recipe.pretrained else None
+    return folder is not None and bool(read_config(folder / CONFIG_NAME).get("model_args", {}).get("whitening"))
 
 
 @dataclass(frozen=True)

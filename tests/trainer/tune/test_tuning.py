@@ -11,11 +11,14 @@ import torch
 from PIL import Image
 
 from etf_zoo import frame_heads
+from etf_zoo.errors import EtfZooError
 from etf_zoo.sharing.folder import save_folder
 from etf_zoo.trainer import finetune
 from etf_zoo.trainer.data.augment import colors_of
 from etf_zoo.trainer.data.batches import Split, limited_rows, normalize
 from etf_zoo.trainer.recipe.config import Augment, Data, Loss, Optim
+from etf_zoo.trainer.run.export import check_storable
+from etf_zoo.trainer.run.model import make_model
 from etf_zoo.trainer.tune.methods import tuned_share
 from etf_zoo.trainer.tune.parts import load_data
 from etf_zoo.trainer.tune.tuning import Finetune, fine_tune
@@ -148,6 +151,20 @@ def test_a_fresh_neck_is_told_of(tmp_path, digits, capsys):
     tuned = fine_tune(recipe(tmp_path / "bare", **start, model_args={"neck": "none"}), *digits)
     assert words not in capsys.readouterr().out
     assert tuned.run.plain_model().fc.neck is None
+
+
+def test_weights_with_whitening(tmp_path, digits):
+    whitened = timm.create_model("test_resnet_etf", num_classes=30, whitening=True).eval()
+    start = {"model": str(save_folder(whitened, tmp_path / "start")), "pretrained": True}
+    probe = fine_tune(recipe(tmp_path, **start, method="linear_probe"), *digits)
+    assert probe.top1 > 30  # of ten classes
+    base = make_model(recipe(tmp_path, **start, head="learned"), 10).eval()
+    x = torch.rand(3, 3, 32, 32)
+    stored = timm.create_model(f"local-dir:{tmp_path / 'start'}", pretrained=True, num_classes=0).eval()
+    torch.testing.assert_close(base.forward_head(base.forward_features(x), pre_logits=True), stored(x))
+    with pytest.raises(EtfZooError, match=r"no model folder.*weights with whitening"):
+        check_storable(recipe(tmp_path, **start, head="learned"))
+    check_storable(recipe(tmp_path, **start, head="frame"))
 
 
 def test_early_stopping_begun_in_a_later_session(tmp_path, digits, monkeypatch, capsys):
