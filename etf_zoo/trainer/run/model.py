@@ -19,7 +19,6 @@ from etf_zoo.frames.build import OF_A_TREE
 from etf_zoo.layers.cosine import LearnedCosineClassifier, learn_prototypes
 from etf_zoo.layers.logit_scale import smoothed_probability
 from etf_zoo.layers.necks import build_neck
-from etf_zoo.layers.whitening import Whitening
 from etf_zoo.models import find as models
 from etf_zoo.models.create import create_plain, whiten
 from etf_zoo.models.find import Source
@@ -156,9 +155,7 @@ def _plain_model(source: Source, args: dict[str, Any]) -> nn.Module:
     if args["pretrained"]:
         twin: Any = timm.create_model(source.name, **args)
         names = list(frame_heads(twin))
-        for name, layer in twin.named_modules():  # in the place of the base's last norm
-            if isinstance(layer, Whitening):
-                plain.set_submodule(name, layer)
+        whiten(plain, getattr(twin, "_model_args", {}).get("whitening", False))
         missing, unexpected = plain.load_state_dict(split_head(twin.state_dict(), names)[0], strict=False)
         if unexpected or any(not key.startswith(tuple(f"{name}." for name in names)) for key in missing):
             raise RuntimeError(f"{source.architecture} and {base} differ in more than the head: {missing}.")

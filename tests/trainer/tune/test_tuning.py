@@ -153,8 +153,9 @@ def test_a_fresh_neck_is_told_of(tmp_path, digits, capsys):
     assert tuned.run.plain_model().fc.neck is None
 
 
-def test_weights_with_whitening(tmp_path, digits):
-    whitened = timm.create_model("test_resnet_etf", num_classes=30, whitening=True).eval()
+@pytest.mark.parametrize("name", ["test_resnet_etf", "test_efficientnet_etf"])
+def test_weights_with_whitening(name, tmp_path, digits):
+    whitened = timm.create_model(name, num_classes=30, whitening=True).eval()
     start = {"model": str(save_folder(whitened, tmp_path / "start")), "pretrained": True}
     probe = fine_tune(recipe(tmp_path, **start, method="linear_probe"), *digits)
     assert probe.top1 > 30  # of ten classes
