@@ -162,15 +162,18 @@ def differences(cells: dict[Key, dict[int, Record]]) -> str:
     return "\n".join(markdown(["data", "weights", "images", "method", "control", "minus control", "n"], body))
 
 
+def _by_shots(key: Key) -> tuple[str, int]:
+    return key[0], SHOTS.index(key[3])
+
+
 def beside_defaults(cells: dict[Key, dict[int, Record]]) -> str:
     """`finetune` at its defaults beside the others that were measured on the same training images.
 
     Which of the others is best is known from the test images alone, so that is more than anybody could choose.
     """
     body = []
-    for (weights, data, method, shots), own in cells.items():
-        if method != DEFAULT:
-            continue
+    for weights, data, method, shots in sorted((key for key in cells if key[2] == DEFAULT), key=_by_shots):
+        own = cells[weights, data, method, shots]
         both = {  # on the draws that both have
             m: [{seed: side[seed] for seed in own.keys() & some.keys()} for side in (own, some)]
             for (w, d, m, s), some in cells.items()
