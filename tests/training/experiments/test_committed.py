@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from etf_zoo.trainer.recipe.config import parse
-from training.experiments import better_transfer, better_transfer_table, comparison, photos, pixels
+from training.experiments import better_transfer, better_transfer_table, comparison, photos, pixels, sooner
 from training.experiments.choices import read_choices
 from training.experiments.comparison import Comparison
 from training.experiments.grid import CELLS, Results
@@ -70,7 +70,13 @@ def test_better_transfer(tmp_path):
         assert (folder / file.name).read_text(encoding="utf-8") == file.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", [*COMPARED, *SEGMENTED, *MEASURED, *PHOTOS, "better_transfer"])
+def test_sooner():
+    folder = RESULTS / "sooner"
+    records = list(Results(folder / CELLS, RESULTS).read().values())
+    assert (folder / "table.md").read_text(encoding="utf-8") == sooner.table(records)
+
+
+@pytest.mark.parametrize("name", [*COMPARED, *SEGMENTED, *MEASURED, *PHOTOS, "better_transfer", "sooner"])
 def test_no_line_is_damaged(name):
     file = RESULTS / name / CELLS
     lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
