@@ -375,7 +375,8 @@ def _install_head(model: Any, request: _Request, weights: _Weights) -> nn.Module
     names, num_classes = request.classifiers, request.num_classes
     if weights.learned:
         if request.is_fresh:
-            attach_frame(model, **request.head)
+            said = request.head.keys() if request.described else request.asked  # not what a tag's own weights had
+            attach_frame(model, **{key: value for key, value in request.head.items() if key in said})
         else:
             convert_classifier(model)
         model.pretrained_cfg["architecture"] = request.name

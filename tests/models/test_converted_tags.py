@@ -11,7 +11,7 @@ import torch
 from timm.models import get_pretrained_cfg
 from timm.models._builder import _resolve_pretrained_source
 
-from etf_zoo import frame_heads
+from etf_zoo import FrameClassifier, frame_heads
 from etf_zoo.frames import best_frame
 from etf_zoo.models.convert import EXACT
 from etf_zoo.models.tags import classifies, is_converted
@@ -128,6 +128,7 @@ def test_weights_of_the_base_give_a_converted_twin(kind):
     for head in frame_heads(other).values():
         assert (head.neck, head.feature_norm) == (None, "l2")
         assert torch.equal(head.weight, best_frame(4, head.in_features))
+        assert head.logit_scale == FrameClassifier(head.in_features, 4).logit_scale  # not that of a tag's own weights
 
 
 def test_label_offset():
