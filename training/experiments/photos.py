@@ -35,7 +35,7 @@ FOLDERS = (
     "photos_defaults",
     "photos_lite2",
 )
-CHOSEN = (*FOLDERS, "photos_few", "photos_epochs", "photos_decay")  # those with choices
+CHOSEN = (*FOLDERS, "photos_few", "photos_epochs", "photos_decay", "photos_all")  # those with choices
 DEFAULT = "finetune twin"  # what is measured as a twin's fine-tuning is when nothing else is said
 SHOTS = (1, 5, 10, 0)  # images a class; 0 for all
 # What the picture shows, of all rows.
