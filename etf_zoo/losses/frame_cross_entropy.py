@@ -4,7 +4,7 @@
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 from torch.nn import functional as F
 
 from ..errors import EtfZooError
@@ -21,7 +21,7 @@ __all__ = ["FrameCrossEntropy"]
 _PLAIN_LENGTH = 80.0
 
 
-@torch.library.custom_op("etf_zoo::other_classes", mutates_args=())
+@library.custom_op("etf_zoo::other_classes", mutates_args=())
 def _other_classes(
     x: Tensor, labels: Tensor, weight: Tensor, signs: Tensor, num_classes: int, gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor]:

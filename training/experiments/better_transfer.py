@@ -354,9 +354,12 @@ def main() -> None:
     if args.stage:
         if args.jobs > 1:
             decode(args)
-        for first in (True,) if args.finished else (True, False):
-            cells = finished(args) if args.finished else plan(args, list(results.read().values()), first)
-            failed += run_grid(cells, partial(measure, args.work), results, args.work / "locks", args.jobs)
+        how = partial(measure, args.work), results, args.work / "locks", args.jobs
+        if args.finished:
+            failed += run_grid(finished(args), *how)
+        else:  # the second round takes the rates that the first found
+            for first in (True, False):
+                failed += run_grid(plan(args, list(results.read().values()), first), *how)
     write_tables(list(results.read().values()), args.results, list(CANDIDATES))
     raise_failed(failed)
 

@@ -120,12 +120,10 @@ def prepare(model: nn.Module, method: str, layer: str = "", freeze_bn: bool = Fa
     """
     if method not in METHODS:
         raise EtfZooError(f"Unknown method {method!r}. Choose one of {', '.join(METHODS)}.")
-    heads = timm_classifier_names(model)
-    norms = [n for n, m in model.named_modules() if isinstance(m, _BatchNorm) and not _below(n, heads)]
-    frozen = norms if freeze_bn else []
+    tuned = timm_classifier_names(model)
+    norms = [n for n, m in model.named_modules() if freeze_bn and isinstance(m, _BatchNorm) and not _below(n, tuned)]
     if method == "full":
-        return _freeze(model, frozen) if frozen else model
-    tuned = heads
+        return _freeze(model, norms) if norms else model
     if method != "head":
         layer = pick_layer(model, layer)
         tuned += (layer,)
@@ -139,7 +137,7 @@ def prepare(model: nn.Module, method: str, layer: str = "", freeze_bn: bool = Fa
             "(--model_args.neck mlp), take --head learned, or another method (ncm, layer, scl, full)."
         )
     outside = [n for n, m in model.named_modules() if n and not _below(n, tuned) and not _above(n, tuned)]
-    return _freeze(model, [*outside, *frozen])
+    return _freeze(model, [*outside, *norms])
 
 
 def _freeze(model: nn.Module, modules: Iterable[str]) -> nn.Module:
