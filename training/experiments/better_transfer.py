@@ -139,14 +139,27 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     "learned, entropy, two depths": {"head": "learned", "loss": BOTH},
     "learned, MLP, entropy, two depths": {"head": "learned", "model_args": {"neck": "mlp"}, "loss": BOTH},
     "learned cosine, MLP, entropy, two depths": {"head": "learned_cosine", "model_args": MLP, "loss": BOTH},
+    # the winner with what else helped a frame in stage 1
+    "frame, MLP, entropy, two depths, target cosine 0.6 to 0.15": {
+        "model_args": {"neck": "mlp"},
+        "loss": BOTH,
+        "target_cosine": [0.6, 0.15],
+    },
+    "frame, MLP, entropy, two depths, covariance 0.1": {
+        "model_args": MLP,
+        "loss": {**BOTH, "variance_covariance": 0.1},
+    },
+    "frame, MLP, entropy, two depths, NONL": {"model_args": MLP, "loss": {**BOTH, **NONL}},
     RANDOM: {},
 }
 # Name -> weights of `training/recipes/zoo_cpu.yaml`; those of the frame are in the repository's history:
 # git checkout 8fb60d7 -- model_cards/resnet18_etf.e23s30_tiny
+# and those of learned cosine rows stay where `training/experiments/zoo.py resnet18_projector_cosine` left them.
 FINISHED = {
     "learned": "model_cards/resnet18_control.e23_tiny",
     "frame": "model_cards/resnet18_etf.e23s30_tiny",
     "frame, MLP, entropy, two depths": "model_cards/resnet18_etf.e23p_tiny",
+    "learned cosine, MLP, entropy, two depths": "runs/zoo/resnet18_cosine_control.e23p_tiny/model",
 }
 TRYING = tuple(CANDIDATES)[:6]  # a neck asks for a rate of its own
 

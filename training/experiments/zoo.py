@@ -42,7 +42,7 @@ from etf_zoo.weights.native import WEIGHTS_NAME
 from training.experiments.grid import lock_file, run_jobs
 from training.experiments.readme import ROOT, write_tables
 
-KINDS = {"frame": "etf", "learned": "control", "random": "random_control"}
+KINDS = {"frame": "etf", "learned": "control", "learned_cosine": "cosine_control", "random": "random_control"}
 
 
 @dataclass

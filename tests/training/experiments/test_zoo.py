@@ -39,11 +39,11 @@ def figures(folder, name=METRICS_NAME):
 
 def test_model_and_controls(listed, tmp_path):
     cards = listed("tiny")
-    listed("--heads", "random")
+    listed("--heads", "random", "learned_cosine")
     folders = {kind: cards / f"test_resnet_{kind}.e1_digits" for kind in zoo.KINDS.values()}
     assert sorted(cards.iterdir()) == sorted(folders.values())
     stored = {kind: (folder / WEIGHTS_NAME).is_file() for kind, folder in folders.items()}
-    assert stored == {"etf": True, "control": True, "random_control": False}
+    assert stored == {"etf": True, "control": True, "cosine_control": False, "random_control": False}
     for kind, folder in folders.items():
         others = {f.name for other, f in folders.items() if other != kind}
         assert {entry["model"] for entry in figures(folder)["references"]} == others
