@@ -11,6 +11,7 @@ import timm
 import torch
 
 from etf_zoo import frame_heads
+from etf_zoo.layers.necks import PROJECTOR
 from etf_zoo.models.head_config import split_head_args
 
 from ..data.subsets import Images
@@ -21,8 +22,10 @@ from .probes import PROBES
 
 __all__ = ["batch_for", "completed", "epochs_for", "head_for", "once", "rate_for", "settle", "strip_head"]
 
-FEW = 20  # images of a class: with fewer of most classes none are held out, and a frame lies by the class means
-FEWEST = 3  # with fewer of most classes batch statistics of the backbone stay as they were
+# images of a class: with fewer of most classes
+MANY = 50  # a frame lies by the class means
+FEW = 20  # none are held out
+FEWEST = 3  # batch statistics of the backbone stay as they were
 HOLDOUT = 0.1  # of each class, where there are more
 EPOCHS = 20
 STEPS = 100  # that a training takes at least, by smaller batches and more epochs where images are few
@@ -95,11 +98,11 @@ def strip_head(settings: Any) -> Any:
 
 
 def head_for(settings: Any, train: Images) -> str:
-    """The head of a twin of which nothing is said: `warm` for few images, else `frame`.
+    """The head of a twin of which nothing is said: `warm` with fewer than 50 images of most classes, else `frame`.
 
     It is `frame` too where `warm` cannot be, or would put away what is known: from random weights, with arguments for
     the head, with classes that have no image or are more than the features, with room for later classes, and with
-    weights that bring a frame for as many classes.
+    weights that bring a frame for as many classes, or a neck for any.
 
     Args:
         settings: A `Finetune` recipe.
@@ -107,13 +110,15 @@ def head_for(settings: Any, train: Images) -> str:
     """
     counts, each = np.asarray(train.class_counts()), _images_of_most(settings, train)
     said = split_head_args(settings.model_args)[0] or settings.reserve or settings.data.limit
-    if each >= FEW or not settings.pretrained or said or settings.method in PROBES or not counts.all():
+    if each >= MANY or not settings.pretrained or said or settings.method in PROBES or not counts.all():
         return "frame"
     source = find_model(settings.model)
+    if source.num_classes == len(counts) or source.neck not in ("", "none", PROJECTOR):
+        return "frame"
     with torch.device("meta"):
         twin = timm.create_model(source.name, num_classes=len(counts), **settings.model_args)
     width = next(iter(frame_heads(twin).values())).in_features
-    return "frame" if source.num_classes == len(counts) or len(counts) > width else "warm"
+    return "frame" if len(counts) > width else "warm"
 
 
 def _images_of_most(settings: Any, train: Images) -> float:

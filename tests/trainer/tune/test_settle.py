@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 
+from etf_zoo.sharing.folder import save_folder
 from etf_zoo.trainer.data.resident import Split
 from etf_zoo.trainer.recipe.config import Data, Optim
 from etf_zoo.trainer.tune.settle import batch_for, completed, epochs_for, head_for, settle
@@ -87,8 +88,8 @@ PHOTOS = Finetune(model="mobilenetv3_small_100_etf", sizes=[[0, 32]], data=Data(
 
 def test_a_frame_lies_by_the_means_of_few_images():
     assert PHOTOS.head == "auto"
-    assert head_for(PHOTOS, images(19)) == "warm"
-    assert head_for(PHOTOS, images(20)) == "frame"
+    assert head_for(PHOTOS, images(49)) == "warm"
+    assert head_for(PHOTOS, images(50)) == "frame"
     assert head_for(dataclasses.replace(PHOTOS, shots=5), images(60)) == "warm"
     assert head_for(PHOTOS, images(1, classes=1024)) == "warm"
     assert head_for(PHOTOS, images(1, classes=1025)) == "frame"  # of 1024 features
@@ -107,6 +108,14 @@ def test_a_frame_lies_by_the_means_of_few_images():
 )
 def test_a_frame_lies_at_random_where_something_speaks_for_it(changes):
     assert head_for(dataclasses.replace(PHOTOS, **changes), images(5)) == "frame"
+
+
+@pytest.mark.parametrize(("neck", "wanted"), [(None, "warm"), ("mlp", "frame"), ("projector", "warm")])
+def test_a_neck_of_the_weights_stays_between_features_and_frame(tmp_path, neck, wanted):
+    model = timm.create_model("test_resnet_etf", num_classes=30, neck=neck)
+    settings = dataclasses.replace(PHOTOS, model=str(save_folder(model, tmp_path)))
+    assert head_for(settings, images(5)) == wanted
+    assert head_for(settings, images(5, classes=30)) == "frame"  # which the weights bring
 
 
 def test_batch_statistics_stay_where_images_are_very_few(tmp_path):
