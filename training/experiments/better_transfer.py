@@ -145,9 +145,23 @@ CANDIDATES: dict[str, dict[str, Any]] = {
         "loss": BOTH,
         "target_cosine": [0.6, 0.15],
     },
+    "frame, MLP, entropy, two depths, target cosine 0.6": {
+        "model_args": {"neck": "mlp"},
+        "loss": BOTH,
+        "target_cosine": [0.6],
+    },
     "frame, MLP, entropy, two depths, covariance 0.1": {
         "model_args": MLP,
         "loss": {**BOTH, "variance_covariance": 0.1},
+    },
+    "frame, MLP, entropy, two depths, covariance 0.5": {
+        "model_args": MLP,
+        "loss": {**BOTH, "variance_covariance": 0.5},
+    },
+    "frame, MLP, entropy, two depths, target cosine 0.6 to 0.15, covariance 0.5": {
+        "model_args": {"neck": "mlp"},
+        "loss": {**BOTH, "variance_covariance": 0.5},
+        "target_cosine": [0.6, 0.15],
     },
     "frame, MLP, entropy, two depths, NONL": {"model_args": MLP, "loss": {**BOTH, **NONL}},
     RANDOM: {},
