@@ -168,12 +168,14 @@ CANDIDATES: dict[str, dict[str, Any]] = {
 }
 # Name -> weights of `training/recipes/zoo_cpu.yaml`; those of the frame are in the repository's history:
 # git checkout 8fb60d7 -- model_cards/resnet18_etf.e23s30_tiny
-# and those of learned cosine rows stay where `training/experiments/zoo.py resnet18_projector_cosine` left them.
+# Those in runs/zoo stay where `training/experiments/zoo.py resnet18_projector_cosine resnet18_projector_annealed` left
+# them.
 FINISHED = {
     "learned": "model_cards/resnet18_control.e23_tiny",
     "frame": "model_cards/resnet18_etf.e23s30_tiny",
     "frame, MLP, entropy, two depths": "model_cards/resnet18_etf.e23p_tiny",
     "learned cosine, MLP, entropy, two depths": "runs/zoo/resnet18_cosine_control.e23p_tiny/model",
+    "frame, MLP, entropy, two depths, target cosine 0.6 to 0.15": "runs/zoo/resnet18_etf.e23pa_tiny/model",
 }
 TRYING = tuple(CANDIDATES)[:6]  # a neck asks for a rate of its own
 
