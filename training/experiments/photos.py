@@ -32,6 +32,7 @@ FOLDERS = (
     "photos_full",
     "photos_full_more",
     "photos_full_few",
+    "photos_plain",
     "photos_defaults",
     "photos_lite2",
 )

@@ -23,7 +23,7 @@ from .probes import PROBES
 __all__ = ["batch_for", "completed", "epochs_for", "head_for", "once", "rate_for", "settle", "strip_head"]
 
 # images of a class: with fewer of most classes
-MANY = 50  # a frame lies by the class means
+MANY = 100  # a frame lies by the class means
 FEW = 20  # none are held out
 FEWEST = 3  # batch statistics of the backbone stay as they were
 HOLDOUT = 0.1  # of each class, where there are more
@@ -98,7 +98,7 @@ def strip_head(settings: Any) -> Any:
 
 
 def head_for(settings: Any, train: Images) -> str:
-    """The head of a twin of which nothing is said: `warm` with fewer than 50 images of most classes, else `frame`.
+    """The head of a twin of which nothing is said: `warm` with fewer than 100 images of most classes, else `frame`.
 
     It is `frame` too where `warm` cannot be, or would put away what is known: from random weights, with arguments for
     the head, with classes that have no image or are more than the features, with room for later classes, and with

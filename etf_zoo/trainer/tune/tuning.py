@@ -50,7 +50,7 @@ class Finetune(Recipe):
         model: timm or `_etf` name, `hf-hub:` id, model folder or the folder of a finished run.
         head: The new head, as in pretraining, or one that knows the classes before any training: `warm` (the simplex
             ETF nearest to the class means of the frozen features) or `warm_learned` (their linear probe, 2202.10054).
-            `auto` is `learned`, and for `_etf` models `frame`, or with fewer than 50 images of most classes `warm`,
+            `auto` is `learned`, and for `_etf` models `frame`, or with fewer than 100 images of most classes `warm`,
             where there is no reason against it, see `head_for`.
         method: `full`, `head` (frozen backbone), `layer` (one block and the head), `scl` (the same, with a skip
             connection to the last feature, 2212.12206), or on frozen features, with a head of their own,

@@ -88,8 +88,8 @@ PHOTOS = Finetune(model="mobilenetv3_small_100_etf", sizes=[[0, 32]], data=Data(
 
 def test_a_frame_lies_by_the_means_of_few_images():
     assert PHOTOS.head == "auto"
-    assert head_for(PHOTOS, images(49)) == "warm"
-    assert head_for(PHOTOS, images(50)) == "frame"
+    assert head_for(PHOTOS, images(99)) == "warm"
+    assert head_for(PHOTOS, images(100)) == "frame"
     assert head_for(dataclasses.replace(PHOTOS, shots=5), images(60)) == "warm"
     assert head_for(PHOTOS, images(1, classes=1024)) == "warm"
     assert head_for(PHOTOS, images(1, classes=1025)) == "frame"  # of 1024 features

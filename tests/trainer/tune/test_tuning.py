@@ -337,7 +337,7 @@ def run_script(monkeypatch, *arguments):
 def test_a_folder_and_one_command(folder, tmp_path, monkeypatch, capsys):
     run_script(monkeypatch, "--data", folder, "--output", tmp_path / "run", "--epochs", "4", "--batch_size", "8")
     out = capsys.readouterr().out
-    assert "Fewer than 50 images of most classes: the frame lies by their means (--head)" in out
+    assert "Fewer than 100 images of most classes: the frame lies by their means (--head)" in out
     assert "warm frame, pretrained" in out
     model = tmp_path / "run" / "model"
     config = json.loads((model / "config.json").read_text())
