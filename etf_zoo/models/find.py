@@ -40,7 +40,6 @@ class Source:
         folder: Model folder that its files lie in; None if they are not on this machine as a folder.
         license: Of its weights, such as `apache-2.0`; empty where it is not stated.
         num_classes: That its weights know; 0 where it is not stated.
-        neck: Between features and frame, where its weights have one, such as `mlp`.
     """
 
     name: str
@@ -50,7 +49,6 @@ class Source:
     folder: Path | None = None
     license: str = ""
     num_classes: int = 0
-    neck: str = ""
 
     @property
     def is_twin(self) -> bool:
@@ -82,14 +80,14 @@ def find_model(model: str, pretrained: bool = True) -> Source:
         raise EtfZooError("Name a model: a timm name, a folder, a run, or hf-hub:ORG/NAME.")
     if folder := model_folder(model):
         read_config(folder / CONFIG_NAME)  # whose errors name file and field
-        cfg, architecture, args = load_model_config_from_path(folder)
+        cfg, architecture, _ = load_model_config_from_path(folder)
         found = f"{_LOCAL}{folder}", architecture, cfg["input_size"][-1], _identity(cfg, folder), folder
-        return Source(*found, _license(cfg), cfg.get("num_classes", 0), _neck(args))
+        return Source(*found, _license(cfg), cfg.get("num_classes", 0))
     if model.startswith(_HUB):
         with hub_errors(model.removeprefix(_HUB)):
-            cfg, architecture, args = load_model_config_from_hf(model.removeprefix(_HUB))
+            cfg, architecture, _ = load_model_config_from_hf(model.removeprefix(_HUB))
         found = model, architecture, cfg["input_size"][-1], _identity(cfg), None
-        return Source(*found, _license(cfg), cfg.get("num_classes", 0), _neck(args))
+        return Source(*found, _license(cfg), cfg.get("num_classes", 0))
     architecture, _, tag = model.partition(".")
     if not timm.is_model(architecture):
         raise EtfZooError(_unknown(model))
@@ -103,10 +101,9 @@ def find_model(model: str, pretrained: bool = True) -> Source:
         raise EtfZooError(f"{architecture} has no tag {tag!r}; there is {known}.") from None
     embedded = cards_folder() / name
     folder = embedded if (embedded / CONFIG_NAME).is_file() else None
-    args = read_config(folder / CONFIG_NAME).get("model_args") if folder else None
     entries = cfg.to_dict()
     found = model, architecture, cfg.input_size[-1], _identity(entries, folder), folder
-    return Source(*found, _license(entries), cfg.num_classes, _neck(args))
+    return Source(*found, _license(entries), cfg.num_classes)
 
 
 def model_folder(model: str) -> Path | None:
@@ -169,10 +166,6 @@ def _unknown(model: str) -> str:
     near = difflib.get_close_matches(model, timm.list_models(), n=3)
     hint = f" Did you mean {', '.join(near)}?" if near else ""
     return f"There is no model or folder {model!r}.{hint} `etf-zoo list` shows the names."
-
-
-def _neck(args: Mapping[str, Any] | None) -> str:
-    return str((args or {}).get("neck") or "")
 
 
 def _license(cfg: Mapping[str, Any]) -> str:

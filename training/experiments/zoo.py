@@ -53,8 +53,8 @@ class Zoo:
         base: What their recipes share.
         models: Name -> what it changes in the recipe, and besides it: `heads`, of the model and its controls; `keep`,
             those whose weights are kept, by default the model's (of the others only the figures are); `seeds`: of
-            others than the recipe's own only the figures are kept; `beside`, other models of the list that its cards
-            and theirs compare with each other, and which name it in turn.
+            others than the recipe's own only the figures are kept; `beside`, models of the list that its cards and
+            theirs compare with each other, and which name it in turn; it may name itself.
     """
 
     base: Recipe = field(default_factory=Recipe)
@@ -84,7 +84,7 @@ def entry_of(zoo: Zoo, name: str) -> Entry:
     heads, keep = changes.pop("heads", ["frame", "learned"]), changes.pop("keep", ["frame"])
     if unknown := {*heads, *keep} - KINDS.keys():
         raise EtfZooError(f"{name}: heads and keep are of {', '.join(KINDS)}, not {', '.join(sorted(unknown))}.")
-    seeds, beside = changes.pop("seeds", None), changes.pop("beside", [])
+    seeds, beside = changes.pop("seeds", None), [other for other in changes.pop("beside", []) if other != name]
     recipe = parse_entries(Recipe, merged(dataclasses.asdict(zoo.base), changes))
     return Entry(recipe, heads, keep, seeds or [recipe.seed], beside)
 

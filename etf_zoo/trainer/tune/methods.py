@@ -24,6 +24,7 @@ __all__ = [
     "blocks",
     "first_tuned",
     "fresh_neck",
+    "has_neck",
     "pick_layer",
     "prepare",
     "tuned_share",
@@ -160,6 +161,16 @@ def tuned_share(model: nn.Module) -> tuple[int, int]:
     return sum(n for n, trains in counts if trains), sum(n for n, _ in counts)
 
 
+def has_neck(model: nn.Module) -> bool:
+    """Whether a neck stands between a model's features and its frame.
+
+    Example:
+        >>> has_neck(timm.create_model("test_resnet_etf", neck="mlp"))
+        True
+    """
+    return any(head.neck is not None for head in frame_heads(model).values())
+
+
 def fresh_neck(model: Any, asked: bool) -> str:
     """A sentence on a neck that the weights brought and that is built anew, as it was for other classes; else empty.
 
@@ -171,8 +182,7 @@ def fresh_neck(model: Any, asked: bool) -> str:
         >>> fresh_neck(timm.create_model("test_resnet_etf", num_classes=5), asked=False)
         ''
     """
-    necked = any(head.neck is not None for head in frame_heads(model).values())
-    if asked or not necked or model.pretrained_cfg.get("num_classes") == model.num_classes:
+    if asked or not has_neck(model) or model.pretrained_cfg.get("num_classes") == model.num_classes:
         return ""
     return (
         "The neck of the weights was for other classes: a fresh one stands before the frame. Its features were before "
@@ -208,8 +218,7 @@ def warm_head(model: nn.Module, features: Tensor, labels: Tensor, names: list[st
     Raises:
         ValueError: As `warm_frame`, or if the head has a neck: behind it the class means say nothing.
     """
-    heads = list(frame_heads(model).values())
-    if any(head.neck is not None for head in heads):
+    if has_neck(model):
         raise EtfZooError("A warm frame meets the backbone's features themselves: take the neck out, or --head frame.")
     kept = {k: v for k, v in split_head_args(head_args)[0].items() if k not in ("frame", "orientation", "seed")}
     attach_frame(model, len(names), frame=warm_frame(features, labels, names), **kept)

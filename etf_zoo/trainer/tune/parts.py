@@ -19,7 +19,7 @@ from ..data.sources import HELD_OUT, choose_split
 from ..data.subsets import Images, check_classes, load_images
 from ..recipe.config import Data, Recipe
 from ..run.launching import make_accelerator
-from .settle import settle
+from .settle import MANY, settle
 
 __all__ = ["Parts", "load_data"]
 
@@ -107,7 +107,7 @@ def _describe(settings: Recipe, parts: Parts, is_photos: bool) -> list[str]:
         )
     settled: Any = settle(settings, parts.train, parts.watched)
     if getattr(settings, "head", "") == "auto" and settled.head == "warm":
-        lines.append("  Fewer than 100 images of most classes: the frame lies by their means (--head)")
+        lines.append(f"  Fewer than {MANY} images of most classes: the frame lies by their means (--head)")
     if getattr(settings, "freeze_bn", "") == "auto" and settled.freeze_bn:
         lines.append("  Very few images of a class: batch norms keep the statistics of their pretraining (--freeze_bn)")
     holdout = getattr(settled, "holdout", 0.0)

@@ -11,16 +11,16 @@ import timm
 import torch
 
 from etf_zoo import frame_heads
-from etf_zoo.layers.necks import PROJECTOR
 from etf_zoo.models.head_config import split_head_args
 
 from ..data.subsets import Images
 from ..recipe.config import RATE
 from ..recipe.fields import MAX_COUNT
 from ..run.model import find_model
+from .methods import has_neck
 from .probes import PROBES
 
-__all__ = ["batch_for", "completed", "epochs_for", "head_for", "once", "rate_for", "settle", "strip_head"]
+__all__ = ["MANY", "batch_for", "completed", "epochs_for", "head_for", "once", "rate_for", "settle", "strip_head"]
 
 # images of a class: with fewer of most classes
 MANY = 100  # a frame lies by the class means
@@ -113,12 +113,11 @@ def head_for(settings: Any, train: Images) -> str:
     if each >= MANY or not settings.pretrained or said or settings.method in PROBES or not counts.all():
         return "frame"
     source = find_model(settings.model)
-    if source.num_classes == len(counts) or source.neck not in ("", "none", PROJECTOR):
-        return "frame"
     with torch.device("meta"):
         twin = timm.create_model(source.name, num_classes=len(counts), **settings.model_args)
     width = next(iter(frame_heads(twin).values())).in_features
-    return "frame" if len(counts) > width else "warm"
+    brought = source.num_classes == len(counts) or has_neck(twin)
+    return "frame" if brought or len(counts) > width else "warm"
 
 
 def _images_of_most(settings: Any, train: Images) -> float:
