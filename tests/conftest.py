@@ -16,6 +16,20 @@ from tests.loopback_hub import LoopbackHub
 
 TINY = "mobilenetv3_small_050_etf"
 
+_register, _kept = torch.jit._builtins._register_builtin, []
+
+
+def _keep(function, name):
+    """TorchScript knows the functions of `torch.ops` by their addresses, and those that a compiler drops as well.
+
+    What is made at such an address later, a layer's list of paddings, "cannot be used as a value". So none is dropped.
+    """
+    _kept.append(function)
+    _register(function, name)
+
+
+torch.jit._builtins._register_builtin = _keep
+
 
 @pytest.fixture
 def tiny_model():
