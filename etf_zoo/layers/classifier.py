@@ -282,7 +282,7 @@ class FrameClassifier(GuardedFrame):
         if self.implicit and self.frame == HELMERT:
             raise EtfZooError("A converted classifier of so many classes has no blocks: use head(x).topk(k).")
         embeddings = self.embed(x)
-        if _is_exporting():  # a graph has no loop; one image's logits are no burden
+        if _is_exporting() or not embeddings.numel():  # a graph has no loop; one image's logits are no burden
             return self.project(embeddings).topk(k)
         with torch.autocast(x.device.type, enabled=False):
             rows = into_core(embeddings * self.scale(), self.rotation).flatten(0, -2)

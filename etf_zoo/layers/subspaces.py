@@ -80,6 +80,8 @@ class SubspaceClassifier(FrameClassifier):
                 f"Subspaces of a tree compare lengths of raw features, not of feature_norm={feature_norm!r}: pass "
                 f"feature_norm='none'."
             )
+        if kwargs.get("lengths") is not None or (isinstance(frame, str) and frame not in (SUBSPACES, "custom")):
+            raise EtfZooError("A class is the axes of a tree here, without lengths or another frame: leave both out.")
         if reserve:
             raise EtfZooError("The axes of a tree have no room for classes to come: leave reserve out.")
         if isinstance(neck, str) and neck_features is None and hierarchy is not None:

@@ -17,8 +17,10 @@ from ._common import check_labels, without_autocast
 __all__ = ["FrameCrossEntropy"]
 
 # Length of a scaled feature up to which exponentials of its logits need no shift: exp(80) = 5.5e34 and its inverse are
-# float32 numbers, and so is their sum over a frame, as the squared logits of each basis sum to the squared length.
+# float32 numbers, and so is their sum over a Kerdock frame, as the squared logits of each basis sum to the squared
+# length. All rows of a frame that is stored may lie near the feature: there K times the largest has to fit.
 _PLAIN_LENGTH = 80.0
+_LARGEST = 88.0  # exp(88) = 1.7e38 is a float32 number
 
 
 @library.custom_op("etf_zoo::other_classes", mutates_args=())
@@ -30,7 +32,8 @@ def _other_classes(
     The gradient of the first is the softmax over the other classes times their vectors: it falls out of the same pass,
     so the backward pass recomputes nothing and a step is two transforms of each basis. It is empty if not asked for.
     """
-    plain = bool(x.norm(dim=1).max() <= _PLAIN_LENGTH)
+    limit = _PLAIN_LENGTH if signs.numel() else min(_PLAIN_LENGTH, _LARGEST - math.log(num_classes))
+    plain = bool(x.norm(dim=1).max() <= limit)
     top = x.new_full((len(x),), 0.0 if plain else -math.inf)  # what exponents are shifted by
     highest = x.new_full((len(x),), -math.inf)
     total = torch.zeros_like(top)
@@ -69,6 +72,8 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad, *_):
+    if torch.is_grad_enabled():
+        raise EtfZooError("FrameCrossEntropy has no second derivative: use F.cross_entropy(head(x), y).")
     return grad[:, None] * ctx.saved_tensors[0], None, None, None, None, None
 
 
@@ -101,7 +106,8 @@ class FrameCrossEntropy(nn.Module):
         features `(B, in_features)`, labels `(B,)` to a scalar, float32 at least.
 
     Raises:
-        ValueError: On options that do not fit, or (in forward) shapes or labels that do not.
+        ValueError: On options that do not fit, or (in forward) shapes, labels or learned prototypes that do not, and
+            (in backward) where a second derivative is wanted.
 
     Example:
         >>> head = FrameClassifier(64, 4000, frame="kerdock")
@@ -150,6 +156,8 @@ class FrameCrossEntropy(nn.Module):
             Float `(B,)` and bool `(B,)`.
         """
         head = self.head
+        if head.seen_weight.requires_grad:
+            raise EtfZooError("Blocks of classes give prototypes no gradient, and these learn: use cross_entropy.")
         if embeddings.ndim != 2 or embeddings.shape[1] != head.dim:
             raise EtfZooError(f"Expected embeddings (B, {head.dim}), got {tuple(embeddings.shape)}.")
         labels = check_labels(labels, len(embeddings), head.num_classes)

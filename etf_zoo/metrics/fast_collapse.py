@@ -167,6 +167,7 @@ class _Waiting:
     def __init__(self, take: Callable[..., None]):
         self.take = take
         self.count, self.extra = 0, ()
+        self.kept: tuple[Any, ...] = ()  # the same as they were: the caller may change them in place
         self.versions: list[int] = []
         self.rows = self.numbers = torch.empty(0)
 
@@ -175,8 +176,11 @@ class _Waiting:
         x = x.to(torch.promote_types(x.dtype, torch.float32))  # float64 stays: what is subtracted may be large
         versions = [tensor._version for tensor in extra if tensor is not None]
         same = versions == self.versions and all(a is b for a, b in zip(extra, self.extra, strict=False))
-        if self.count and not (same and len(extra) == len(self.extra) and x.dtype == self.rows.dtype):
+        same = same and len(extra) == len(self.extra)
+        if self.count and not (same and x.dtype == self.rows.dtype):
             self.flush()
+        if not same:
+            self.kept = tuple(None if tensor is None else tensor.detach().clone() for tensor in extra)
         self.extra, self.versions = extra, versions
         while len(x):
             if self.rows.shape[1:] != x.shape[1:] or self.rows.dtype != x.dtype:
@@ -198,7 +202,7 @@ class _Waiting:
         """Hand on what waits."""
         count, self.count = self.count, 0
         if count:
-            self.take(self.rows[:count], self.numbers[:count], *self.extra)
+            self.take(self.rows[:count], self.numbers[:count], *self.kept)
 
 
 def _squared(x: Tensor, means: Tensor) -> Tensor:

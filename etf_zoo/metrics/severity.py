@@ -44,7 +44,7 @@ def preference_scores(scores: Tensor, labels: Tensor, distances: Tensor, *, k: i
         >>> preference_scores(torch.tensor([[3.0, 2, 1], [3, 1, 2]]), torch.tensor([0, 0]), distances)
         tensor([1.0000, 0.7000], dtype=torch.float64)
     """
-    num_classes = distances.shape[0]
+    num_classes, labels = distances.shape[0], labels.long()  # uint8 would choose rows as a mask does
     if k is not None and not 1 <= k <= num_classes:
         raise EtfZooError(f"k must lie in 1..{num_classes}, got {k}.")
     k = num_classes if k is None else k
@@ -129,6 +129,7 @@ class MistakeSeverity:
             return
         if labels.min() < 0 or labels.max() >= k:
             raise EtfZooError(f"Labels must lie in 0..{k - 1}, got {labels.min().item()} to {labels.max().item()}.")
+        labels = labels.long()  # uint8 would choose rows as a mask does
         logits = logits.detach().to(self.distances.device, torch.float64)
         self._sums[0] += self._tally(logits, labels)
         self._sums[1] += self._tally(-(logits.softmax(1) @ self.distances), labels)

@@ -37,6 +37,6 @@ def accuracy_by_shots(predictions: Tensor, labels: Tensor, class_counts: Sequenc
         raise EtfZooError(f"Expected two vectors, got {tuple(predictions.shape)} and {tuple(labels.shape)}.")
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(counts):
         raise EtfZooError(f"Labels from {labels.min()} to {labels.max()} for {len(counts)} class counts.")
-    of_image, right = counts[labels.cpu()], (predictions == labels).cpu()
+    of_image, right = counts[labels.long().cpu()], (predictions == labels).cpu()
     groups = {name: (of_image >= low) & (of_image <= high) for name, (low, high) in SHOTS.items()}
     return {name: 100 * right[group].double().mean().item() for name, group in groups.items() if group.any()}

@@ -30,13 +30,17 @@ def plan(settings: Finetune) -> dict[str, Finetune]:
     found = {_name(settings): settings}
     other_head = "frame" if settings.head == "warm" else settings.head  # means of random features say nothing
     random_weights = {"pretrained": False, "head": other_head, "freeze_bn": False}
-    references = {"random_weights": random_weights, "learned_head": {"head": "learned", "reserve": 0}}
+    # every other loss, as a target cosine, is for frames
+    loss = dataclasses.replace(settings.loss, name="cross_entropy", args={}, class_scaling=False)
+    learned = {"head": "learned", "reserve": 0, "target_cosine": [], "loss": loss}
+    references = {"random_weights": random_weights, "learned_head": learned}
     for folder, change in references.items() if settings.compare else ():
         output = Path(settings.output) / folder
         # a kill may have come before this one began
         resume = settings.resume and checkpoint.exists(output / CHECKPOINTS)
         recipe = dataclasses.replace(settings, **change, output=str(output), resume=resume)  # type: ignore[arg-type]
-        found.setdefault(_name(recipe), recipe)  # not if it is what was asked for
+        note = "" if recipe.loss.name == settings.loss.name else ", cross-entropy"
+        found.setdefault(_name(recipe) + note, recipe)  # not if it is what was asked for
     return found
 
 

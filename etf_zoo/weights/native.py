@@ -31,6 +31,7 @@ __all__ = [
 
 WEIGHTS_NAME = "model.safetensors"
 RECORD_NAME = "hub.json"  # where a model folder was published
+MEMORY_NAME = "memory.safetensors"  # class means beside a model, for classes that come later
 SOURCES = ("auto", "embedded", "package", "hub")
 
 

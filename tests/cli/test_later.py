@@ -97,3 +97,13 @@ def test_a_second_session_keeps_what_the_first_said(capsys, grown, tmp_path):
     answer(capsys, "card", tmp_path / "two")
     assert "Not measured" not in (tmp_path / "two" / "README.md").read_text()
     assert (tmp_path / "two" / "familiarity.json").is_file()
+
+
+def test_of_a_folder_of_splits_the_one_for_training_is_learned_from(grown, tmp_path, capsys):
+    splits = {
+        split: {c: range(first, first + count) for c, first in (("d", 300), ("e", 400))}
+        for split, count in (("train", 4), ("test", 2))
+    }
+    write_folder(tmp_path / "more", splits)
+    arguments = (grown / "run", tmp_path / "more", "--output", tmp_path / "out")
+    assert "2 classes added from 8 images" in answer(capsys, "add-classes", *arguments)

@@ -221,6 +221,8 @@ def test_previous_solution_decides_where_the_matrix_does_not():
     wobble = 1e-7 * torch.randn(10, 20, generator=generator)
     assert (nearest_simplex_etf(flat + wobble, previous=earlier) - kept).abs().max() < 1e-2  # continuous again
     assert (nearest_simplex_etf(flat.double() + wobble) - kept).abs().max() > 0.1  # the noise alone decides
+    for scale in (1e-4, 1e4):
+        torch.testing.assert_close(nearest_simplex_etf(scale * flat, previous=earlier), kept, atol=1e-3, rtol=0)
 
 
 def test_zeros_give_the_earlier_solution_without_numbers_below_the_normal_ones():

@@ -16,7 +16,16 @@ def largest_cosine(frame):
 
 @pytest.mark.parametrize(
     ("num_classes", "dim", "optimum"),
-    [(5, 2, math.cos(2 * math.pi / 5)), (12, 3, 1 / math.sqrt(5)), (16, 5, 0.2), (27, 6, 0.25), (56, 7, 1 / 3)],
+    [
+        (5, 2, math.cos(2 * math.pi / 5)),
+        (10, 3, 0.404394),  # Sloane's tables, as 14 and 15
+        (12, 3, 1 / math.sqrt(5)),
+        (14, 3, 0.563951),
+        (15, 3, 0.592606),
+        (16, 5, 0.2),
+        (27, 6, 0.25),
+        (56, 7, 1 / 3),
+    ],
 )
 def test_known_optima(num_classes, dim, optimum):
     frame = spherical_code(num_classes, dim)

@@ -201,6 +201,13 @@ def test_half_precision_leaves_frame_scale_and_statistics(dtype, norm):
     torch.testing.assert_close(head(x), expected, atol=1e-4, rtol=1e-4)
 
 
+def test_batch_norm_of_half_precision_features_is_in_float32():
+    head = FrameClassifier(64, 10, feature_norm="batch").eval()
+    head.norm.bn.running_mean.normal_(generator=torch.Generator().manual_seed(0))
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(1)).half()
+    torch.testing.assert_close(head(x), head(x.float()), atol=1e-5, rtol=0)
+
+
 def test_half_precision_casts_the_neck_but_nothing_else():
     head = FrameClassifier(16, 5, neck="mlp").half()
     assert {p.dtype for p in head.neck.parameters()} == {torch.float16}

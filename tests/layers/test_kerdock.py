@@ -61,6 +61,7 @@ def test_top_k_in_blocks(dim, classes, k, monkeypatch):
         torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(head(x).gather(-1, classes_found), expected, atol=1e-5, rtol=1e-5)
         assert all(len(row.unique()) == k for row in classes_found.view(-1, k))
+    assert [found.shape for found in head.top_k(torch.zeros(0, dim), k)] == [(0, k), (0, k)]
 
 
 def test_top_k_of_a_stored_frame():
@@ -69,6 +70,7 @@ def test_top_k_of_a_stored_frame():
     expected = head(x).topk(50)
     for found, wanted in zip(head.top_k(x, 50), expected, strict=True):
         torch.testing.assert_close(found, wanted)
+    assert [found.shape for found in head.top_k(x[:0], 3)] == [(0, 3), (0, 3)]
     with pytest.raises(EtfZooError, match="k lies between 1 and 50"):
         head.top_k(x, 51)
 
@@ -82,7 +84,9 @@ def test_vectors_and_their_sum(dim, classes):
     torch.testing.assert_close(kerdock_sum(classes, signs, like), frame.sum(dim=0), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize(("dim", "classes"), [(16, 288), (64, 4224), (16, 32), (64, 640), (20, 288), (16, 100)])
+@pytest.mark.parametrize(
+    ("dim", "classes"), [(16, 288), (64, 4224), (16, 32), (64, 640), (20, 288), (16, 100), (256, 700)]
+)
 def test_scale_in_closed_form(dim, classes):
     exact = solve_logit_scale(kerdock_frame(classes, dim))
     whole = classes % (2 * 4 ** int(math.log(dim, 4))) == 0

@@ -51,6 +51,17 @@ def test_matches_a_plain_loop():
     assert torch.allclose(head.class_means, torch.stack([means[k] for k in range(5)]), atol=1e-6)
 
 
+def test_a_class_not_seen_yet_lies_at_the_mean_of_the_others():
+    """Not at the origin, from which all seen means may lie in one direction: its prototype would be opposite to it."""
+    generator = torch.Generator().manual_seed(0)
+    x, labels = torch.randn(30, 8, generator=generator) + 2, torch.randint(4, (30,), generator=generator)
+    head = make_head()
+    for _ in range(5):
+        head.observe(x, labels)
+    center = torch.stack([x[labels == k].mean(0) for k in range(4)]).mean(0)
+    assert abs(torch.cosine_similarity(head.weight[4], center, dim=0)) < 0.5
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_is_an_etf_after_every_update(seed):
     head = make_head(seed=seed)

@@ -92,6 +92,9 @@ def test_a_twin_with_it_is_saved_and_loaded_and_reset(tmp_path):
 
 
 def test_errors():
+    for extra in ({"lengths": torch.ones(3)}, {"frame": "simplex"}):
+        with pytest.raises(EtfZooError, match="without lengths or another frame"):
+            SubspaceClassifier(8, 3, **extra)
     with pytest.raises(EtfZooError, match="feature_norm='none'"):
         head(feature_norm="l2")
     with pytest.raises(EtfZooError, match="reserve"):

@@ -14,6 +14,7 @@ import etf_zoo.layers.implicit
 from etf_zoo import FrameClassifier
 from etf_zoo.errors import EtfZooError
 from etf_zoo.frames import kerdock_frame
+from etf_zoo.layers.cosine import learn_prototypes
 from etf_zoo.losses import FrameCrossEntropy
 
 
@@ -85,6 +86,27 @@ def test_stored_frames_too(frame, small_blocks):
         torch.autograd.grad(value, x)[0] for value in (loss, F.cross_entropy(head(x), labels, label_smoothing=0.1))
     )
     torch.testing.assert_close(own, dense, atol=1e-7, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("scale", "spread"), [(79.0, 1e-3), (100.0, 1.0)])
+def test_stored_rows_near_the_feature_overflow_nothing(scale, spread):
+    """exp(79) fits float32, and 20,000 of them do not; neither does exp(100)."""
+    generator = torch.Generator().manual_seed(0)
+    rows = F.normalize(torch.ones(20_000, 8) + spread * torch.randn(20_000, 8, generator=generator))
+    head = FrameClassifier(8, 20_000, frame=rows, logit_scale=scale)
+    x, labels = rows[:6].clone(), torch.arange(6) + 7
+    torch.testing.assert_close(FrameCrossEntropy(head)(x, labels), F.cross_entropy(head(x), labels))
+
+
+@pytest.mark.usefixtures("never_stored")
+def test_smoothing_with_a_margin():
+    head, frame = FrameClassifier(16, 100, frame="kerdock"), kerdock_frame(100, 16)
+    x, labels = data(12, 16, 100)
+    own = FrameCrossEntropy(head, label_smoothing=0.3, angular_margin=0.4, cosine_margin=0.1)(x, labels)
+    expected = dense_loss(head, frame, x, labels, label_smoothing=0.3, angular=0.4, cosine=0.1)
+    torch.testing.assert_close(own, expected)
+    gradients = [torch.autograd.grad(value, x)[0] for value in (own, expected)]
+    torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.usefixtures("never_stored")
@@ -250,6 +272,19 @@ def test_errors():
         loss(torch.zeros(3, 16), torch.zeros(3, 288))
     with pytest.raises(EtfZooError, match="batch is empty"):
         loss(torch.zeros(0, 16), torch.zeros(0).long())
+    roomy = FrameCrossEntropy(FrameClassifier(16, 5, reserve=4))
+    with pytest.raises(EtfZooError, match="Labels are rows of the frame, 0 to 4"):  # no class is there yet
+        roomy(torch.zeros(2, 16), torch.tensor([0, 6]))
+    learned = FrameCrossEntropy(learn_prototypes(FrameClassifier(16, 5)))
+    with pytest.raises(EtfZooError, match="prototypes no gradient, and these learn: use cross_entropy"):
+        learned(torch.randn(2, 16), torch.tensor([0, 1]))
+
+
+def test_no_second_derivative_rather_than_a_wrong_one():
+    loss = FrameCrossEntropy(FrameClassifier(16, 5))
+    x = torch.randn(2, 16, requires_grad=True)
+    with pytest.raises(EtfZooError, match="no second derivative"):
+        torch.autograd.grad(loss(x, torch.tensor([0, 1])), x, create_graph=True)
 
 
 STEP = """

@@ -55,3 +55,9 @@ def test_free_features_take_their_prototypes_cosines():
 def test_option_errors(kwargs, message):
     with pytest.raises(ValueError, match=message):
         HierarchyCosineLoss(**kwargs)
+
+
+def test_tiny_half_precision_features_keep_a_finite_gradient():
+    x = (1e-4 * F.normalize(features())).half().requires_grad_()
+    HierarchyCosineLoss(0.5)(x, LABELS, FRAME.float()).backward()
+    assert 0 < x.grad.abs().max() < 10  # not that of cosines over so short a length

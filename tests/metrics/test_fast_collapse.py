@@ -137,6 +137,19 @@ def test_agreement_waits_for_no_other_head(monkeypatch):
     assert collapse.compute()["nc4_agreement"] == measure(NeuralCollapse, x, y, weight, bias)["nc4_agreement"]
 
 
+def test_agreement_is_of_the_head_as_it_was():
+    """An optimizer changes it in place while rows wait."""
+    x, weight = torch.randn(40, 6, generator=torch.Generator().manual_seed(0)), torch.eye(4, 6)
+    found = []
+    for kind in (NeuralCollapse, FastNeuralCollapse):
+        collapse, head = kind(4, 6), weight.clone()
+        collapse.update(x, torch.arange(40) % 4)
+        collapse.update_agreement(x, head)
+        head.neg_()
+        found.append(collapse.compute()["nc4_agreement"])
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("deviation", [1e-2, 2.0])
 def test_agreement_by_the_short_cut_and_without(deviation, monkeypatch):
     monkeypatch.setattr(fast_collapse, "_ROWS", 100)

@@ -216,3 +216,16 @@ def test_preference_scores_do_not_mind_the_order_within_a_tie():
 def test_preference_scores_of_too_many(k):
     with pytest.raises(EtfZooError, match=r"k must lie in 1\.\.3"):
         preference_scores(torch.zeros(1, 3), torch.zeros(1, dtype=torch.int64), torch.zeros(3, 3), k=k)
+
+
+def test_labels_of_any_integer_type():
+    """PyTorch takes uint8 numbers for a mask."""
+    distances = torch.ones(12, 12).fill_diagonal_(0)
+    labels = torch.arange(1, 13) % 12
+    found = []
+    for dtype in (torch.int64, torch.uint8):
+        measure = MistakeSeverity(distances)
+        measure.update(10 * torch.eye(12)[labels], labels.to(dtype))
+        found.append(measure.compute())
+        assert preference_scores(torch.eye(12)[labels], labels.to(dtype), distances, k=1).mean() == 1
+    assert found[0] == found[1]

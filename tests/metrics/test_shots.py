@@ -29,3 +29,10 @@ def test_errors_and_empty_groups():
         accuracy_by_shots(torch.zeros(2), torch.zeros(3), COUNTS)
     with pytest.raises(EtfZooError, match="class counts"):
         accuracy_by_shots(torch.tensor([0]), torch.tensor([6]), COUNTS)
+
+
+def test_labels_of_any_integer_type():
+    labels = torch.tensor([1, 1, 2])  # as a mask they would choose all classes
+    right = {"many": 100.0, "medium": 100.0}
+    assert accuracy_by_shots(labels, labels, [5, 500, 50]) == right
+    assert accuracy_by_shots(labels.byte(), labels.byte(), [5, 500, 50]) == right

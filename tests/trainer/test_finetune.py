@@ -9,7 +9,6 @@ from PIL import Image
 from etf_zoo.models.find import load_model
 from etf_zoo.trainer import finetune
 from etf_zoo.trainer.tune.incremental import read_memory
-from etf_zoo.trainer.tune.later import store_familiarity, store_memory
 from etf_zoo.trainer.tune.tuning import Finetune
 from etf_zoo_cli import main as cli
 from tests.made_data import write_folder
@@ -112,7 +111,3 @@ def test_a_comparison_goes_on_after_a_kill_in_its_first_run(tmp_path, monkeypatc
     assert stored["images"] == len(stored["scores"]) == 136  # a tenth of the training images
     assert load_model(str(tmp_path / "run")).fc.reserve == 5
     assert len(read_memory(tmp_path / "run" / "model", [str(digit) for digit in range(10)]).means) == 10
-    store_familiarity(tmp_path / "run" / "model", None, 16)
-    assert not (tmp_path / "run" / "model" / "familiarity.json").exists()  # those scores were another model's
-    store_memory(tmp_path / "run" / "model", None, None, 16)
-    assert not (tmp_path / "run" / "model" / "memory.safetensors").exists()

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
+import tempfile
+import zipfile
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,10 +109,10 @@ def prints(split: Chosen) -> Prints:
     file = cache_root() / "prints" / f"{split.digest[:24]}.npz"
     if file.is_file():
         try:
-            with np.load(file) as kept:
+            with open(file, "rb") as opened, np.load(opened) as kept:
                 return Prints(**{name: kept[name] for name in ("exact", "hashes", "thumbs", "readable")})
-        except (OSError, ValueError, KeyError):
-            file.unlink(missing_ok=True)  # a kill came while it was written
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            file.unlink(missing_ok=True)  # damaged; it is made anew
     loader = DataLoader(
         _Printed(split),
         batch_size=None,
@@ -126,7 +129,9 @@ def prints(split: Chosen) -> Prints:
     packed = _packed(found)
     if packed.readable.all():  # else the next start has to name those that are not
         file.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(file, **vars(packed))
+        with tempfile.NamedTemporaryFile(dir=file.parent, prefix=".writing-", delete=False) as new:
+            np.savez(new, **vars(packed))
+        os.replace(new.name, file)  # another process sees all of it or nothing
     return packed
 
 

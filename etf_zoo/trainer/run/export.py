@@ -19,10 +19,11 @@ from safetensors import SafetensorError
 from torch import nn
 
 from etf_zoo.errors import EtfZooError, StorageError
+from etf_zoo.ood import FAMILIARITY_NAME
 from etf_zoo.sharing.card import METRICS_NAME, write_card
 from etf_zoo.sharing.folder import save_folder
 from etf_zoo.weights.config import read_config
-from etf_zoo.weights.native import CONFIG_NAME
+from etf_zoo.weights.native import CONFIG_NAME, MEMORY_NAME
 
 from ..data.augment import Colors
 from ..data.batches import Split
@@ -40,6 +41,9 @@ __all__ = ["Origin", "check_storable", "export_model", "export_run", "plot_curve
 matplotlib.use("Agg")
 
 # Weights follow the terms of the data they were trained on.
+CURVE = "curve.png"
+# What lies beside a model and says something of it: of an earlier one in the same folder it would be wrong.
+BESIDE = (METRICS_NAME, METRICS, CURVE, FAMILIARITY_NAME, MEMORY_NAME)
 LICENSES = {"tiny_imagenet": "cc-by-nc-4.0", "scikit-learn digits": "cc-by-4.0"}
 
 
@@ -183,10 +187,12 @@ def _write_model(model: Any, folder: Path, origin: Origin) -> None:
         "description": f"native: trained with head={recipe.head} on {data_name}",
     }
     save_folder(model, folder, pretrained_cfg=cfg, label_names=origin.label_names)
+    for name in BESIDE:
+        (folder / name).unlink(missing_ok=True)
     save_recipe(by_names(recipe), folder / "recipe.yaml")
     if origin.records is not None:
         shutil.copy(origin.records, folder / METRICS)
-        plot_curve(folder / METRICS, folder / "curve.png")
+        plot_curve(folder / METRICS, folder / CURVE)
 
 
 @contextmanager

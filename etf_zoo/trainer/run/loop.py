@@ -111,7 +111,7 @@ class Loop:
     def _evaluate(self, epoch: int) -> dict[str, float]:
         """Figures for the log; the weights are kept if they are the best."""
         figures, best = self.run.evaluate(), self.run.best
-        if best and best.observe(epoch, figures):
+        if best and best.observe(epoch, figures) and best.keeps:
             best.weights = self.run.copy_weights()
         if self.main:
             self.bar.write(f"epoch {epoch}: loss {figures['loss']:.4f}, {self.run.headline(figures)}")

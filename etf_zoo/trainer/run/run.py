@@ -173,7 +173,7 @@ class Run:
             files[BEST] = self.best.weights
         folder = self.folder / CHECKPOINTS
         path = checkpoint.save(folder, self.accelerator, state, self.recipe.keep_checkpoints, files)
-        if self.best and self.best.score:
+        if self.best and self.best.score and self.best.keeps:
             self.best.weights = path / BEST
         self.saved = (self.step, time.monotonic())
         self.checkpoints = checkpoint.names(folder)
@@ -189,7 +189,7 @@ class Run:
         self.records = state["records"]
         if self.best and state["best"]:  # else a session kept none, and the best counts from here on
             self.best.load_state_dict(state["best"])
-            self.best.weights = path / BEST
+            self.best.weights = path / BEST if self.best.keeps else None
         self.saved = (self.step, time.monotonic())
         if self.accelerator.is_main_process:  # sums over all processes
             self.sums += self.sums.new_tensor(state["sums"])
@@ -325,9 +325,9 @@ class Run:
 
     def _take_best(self) -> None:
         """Put the weights of the best epoch in the place of the last ones."""
-        if self.best is None or self.best.score is None:  # none if the run had ended before it kept any
+        weights = self.best.weights if self.best else None
+        if self.best is None or weights is None:  # none if the run had ended before it kept any
             return
-        weights = self.best.weights
         if isinstance(weights, Path):
             weights = read_state(weights)
         if self.stepper.ema is not None:
@@ -347,7 +347,7 @@ class Run:
 
     def summary(self) -> dict[str, Any]:
         """What `metrics.json` says of how the model was trained."""
-        best = self.best.score if self.best else None
+        best = self.best.score if self.best and self.best.keeps else None
         return summarize(
             self.record(),
             self.train_split,

@@ -36,6 +36,7 @@ class BestEpoch:
 
     Args:
         patience: Stop after so many evaluations in a row without a better one; 0 for never.
+        keeps: Whether the best weights are the result; if not, the last ones are, and this only stops the run.
 
     Example:
         >>> best = BestEpoch(patience=2)
@@ -45,8 +46,9 @@ class BestEpoch:
         (2, True)
     """
 
-    def __init__(self, patience: int = 0):
+    def __init__(self, patience: int = 0, keeps: bool = True):
         self.patience = patience
+        self.keeps = keeps
         self.scores: list[Score] = []
         self.weights: Mapping[str, Tensor] | Path | None = None  # of the best; or the checkpoint's file that has them
 

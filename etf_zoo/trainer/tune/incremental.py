@@ -21,10 +21,10 @@ from torch import Tensor
 from etf_zoo.errors import EtfZooError
 from etf_zoo.layers.classifier import FrameClassifier
 from etf_zoo.losses import DotRegressionLoss
+from etf_zoo.weights.native import MEMORY_NAME
 
-__all__ = ["MEMORY_NAME", "Memory", "fit_neck", "read_memory", "write_memory"]
+__all__ = ["Memory", "fit_neck", "read_memory", "write_memory"]
 
-MEMORY_NAME = "memory.safetensors"  # beside a model
 _HELD = 1001  # features that are kept of more held-out images: enough for thresholds in steps of a thousandth
 # The smallest of the rates that `training/incremental.py choose` found best for necks before a frame (up to 1e-2, see
 # training/results/later/sessions_chosen.json): what forgets least. None was chosen for the neck that finetune builds.

@@ -16,14 +16,14 @@ from etf_zoo.layers.classifier import FrameClassifier
 from etf_zoo.models.find import find_model, load_model
 from etf_zoo.models.grow import add_classes
 from etf_zoo.models.names import frame_heads
-from etf_zoo.ood import FAMILIARITY_NAME, familiarity, write_familiarity
+from etf_zoo.ood import familiarity, write_familiarity
 from etf_zoo.sharing.card import METRICS_NAME, write_card
 from etf_zoo.sharing.folder import save_folder
 from etf_zoo.weights.native import CONFIG_NAME
 
 from ..data.subsets import Images
 from ..evaluate import Evaluation, ModelBatches, TestData, command_line, evaluate_model, open_split
-from .incremental import MEMORY_NAME, RATE, STEPS, Memory, fit_neck, read_memory, write_memory
+from .incremental import RATE, STEPS, Memory, fit_neck, read_memory, write_memory
 
 __all__ = ["Added", "add_folder", "features_as_stored", "store_familiarity", "store_memory"]
 
@@ -34,11 +34,10 @@ def store_familiarity(folder: Path, held: Images | None, batch_size: int) -> Non
 
     Args:
         folder: Model folder.
-        held: Training images that the model was not fitted on. With None, what was there of an earlier model goes.
+        held: Training images that the model was not fitted on; nothing is written without.
         batch_size: Images at a time.
     """
     if held is None:
-        (folder / FAMILIARITY_NAME).unlink(missing_ok=True)
         return
     model = load_model(str(folder))
     batches = ModelBatches(model, held, batch_size=batch_size)
@@ -62,10 +61,9 @@ def features_as_stored(model: Any, split: Any, batch_size: int = 64) -> tuple[Te
 def store_memory(folder: Path, train: Images | None, held: Images | None, batch_size: int) -> None:
     """Write what `etf-zoo add-classes` needs beside a stored model, in one process: class means, held-out features.
 
-    Without `train` what was there of an earlier model goes.
+    Without `train` nothing is written.
     """
     if train is None:
-        (folder / MEMORY_NAME).unlink(missing_ok=True)
         return
     model = load_model(str(folder))
     features, labels = features_as_stored(model, train, batch_size)
@@ -113,7 +111,7 @@ def add_folder(
 
     Args:
         name: The model, by any of its names; a folder on this machine.
-        source: Folder of class folders, two images a class or more.
+        source: Folder of class folders, two images a class or more; of a folder of splits the one for training.
         output: Where to.
         base: Images that the model was trained on, where no memory lies beside it.
         test: Test images, of classes that the model knows then.
@@ -138,7 +136,7 @@ def add_folder(
         memory = Memory.of(*features_as_stored(model, open_split(_data(base, "train"), 0)), names)
     else:
         memory = read_memory(folder, names)
-    images = open_split(_data(source), 0)
+    images = open_split(_data(source, "train"), 0)
     add_classes(model, images.label_names)
     head, known = heads[0], len(names)
     features, labels = features_as_stored(model, images)

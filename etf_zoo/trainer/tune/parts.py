@@ -11,7 +11,7 @@ import numpy as np
 from etf_zoo.errors import EtfZooError
 from etf_zoo.text import printable
 
-from ..data.batches import split_names
+from ..data.batches import Rows, split_names
 from ..data.duplicates import group_rows
 from ..data.layouts import role
 from ..data.report import describe_found, describe_shared, describe_split, is_imbalanced
@@ -68,7 +68,23 @@ def load_data(settings: Recipe) -> Parts:
         is_photos = data.source != "digits"  # of which many look the same to a hash
         parts.groups = group_rows(train) if is_photos else None
         parts.lines = [printable(line) for line in _describe(settings, parts, is_photos)]
+        _leave_out_unreadable(parts)
     return parts
+
+
+def _leave_out_unreadable(parts: Parts) -> None:
+    """Take out the few that a look at all images found, which `max_corrupt` allows: features want every image."""
+    if isinstance(parts.train, Rows) and parts.groups is not None:
+        parts.groups = parts.groups[parts.train.readable()]
+    parts.train, parts.test = _readable(parts.train), _readable(parts.test)
+    parts.watched = parts.watched and _readable(parts.watched)
+
+
+def _readable(split: Images) -> Images:
+    if not isinstance(split, Rows) or not split.corrupt.found:
+        return split
+    split.corrupt.warn()
+    return split.subset(split.readable())
 
 
 def _with_test_split(data: Data) -> Data:

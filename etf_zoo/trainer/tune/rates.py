@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,11 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from etf_zoo.errors import DivergedError, EtfZooError
+
+from ..recipe.config import seconds
+from ..run import checkpoint
+from ..run.checkpoint import CHECKPOINTS
+from ..run.launching import process_state
 
 __all__ = ["FACTORS", "pick_rate", "search_rate"]
 
@@ -25,7 +32,7 @@ def pick_rate(tried: list[dict[str, float]]) -> float:
     """The rate with the best accuracy, of equal ones with the smallest loss.
 
     Args:
-        tried: `lr`, `top1` in percent and `loss` of each rate.
+        tried: `lr`, `top1` in percent and `loss` of each rate that gave figures.
 
     Example:
         >>> pick_rate([{"lr": 0.1, "top1": 50.0, "loss": 1.0}, {"lr": 0.2, "top1": 50.0, "loss": 0.9}])
@@ -34,69 +41,101 @@ def pick_rate(tried: list[dict[str, float]]) -> float:
     return max(tried, key=lambda one: (one["top1"], -one["loss"]))["lr"]
 
 
-def search_rate(settings: Any, train: Callable[[Any], Any], say: Callable[[str], None] = print) -> float:
+def search_rate(settings: Any, train: Callable[[Any], Any], say: Callable[[str], None] = print) -> Any:
     """Try rates around the recipe's, and write what came of each to `rates.json` and `rates.png` in its folder.
 
-    A search that was finished before is not done again.
+    With `resume` a rate that was tried before is not tried again, and one that was interrupted goes on.
 
     Args:
-        settings: A `Finetune` recipe.
+        settings: A `Finetune` recipe; its time budget is for the search and the training together.
         train: Trains a recipe and gives its `Tuned`, whose run watched held-out images; None if time ran out.
         say: Takes a line for people.
 
     Returns:
-        The best rate.
+        The recipe with the best rate, and what is left of its time; None if time ran out.
 
     Raises:
         EtfZooError: If no rate gave a figure.
     """
     folder = Path(settings.output)
+    until = time.monotonic() + seconds(settings.time_budget)
     key = {"center": settings.optim.lr, "seed": settings.seed, "model": settings.model, "method": settings.method}
-    if settings.resume and (folder / RATES).is_file():
-        kept = json.loads((folder / RATES).read_text())
-        if kept["search"] == key:
-            return pick_rate(kept["tried"])
-    tried = []
-    for factor in FACTORS:
-        rate = settings.optim.lr * factor
-        recipe = short(settings, rate)
-        shutil.rmtree(recipe.output, ignore_errors=True)  # of a search that was killed
+    tried = _tried_before(folder / RATES, key) if settings.resume else []
+    known = {one["lr"] for one in tried}
+    rates = [settings.optim.lr * factor for factor in FACTORS]
+    for rate in (rate for rate in rates if rate not in known):
+        recipe = short(settings, rate, until)
+        if not recipe.resume:
+            shutil.rmtree(recipe.output, ignore_errors=True)  # of another search
+        score = None
         try:
             tuned = train(recipe)
+            if tuned is None:
+                return None
+            score = tuned.run.best.score
         except DivergedError:
-            tuned = None
-        score = tuned.run.best.score if tuned is not None else None
+            pass
         if score is None or not math.isfinite(score.loss):
-            say(f"lr {rate:g}: no figure (it diverged, or the time ran out)")
-            continue
-        tried.append({"lr": rate, "top1": score.top1, "loss": score.loss})
-        say(f"lr {rate:g}: {score.top1:.2f} % on held-out images after {recipe.epochs} epochs")
-    shutil.rmtree(folder / "rates", ignore_errors=True)
-    if not tried:
+            tried.append({"lr": rate, "top1": None, "loss": None})
+            say(f"lr {rate:g}: no figure, it diverged")
+        else:
+            tried.append({"lr": rate, "top1": score.top1, "loss": score.loss})
+            say(f"lr {rate:g}: {score.top1:.2f} % on held-out images after {recipe.epochs} epochs")
+        if process_state().is_main_process:
+            _write({"search": key, "epochs": recipe.epochs, "tried": tried}, folder / RATES)
+    figures = [one for one in tried if one["top1"] is not None]
+    if not figures:
         raise EtfZooError("No learning rate gave a figure: give --optim.lr a smaller one to search around.")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / RATES).write_text(json.dumps({"search": key, "epochs": recipe.epochs, "tried": tried}, indent=1) + "\n")
-    _draw(tried, folder / "rates.png")
-    best = pick_rate(tried)
-    at_end = best in (tried[0]["lr"], tried[-1]["lr"]) and len(tried) > 1
+    best = pick_rate(figures)
+    if process_state().is_main_process:
+        shutil.rmtree(folder / "rates", ignore_errors=True)
+        _draw(figures, folder / "rates.png")
+    at_end = best in (figures[0]["lr"], figures[-1]["lr"]) and len(figures) > 1
     say(f"Taken: lr {best:g}{', at the end of those tried: others may be better' if at_end else ''}; {folder / RATES}")
-    return best
+    return dataclasses.replace(
+        settings,
+        lr="",
+        optim=_at(settings, best),
+        time_budget=_left(settings, until),
+        resume=settings.resume and checkpoint.exists(folder / CHECKPOINTS),
+    )
 
 
-def short(settings: Any, rate: float) -> Any:
-    """The recipe of a short training at a rate."""
-    optim = dataclasses.replace(settings.optim, lr=rate, min_lr=min(settings.optim.min_lr, rate))
+def _tried_before(file: Path, key: dict[str, Any]) -> list[dict[str, Any]]:
+    kept = json.loads(file.read_text()) if file.is_file() else {}
+    return kept["tried"] if kept.get("search") == key else []
+
+
+def _write(found: dict[str, Any], file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    new = file.with_suffix(".new")
+    new.write_text(json.dumps(found, indent=1) + "\n")
+    os.replace(new, file)  # a kill leaves the one that was there
+
+
+def _left(settings: Any, until: float) -> str:
+    return f"{max(until - time.monotonic(), 0):.1f}s" if settings.time_budget else ""
+
+
+def _at(settings: Any, rate: float) -> Any:
+    return dataclasses.replace(settings.optim, lr=rate, min_lr=min(settings.optim.min_lr, rate))
+
+
+def short(settings: Any, rate: float, until: float = math.inf) -> Any:
+    """The recipe of a short training at a rate, which ends by `until` (by `time.monotonic`)."""
+    output = Path(settings.output) / "rates" / f"{rate:g}"
     return dataclasses.replace(
         settings,
         lr="",
         keep="best",
-        optim=optim,
+        optim=_at(settings, rate),
         epochs=min(max(1, round(SHARE * settings.epochs)), 5),
-        output=str(Path(settings.output) / "rates" / f"{rate:g}"),
+        output=str(output),
         eval_every=1,
         tensorboard=False,
         compare=False,
-        resume=False,
+        time_budget=_left(settings, until),
+        resume=settings.resume and checkpoint.exists(output / CHECKPOINTS),
     )
 
 

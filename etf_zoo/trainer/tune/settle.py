@@ -14,7 +14,7 @@ from etf_zoo import frame_heads
 from etf_zoo.models.head_config import split_head_args
 
 from ..data.subsets import Images
-from ..recipe.config import RATE
+from ..recipe.config import RATE, Loss
 from ..recipe.fields import MAX_COUNT
 from ..run.model import find_model
 from .methods import has_neck
@@ -94,7 +94,7 @@ def once(settings: Any) -> int:
 def strip_head(settings: Any) -> Any:
     """The recipe of the same backbone under its own classifier, which frozen features do not depend on."""
     _, args = split_head_args(settings.model_args)
-    return dataclasses.replace(settings, head="learned", model_args=args, reserve=0)
+    return dataclasses.replace(settings, head="learned", model_args=args, reserve=0, loss=Loss(), target_cosine=[])
 
 
 def head_for(settings: Any, train: Images) -> str:

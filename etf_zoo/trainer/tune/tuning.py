@@ -22,6 +22,8 @@ from ..data.near_duplicates import near_duplicates
 from ..data.subsets import Images, split_training
 from ..recipe.config import HEADS, Recipe, final_size
 from ..recipe.fields import MAX_COUNT, Range
+from ..run import checkpoint
+from ..run.checkpoint import CHECKPOINTS
 from ..run.export import Origin, export_model, export_run
 from ..run.launching import make_accelerator
 from ..run.measure import measure_split
@@ -82,7 +84,7 @@ class Finetune(Recipe):
             then stands between backbone and frame, unless `model_args.neck` says otherwise, and the class means are
             kept beside the model.
         compare: Also run, with the same budget, order and seed, two references, as far as they differ from the run
-            itself: the same model from random weights, and a learned head on the same weights.
+            itself: the same model from random weights, and a learned head on the same weights, under cross-entropy.
     """
 
     heads: ClassVar[tuple[str, ...]] = (*HEADS, *WARM_HEADS, "auto")
@@ -114,7 +116,7 @@ class Finetune(Recipe):
             self.head = "learned"
         if not self.sizes:
             self.sizes = [[0, source.input_size]]
-            self.data = dataclasses.replace(self.data, size=max(self.data.size, source.input_size))
+            self.data = dataclasses.replace(self.data, size=self.data.size or source.input_size)
         super().__post_init__()
         if self.method not in METHODS + PROBES:
             raise EtfZooError(f"method is one of {', '.join(METHODS + PROBES)}, got {self.method!r}.")
@@ -257,6 +259,8 @@ def fine_tune(
         EtfZooError: If there is something to choose and nothing to choose by.
     """
     is_probe = settings.method in PROBES
+    if is_probe and checkpoint.names(Path(settings.output) / CHECKPOINTS):
+        raise EtfZooError(f"{settings.output} holds the run of a training: choose another --output.")
     settings = settle(settings, train, watched)
     holdout = 0.0 if is_probe or watched is not None else settings.holdout
     if holdout and settings.pretrained:  # features of random weights tell no series from others
@@ -279,9 +283,10 @@ def fine_tune(
     settings = completed(settings, len(fitted_on))
     if settings.lr == "auto":
         say = make_accelerator(settings.precision).print
-        rate = search_rate(settings, lambda recipe: _train(recipe, fitted_on, held, test), say)
-        optim = dataclasses.replace(settings.optim, lr=rate, min_lr=min(settings.optim.min_lr, rate))
-        settings = dataclasses.replace(settings, lr="", optim=optim)
+        found = search_rate(settings, lambda recipe: _train(recipe, fitted_on, held, test), say)
+        if found is None:
+            return None
+        settings = found
     return _probe(settings, fitted_on, test) if is_probe else _train(settings, fitted_on, held, test)
 
 
@@ -300,7 +305,7 @@ def _train(settings: Finetune, train: Images, held: Images | None, test: Images)
     prepare(model, settings.method, settings.layer, settings.freeze_bn is True)
     tuned, total = tuned_share(model)
     chooses = held is not None and (settings.keep == "best" or settings.patience > 0)
-    best = BestEpoch(settings.patience) if chooses else None
+    best = BestEpoch(settings.patience, settings.keep == "best") if chooses else None
     splits = [train, held or test]
     with frozen_once(settings, model, frozen_to, splits) if frozen_to else nullcontext(splits) as (fitted, watched):
         run = Run(settings, fitted, watched, model, best=best)

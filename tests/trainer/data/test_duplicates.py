@@ -106,6 +106,20 @@ def test_all_unreadable_files_are_named_at_once(tmp_path):
     assert len(rows.corrupt.found) == 2
 
 
+@pytest.mark.parametrize("left", [0, 10, 500])
+def test_a_damaged_cache_is_made_anew(tmp_path, monkeypatch, left):
+    monkeypatch.setenv("ETF_ZOO_CACHE", str(tmp_path / "cache"))
+    folder = save(tmp_path / "made", {f"a/{i}.png": scene(i) for i in range(4)})
+    rows = open_rows(Data(str(folder)), "train", resident=False)
+    whole = prints(rows)
+    (file,) = (tmp_path / "cache" / "prints").iterdir()
+    content = file.read_bytes()
+    file.write_bytes(content[:left])
+    assert np.array_equal(prints(rows).hashes, whole.hashes)
+    assert [found.name for found in file.parent.iterdir()] == [file.name]
+    assert file.stat().st_size == len(content)
+
+
 # ---------------------------------------------------------------------------------------------------------- holdouts
 
 

@@ -10,7 +10,7 @@ from etf_zoo.trainer.finetune import license_note
 from etf_zoo.trainer.recipe.config import Data, Loss, Recipe
 from etf_zoo.trainer.recipe.parsing import parse_entries
 from etf_zoo.trainer.tune.parts import load_data
-from etf_zoo.trainer.tune.tuning import Finetune
+from etf_zoo.trainer.tune.tuning import Finetune, fine_tune
 from tests.trainer.data.test_duplicates import save, scene
 
 
@@ -142,6 +142,23 @@ def test_all_bad_files_are_named_before_training(tmp_path):
             load(folder, size)
         assert str(said.value).count(".png (") == 20
         assert "0x" not in str(said.value)  # no address of an object
+
+
+@pytest.mark.parametrize("method", ["full", "ncm"])
+@pytest.mark.filterwarnings("ignore:.*They are left out")
+def test_a_few_bad_files_are_left_out(tmp_path, method):
+    """Of images that are not resident, too, whose features are wanted for the holdout and for probes."""
+    folder = photos(tmp_path / "x", train={"a": 15, "b": 15}, val=BOTH)
+    for name in ("train/a/3.png", "val/b/0.png"):
+        (folder / name).write_bytes((folder / name).read_bytes()[:60])
+    settings = {"method": method, "data": {"max_corrupt": 0.2}, "holdout": 0.2, "epochs": 1, "batch_size": 8}
+    parts = load(folder, 200, **settings)
+    assert (len(parts.train), len(parts.groups), len(parts.test)) == (29, 29, 10)
+    assert not any(parts.train.where(row).endswith("a/3.png") for row in range(29))
+    settings |= {"data": Data(str(folder), size=200, max_corrupt=0.2), "output": str(tmp_path / "run")}
+    recipe = Finetune(model="test_resnet", pretrained=False, sizes=[[0, 16]], tensorboard=False, **settings)
+    tuned = fine_tune(recipe, parts.train, parts.test, groups=parts.groups)
+    assert tuned.figures()["images"] == 10
 
 
 def test_pretraining_reads_the_same_layouts(tmp_path):

@@ -84,18 +84,20 @@ def test_series_are_held_out_whole(tmp_path, digits, monkeypatch):
 
 
 def test_the_best_epoch_is_the_result(tmp_path, digits, monkeypatch, capsys):
-    scores, weights = iter([30.0, 50.0, 40.0] * 2), []
+    scores, weights = iter([30.0, 50.0, 40.0] * 3), []
 
     def evaluate(run, split=None):
         weights.append({k: v.clone() for k, v in run.plain_model().state_dict().items()})
         return {"top1": next(scores), "loss": 1.0}
 
     monkeypatch.setattr("etf_zoo.trainer.run.run.Run.evaluate", evaluate)
-    for keep, chosen in (("best", 1), ("last", 2)):
+    for keep, patience, chosen in (("best", 0, 1), ("last", 0, 2), ("last", 5, 2)):
         weights.clear()
-        tuned = fine_tune(recipe(tmp_path / keep, epochs=3, keep=keep), *digits)
+        settings = recipe(tmp_path / f"{keep}{patience}", epochs=3, keep=keep, patience=patience)
+        tuned = fine_tune(settings, *digits)
         assert all(torch.equal(tuned.model.state_dict()[k], v) for k, v in weights[chosen].items())
         assert ("Best of 3 evaluations: epoch 2, 50.00 %" in capsys.readouterr().out) == (keep == "best")
+        assert ("best_epoch" in tuned.run.summary()) == (keep == "best")
 
 
 @pytest.mark.parametrize("name", ["patience", "lr"])
@@ -244,6 +246,41 @@ def test_probes_become_model_folders(tmp_path, digits, method):
         predicted = loaded(normalize(images.float(), colors_of(loaded))).argmax(1).numpy()
     assert abs(100 * (predicted == digits[1].labels).mean() - tuned.top1) < 2  # stored in float16
     assert "on frozen features" in (folder / "README.md").read_text()
+
+
+def test_a_model_in_the_place_of_another_has_nothing_of_it(tmp_path, digits):
+    """Its figures would find other columns of the data, its scores would refuse other images."""
+    folder = tmp_path / "run" / "model"
+    tuned = fine_tune(recipe(tmp_path, method="ncm"), *digits)
+    tuned.export(folder)
+    stale = json.loads((folder / "metrics.json").read_text())
+    stale["training"]["recipe"]["data"]["label_column"] = "another"
+    (folder / "metrics.json").write_text(json.dumps(stale))
+    for name in ("metrics.jsonl", "curve.png", "familiarity.json", "memory.safetensors"):
+        (folder / name).write_bytes(b"{}")
+    tuned.export(folder)
+    assert {file.name for file in folder.iterdir()} == {
+        "README.md", "config.json", "metrics.json", "model.safetensors", "recipe.yaml"
+    }  # fmt: skip
+
+
+def test_a_probe_does_not_replace_a_training(tmp_path, digits):
+    fine_tune(recipe(tmp_path, epochs=1), *digits)
+    with pytest.raises(EtfZooError, match="holds the run of a training: choose another --output"):
+        fine_tune(recipe(tmp_path, method="ncm"), *digits)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"target_cosine": [0.9]}, {"loss": Loss("dot_regression")}, {"loss": Loss("prototype_contrast")}]
+)
+def test_what_a_frame_alone_can_have(tmp_path, digits, changes):
+    """Features for the holdout come from the plain backbone, and the reference has a learned head."""
+    settings = recipe(tmp_path, pretrained=True, model="mobilenetv3_small_100_etf", head="frame", epochs=1, **changes)
+    assert fine_tune(settings, *digits).run.recipe.loss == settings.loss
+    planned = finetune.plan(dataclasses.replace(settings, compare=True))
+    learned = next(recipe for name, recipe in planned.items() if recipe.head == "learned")
+    assert (learned.loss.name, learned.target_cosine) == ("cross_entropy", [])
+    assert any("cross-entropy" in name for name in planned) == ("loss" in changes)
 
 
 @pytest.mark.parametrize("method", ["linear_probe", "full"])
@@ -440,3 +477,4 @@ def test_defaults_follow_the_model():
     assert Finetune().sizes == [[0, 96]]
     plain = Finetune(model="resnet18")
     assert (plain.head, plain.sizes, plain.data.size) == ("learned", [[0, 224]], 224)
+    assert Finetune(data=Data(size=32)).data.size == 32  # what is stored; training enlarges it
