@@ -84,9 +84,7 @@ def test_vectors_and_their_sum(dim, classes):
     torch.testing.assert_close(kerdock_sum(classes, signs, like), frame.sum(dim=0), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize(
-    ("dim", "classes"), [(16, 288), (64, 4224), (16, 32), (64, 640), (20, 288), (16, 100), (256, 700)]
-)
+@pytest.mark.parametrize(("dim", "classes"), [(16, 288), (64, 4224), (16, 32), (64, 640), (20, 288), (16, 100)])
 def test_scale_in_closed_form(dim, classes):
     exact = solve_logit_scale(kerdock_frame(classes, dim))
     whole = classes % (2 * 4 ** int(math.log(dim, 4))) == 0
