@@ -20,7 +20,7 @@ from .errors import EtfZooError
 __all__ = ["UnreadableImageError", "image_extensions", "read_image", "to_rgb"]
 
 # What Pillow's decoders are seen to raise on damaged files.
-_DAMAGED = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error)
+_DAMAGED = (OSError, RuntimeError, ValueError, SyntaxError, EOFError, struct.error, zlib.error)
 _WHITE_16 = 65_535
 _LONGEST = 64  # times the short side
 

@@ -1,6 +1,7 @@
 """Pixels of image files, by mode: against values worked out by hand, and as files that users have."""
 
 import io
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -129,6 +130,14 @@ def test_damaged_files_say_why(tmp_path):
         read_image(tmp_path / "missing.png")
     with pytest.raises(EtfZooError):
         read_image(tmp_path)
+
+
+def test_what_other_decoders_raise(monkeypatch):
+    """Pillow's of AVIF raises RuntimeError, that of BLP NotImplementedError."""
+    for error in (RuntimeError("Failed to decode image"), NotImplementedError("Unknown BLP")):
+        monkeypatch.setattr(Image, "open", mock.Mock(side_effect=error))
+        with pytest.raises(UnreadableImageError, match=str(error)):
+            read_image(b"")
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")

@@ -31,7 +31,7 @@ from ..models.names import class_names
 from ..ood import familiarity, read_threshold
 from ..text import printable
 
-__all__ = ["answered", "image_files", "on_device", "predict", "progress", "said"]
+__all__ = ["answered", "check_output", "image_files", "on_device", "predict", "progress", "said"]
 
 _NAMED = 20  # unreadable files that are named one by one
 NONE = "none of these"
@@ -229,9 +229,14 @@ def _writer(args: argparse.Namespace) -> _Writer:
     kind = kinds.get(Path(args.output).suffix.lower())
     if kind is None:
         raise EtfZooError(f"--output {args.output} has to end in {', '.join(kinds)}, which says how it is written.")
-    if not Path(args.output).resolve().parent.is_dir():
-        raise EtfZooError(f"There is no folder for --output {args.output}: make it first.")
+    check_output(args.output)
     return kind()
+
+
+def check_output(file: str) -> None:
+    """Raise EtfZooError on a file that has no folder, before the work."""
+    if not Path(file).resolve().parent.is_dir():
+        raise EtfZooError(f"There is no folder for --output {file}: make it first.")
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from ..errors import EtfZooError
 from ..images import UnreadableImageError
 from ..models.find import load_model
 from ..text import printable
-from .predict import answered, image_files, on_device, progress, said
+from .predict import answered, check_output, image_files, on_device, progress, said
 
 __all__ = ["embed_images", "search_images"]
 
@@ -27,6 +27,7 @@ def embed_images(args: argparse.Namespace) -> int:
     Returns:
         0; 1 if an image could not be read. The others are in the index all the same.
     """
+    check_output(args.output)
     model = on_device(load_model(args.model))
     space = space_of(model)
     found, bad = _embedded(model, args.images, args.batch_size, args.output)

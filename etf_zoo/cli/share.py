@@ -14,6 +14,7 @@ from ..sharing.onnx import export_onnx
 from ..sharing.plain import export_plain
 from ..sharing.publish import publish, zoo_folders
 from ..text import printable
+from ..weights.native import CONFIG_NAME
 from .evaluate import SplitImages
 
 __all__ = ["convert", "export", "publish_models", "write_cards"]
@@ -25,6 +26,7 @@ def convert(args: argparse.Namespace) -> None:
     """Write a checkpoint with a fixed frame in the place of its learned classifier."""
     if args.center and not (args.data and args.mode == "nearest"):
         raise EtfZooError("--center SPLIT takes the mean features of --data, for --mode nearest.")
+    _refuse_model(args.out)
     measured = center = None
     record = {}
     if args.data:
@@ -47,6 +49,12 @@ def convert(args: argparse.Namespace) -> None:
     print(args.out)
 
 
+def _refuse_model(folder: str) -> None:
+    """Raise EtfZooError on a folder with a model, which would be gone."""
+    if any((Path(folder) / name / CONFIG_NAME).is_file() for name in ("", "model")):
+        raise EtfZooError(f"{folder} holds a model already: choose another folder.")
+
+
 def export(args: argparse.Namespace) -> None:
     """Write a model for stock timm or as ONNX."""
     formats = args.formats or []
@@ -58,6 +66,8 @@ def export(args: argparse.Namespace) -> None:
         raise EtfZooError("--output is for --format onnx: a plain checkpoint is a whole model. Leave it out.")
     if args.top is not None and args.output != "top_k":
         raise EtfZooError("--top says how many classes --output top_k gives: add that, or leave --top out.")
+    if "plain" in formats:
+        _refuse_model(args.out)
     model = load_model(args.model)
     if "plain" in formats:
         same = export_plain(model, args.out, half=args.half)

@@ -155,6 +155,7 @@ class FrameModel(nn.Module):
             super().reset_classifier(stand_in(num_classes), *args, **kwargs)  # type: ignore[misc]  # the timm model's
             if self.head_config.is_conversion:  # belongs to the classifier that it converted: start afresh
                 self.head_config = HeadConfig()
+            self.head_config = self.head_config.without_projector()  # which belongs to the pretraining
             if num_classes > 0:
                 replace_leaves(self, num_classes, self._classifier_names, self.head_config.for_classes(num_classes))
             take_back_stand_in(self, num_classes)

@@ -147,7 +147,7 @@ def _read_request(
     merged = _by_present_names(kwargs.pop("pretrained_model_args", None) or {})  # of a folder or Hub model ...
     kwargs = _by_present_names(kwargs)  # ... which timm has put in here too
     replaced = not {"file", "state_dict"}.isdisjoint(overlay or {})
-    saved = {**_by_present_names(tag_args), **merged}
+    saved = merged or _by_present_names(tag_args)  # a folder's own are all that it has, whatever tag it came from
     asked = frozenset(key for key, value in kwargs.items() if key not in merged or not same_value(value, merged[key]))
     kwargs = {**saved, "num_classes": cfg.num_classes, **kwargs}  # the overlay's own where it has some
     whitening = read_switch("whitening", kwargs.pop("whitening", False), WHITENING_ARGS)

@@ -17,11 +17,11 @@ from ..errors import EtfZooError
 from ..timm_compat import load_model_config_from_path
 from ..weights.config import read_config
 from ..weights.download import hub_errors, pin
-from ..weights.native import CONFIG_NAME, cards_folder
+from ..weights.native import CONFIG_NAME, WEIGHTS_NAME, cards_folder, read_file
 from .create import create_plain
 from .tags import default_tag
 
-__all__ = ["Source", "find_model", "load_model", "model_folder"]
+__all__ = ["Source", "check_weights", "find_model", "load_model", "model_folder"]
 
 _HUB = "hf-hub:"
 _LOCAL = "local-dir:"
@@ -79,7 +79,11 @@ def find_model(model: str, pretrained: bool = True) -> Source:
     if not model:
         raise EtfZooError("Name a model: a timm name, a folder, a run, or hf-hub:ORG/NAME.")
     if folder := model_folder(model):
-        read_config(folder / CONFIG_NAME)  # whose errors name file and field
+        if "architecture" not in read_config(folder / CONFIG_NAME):  # whose errors name file and field
+            raise EtfZooError(
+                f"{folder / CONFIG_NAME} names no architecture, so this is no classifier. A model of segment.py is for "
+                f"etf-zoo segment."
+            )
         cfg, architecture, _ = load_model_config_from_path(folder)
         found = f"{_LOCAL}{folder}", architecture, cfg["input_size"][-1], _identity(cfg, folder), folder
         return Source(*found, _license(cfg), cfg.get("num_classes", 0))
@@ -144,11 +148,25 @@ def load_model(model: str, pretrained: bool = True, **kwargs: Any) -> Any:
     """
     source = find_model(model, pretrained)
     hub_id = source.name.removeprefix(_HUB)
+    if pretrained:
+        check_weights(source)
     with nullcontext() if source.folder else hub_errors(hub_id):
         built = create_plain(source.name, pretrained=pretrained, **kwargs).eval()
     if hub_id != source.name and not source.is_twin:  # twins say it themselves
         pin(hub_id, cache_dir=kwargs.get("cache_dir"))
     return built
+
+
+def check_weights(source: Source) -> None:
+    """Before timm reads a folder by itself: nothing but a whole safetensors file, as the `config.json` beside it says.
+
+    A twin's weights are checked as they are read.
+
+    Raises:
+        LoadError: If they are missing, altered, damaged, or a pickle.
+    """
+    if source.name.startswith(_LOCAL) and not source.is_twin:
+        read_file(Path(source.name.removeprefix(_LOCAL)) / WEIGHTS_NAME)
 
 
 def _is_timm(model: str) -> bool:

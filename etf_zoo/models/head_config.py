@@ -137,6 +137,13 @@ class HeadConfig:
             return self._plain()
         return self
 
+    def without_projector(self, asked: Collection[str] = ()) -> HeadConfig:
+        """Without the projector of a pretraining, and without the frame for its width, unless the user named them."""
+        if not same_value(self.neck, PROJECTOR) or "neck" in asked:
+            return self
+        config = replace(self, neck=None, neck_features=self.neck_features if "neck_features" in asked else None)
+        return config if "frame" in asked or same_value(config.frame, "random") else config._plain()
+
     def _plain(self) -> HeadConfig:
         """With `auto` in the place of a frame of other classes, and without what belongs to that."""
         if not self.subspaces:
@@ -156,10 +163,7 @@ class HeadConfig:
             config = HeadConfig(**{key: getattr(self, key) for key in HEAD_ARGS if key in asked})
         if "frame" not in asked and config.is_custom:
             config = config._plain()
-        if same_value(config.neck, PROJECTOR) and "neck" not in asked:
-            config = replace(config, neck=None)
-            if "frame" not in asked and not same_value(config.frame, "random"):  # it was for the projector's width
-                config = config._plain()
+        config = config.without_projector(asked)
         if config.neck is None and "neck_features" not in asked:  # taken away with the neck
             config = replace(config, neck_features=None)
         if "lengths" not in asked:  # they were for other classes

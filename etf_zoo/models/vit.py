@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 
 __all__ = ["vit_d256_patch8_gap_64"]
 
@@ -47,4 +47,10 @@ def vit_d256_patch8_gap_64(pretrained: bool = False, **kwargs: Any) -> VisionTra
         "global_pool": "avg",
         "init_values": 1e-4,
     }
-    return build_model_with_cfg(VisionTransformer, "vit_d256_patch8_gap_64", pretrained, **{**args, **kwargs})
+    return build_model_with_cfg(
+        VisionTransformer,
+        "vit_d256_patch8_gap_64",
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,  # for images of another size
+        **{**args, **kwargs},
+    )

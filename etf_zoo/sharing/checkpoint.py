@@ -19,7 +19,7 @@ from ..evaluation.measure import evaluate
 from ..models.convert import convert_classifier, learned_classifiers
 from ..models.names import as_names, base_name
 from ..weights.download import download, hub_errors
-from ..weights.native import CONFIG_NAME
+from ..weights.native import CONFIG_NAME, WEIGHTS_NAME, read_file
 from .card import METRICS_NAME, write_card
 from .folder import save_folder
 
@@ -43,7 +43,7 @@ def load_learned(source: str, *, architecture: str | None = None) -> nn.Module:
         EtfZooError: If there is no such source, it is a pickle, or its classifier is a frame already.
         LoadError: If the weights cannot be had or do not fit the architecture.
     """
-    path = Path(source)
+    path = Path(source.removeprefix("local-dir:"))
     if path.suffix in (".pth", ".pt", ".bin", ".ckpt", ".tar", ".pkl", ".npz"):
         raise EtfZooError(
             f"{source} is not a .safetensors file, and pickles are not read, as they can run code. Rewrite it, if you "
@@ -53,8 +53,10 @@ def load_learned(source: str, *, architecture: str | None = None) -> nn.Module:
         model = _from_file(path, architecture)
     elif path.is_file() and not path.with_name(CONFIG_NAME).is_file():
         raise EtfZooError(f"{source} does not say what model it is of: name it with --architecture, such as resnet50.")
-    elif path.is_file() or path.is_dir():
-        model = _from_folder(path if path.is_dir() else path.parent)
+    elif path.is_file():
+        model = _from_folder(path.parent, path)
+    elif path.is_dir():
+        model = _from_folder(path, path / WEIGHTS_NAME)
     else:
         if ":" not in source and not timm.is_model(source):
             raise EtfZooError(f"There is no file, folder or timm model {source!r}. On the Hub? Then hf-hub:ORG/NAME.")
@@ -67,12 +69,16 @@ def load_learned(source: str, *, architecture: str | None = None) -> nn.Module:
     return model.eval()
 
 
-def _from_folder(folder: Path) -> nn.Module:
+def _from_folder(folder: Path, weights: Path) -> nn.Module:
     if not (folder / CONFIG_NAME).is_file():
         raise EtfZooError(f"{folder} is no model folder: it has no {CONFIG_NAME}.")
-    if not list(folder.glob("*.safetensors")):
-        raise EtfZooError(f"{folder} has no .safetensors file; nothing else is read, for safety.")
-    return timm.create_model(f"local-dir:{folder}", pretrained=True)
+    state = read_file(weights)
+    model = timm.create_model(f"local-dir:{folder}", pretrained=False)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise LoadError(f"{weights} does not hold the weights that {CONFIG_NAME} beside it tells of: {error}") from None
+    return model
 
 
 def _from_file(path: Path, architecture: str) -> nn.Module:
@@ -87,6 +93,7 @@ def _from_file(path: Path, architecture: str) -> nn.Module:
         raise LoadError(f"{path} is not a readable safetensors file ({error}).") from None
     num_classes = rows[0] if rows else cfg.num_classes
     overlay = {"file": str(path), "num_classes": num_classes, "label_offset": None}
+    overlay |= dict.fromkeys(("tag", "license", "description", "url", "hf_hub_id"))  # of timm's weights, not of these
     try:
         return timm.create_model(architecture, pretrained=True, num_classes=num_classes, pretrained_cfg_overlay=overlay)
     except RuntimeError as error:
@@ -130,6 +137,7 @@ def convert_checkpoint(
     model: Any = load_learned(source, architecture=architecture)
     cfg = dict(model.pretrained_cfg)
     name = ".".join(filter(None, (cfg.get("architecture"), cfg.get("tag"))))
+    name = f"{name} ({Path(source).name})" if Path(source).is_file() else name
     results = {"before": _figures(model, data)} if data else {}
     convert_classifier(model, mode, feature_means=_feature_means(model, center(model)) if center else None)
     what = "a linear neck and a fixed frame of the same softmax" if mode == "exact" else "the nearest simplex frame"

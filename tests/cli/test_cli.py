@@ -270,6 +270,22 @@ def test_export(capsys, folder, tmp_path):
     assert not frame_heads(timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True))
 
 
+@pytest.mark.parametrize("command", ["export", "convert"])
+def test_a_model_is_not_written_over(command, capsys, folder):
+    before = (folder / "config.json").read_text()
+    extra = ["--format", "plain"] if command == "export" else []
+    for out in (folder, folder.parent):  # the folder of a run holds its model in model/
+        assert main([command, str(folder), str(out), *extra]) == 1
+        assert "holds a model already: choose another folder" in capsys.readouterr().err
+    assert (folder / "config.json").read_text() == before
+
+
+def test_an_index_without_a_folder_is_refused_at_once(capsys, folder, image, monkeypatch):
+    monkeypatch.setattr("etf_zoo.cli.search.load_model", None)
+    assert main(["embed", str(image), "--model", str(folder), "--output", "nowhere/i.safetensors"]) == 1
+    assert "no folder for --output nowhere/i.safetensors: make it first" in capsys.readouterr().err
+
+
 def test_info_of_a_frame_of_a_million_classes():
     """Closed forms: nothing of K x K, nor of K x d, is computed."""
     found = _head(FrameClassifier(1024, 1_050_624, frame="kerdock"))

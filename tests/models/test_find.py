@@ -4,11 +4,17 @@ import json
 import shutil
 
 import pytest
+import safetensors.torch
 import timm
 import torch
 
+from etf_zoo.errors import EtfZooError, LoadError
 from etf_zoo.models import find
 from etf_zoo.models.find import find_model, load_model, model_folder
+from etf_zoo.sharing.checkpoint import load_learned
+from etf_zoo.sharing.folder import save_folder
+from etf_zoo.trainer.run.model import make_model
+from etf_zoo.trainer.tune.tuning import Finetune
 from etf_zoo.weights.native import cards_folder
 
 TAGGED = "mobilenetv3_small_100_etf.e27_tiny"
@@ -97,3 +103,36 @@ def test_no_weights_are_read_to_look_up(monkeypatch, folder):
     assert model_folder("resnet18") is None
     config = json.loads((folder / "config.json").read_text())
     assert config["weights_sha256"] in find._identity({"mean": (0,), "std": (1,)}, folder)
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        ("another", "truncated or altered"),
+        ("half", "truncated or altered"),
+        ("pickle", "has pytorch_model.bin and no model.safetensors: pickles can run code"),
+    ],
+)
+def test_weights_of_a_learned_head_are_checked_too(tmp_path, harm, message):
+    """timm reads such a folder by itself, whatever lies there."""
+    model = timm.create_model("test_resnet", num_classes=3)
+    folder = save_folder(model, tmp_path / "learned", label_names=list("abc"))
+    file = folder / "model.safetensors"
+    assert load_model(str(folder)).num_classes == 3
+    if harm == "another":
+        state = safetensors.torch.load_file(file)
+        safetensors.torch.save_file({name: 0 * value for name, value in state.items()}, file)
+    elif harm == "half":
+        file.write_bytes(file.read_bytes()[:1000])
+    else:
+        torch.save(model.state_dict(), folder / "pytorch_model.bin")
+        file.unlink()
+    for load in (load_model, load_learned, lambda name: make_model(Finetune(model=name), 3)):
+        with pytest.raises(LoadError, match=message):
+            load(str(folder))
+
+
+def test_a_folder_that_is_no_classifier(tmp_path):
+    (tmp_path / "config.json").write_text('{"num_classes": 3}')
+    with pytest.raises(EtfZooError, match="names no architecture"):
+        load_model(str(tmp_path))

@@ -135,3 +135,18 @@ def test_what_timm_saves_follows_the_head(tmp_path):
     loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
     assert torch.equal(loaded.fc.weight, model.fc.weight)
     assert loaded.fc.neck is None
+
+
+def test_a_projector_is_left_out_and_stays_so(tmp_path):
+    """By weights for other classes, by a reset, and by what either is saved as, whose tag has one."""
+    model = timm.create_model("resnet18_etf", pretrained=True)
+    assert model.fc.neck is not None
+    model.reset_classifier(7)
+    other = timm.create_model("resnet18_etf", pretrained=True, num_classes=7)
+    x = torch.randn(1, 3, 64, 64)
+    for made in (model.eval(), other.eval()):
+        assert made.fc.neck is None
+        save_folder(made, tmp_path / "saved", half=False)
+        again = timm.create_model(f"local-dir:{tmp_path / 'saved'}", pretrained=True).eval()
+        assert again.fc.neck is None
+        torch.testing.assert_close(again(x), made(x))

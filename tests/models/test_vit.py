@@ -16,3 +16,8 @@ def test_twin_takes_other_sizes():
     twin = timm.create_model("vit_d256_patch8_gap_64_etf", num_classes=200, dynamic_img_size=True).eval()
     assert twin.get_classifier().frame == "auto"
     assert twin(torch.randn(1, 3, 48, 48)).shape == (1, 200)
+
+
+def test_weights_take_other_sizes():
+    model = timm.create_model("vit_d256_patch8_gap_64_etf", pretrained=True, img_size=96).eval()
+    assert model(torch.randn(1, 3, 96, 96)).shape == (1, 200)

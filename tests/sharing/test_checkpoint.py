@@ -137,7 +137,7 @@ def test_timm_name(hub, tmp_path):
         ("weights.safetensors", "resnet18", RuntimeError, "does not hold the weights of a resnet18"),
         ("broken.safetensors", SMALL, RuntimeError, "not a readable safetensors file"),
         ("empty", None, ValueError, "has no config.json"),
-        ("pickled", None, ValueError, "has no .safetensors file"),
+        ("pickled", None, RuntimeError, "has pytorch_model.bin and no model.safetensors: pickles can run code"),
         ("twin", None, ValueError, "has a fixed frame already"),
         ("mobilenetv3_small_100_etf.e27_tiny", None, ValueError, "has a fixed frame already"),
         ("headless", None, ValueError, "has no classifier"),
@@ -150,6 +150,7 @@ def test_bad_sources(source, architecture, error, message, learned, tmp_path, mo
     (tmp_path / "empty").mkdir()
     (tmp_path / "pickled").mkdir()
     (tmp_path / "pickled" / "config.json").write_text("{}")
+    (tmp_path / "pickled" / "pytorch_model.bin").write_bytes(b"pickle")
     if source == "twin":
         save_folder(convert_classifier(learned), "twin")
     if source == "headless":
@@ -157,3 +158,25 @@ def test_bad_sources(source, architecture, error, message, learned, tmp_path, mo
     with pytest.raises(error, match=message):
         convert_checkpoint(source, "out", architecture=architecture)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_file_that_is_named_is_converted(learned, learned_folder):
+    other = {name: value + 1 if value.is_floating_point() else value for name, value in learned.state_dict().items()}
+    config = json.loads((learned_folder / "config.json").read_text())
+    for recorded in ("weights_sha256", "config_sha256"):  # as timm's folders have none
+        config.pop(recorded)
+    (learned_folder / "config.json").write_text(json.dumps(config))
+    safetensors.torch.save_file(other, learned_folder / "epoch10.safetensors")
+    for file, shift in (("epoch10.safetensors", 1), ("model.safetensors", 0)):
+        found = load_learned(str(learned_folder / file)).classifier.bias
+        torch.testing.assert_close(found, learned.classifier.bias + shift)
+
+
+def test_weights_of_ones_own_are_not_timms(learned, tmp_path):
+    """timm's license and tag are of timm's weights of the architecture."""
+    safetensors.torch.save_file(learned.state_dict(), tmp_path / "mine.safetensors")
+    convert_checkpoint(str(tmp_path / "mine.safetensors"), tmp_path / "out", architecture=SMALL)
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.license in (None, "other")
+    assert "lamb_in1k" not in card.content
+    assert "mine.safetensors" in card.text

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 from tqdm import tqdm
 
 from etf_zoo.errors import EtfZooError
-from etf_zoo.models.find import find_model
+from etf_zoo.models.find import find_model, load_model
 from etf_zoo.models.names import class_names
 
 from ..run.launching import make_accelerator
@@ -45,7 +44,7 @@ def taught(split: Any, teacher: str, size: int, *, batch_size: int = 128) -> Spl
     if not isinstance(split, Split):
         raise EtfZooError("A teacher sees resident images: set data.resident to true.")
     source = find_model(teacher, True)
-    model: Any = timm.create_model(source.name, pretrained=True)
+    model = load_model(source.name)
     key = hashlib.sha256(f"{split.digest} {source.name} {source.identity} {size}".encode()).hexdigest()[:16]
     file = cache_root() / f"teacher-{key}.npy"
     if not file.is_file():

@@ -95,6 +95,8 @@ def _make_model(recipe: Recipe, num_classes: int, hierarchy: Tensor | None, clas
         return learn_prototypes(_make_model(frame, num_classes, hierarchy, class_counts))
     set_seed(recipe.seed)
     source = find_model(recipe.model, recipe.pretrained)
+    if recipe.pretrained:
+        models.check_weights(source)
     args: dict[str, Any] = {"pretrained": recipe.pretrained, "num_classes": num_classes, **recipe.model_args}
     if args.get("frame") in OF_A_TREE:
         args.setdefault("hierarchy", hierarchy)
