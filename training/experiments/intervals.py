@@ -8,7 +8,8 @@ The interval is a hierarchical bootstrap with one change. Test images are many: 
 Runs and subsets are few, often three, and drawing three of three anew gives intervals that are too short: 95 % ones
 then hold the truth in 82 to 89 % of simulated cases, where runs or subsets matter. So their part is drawn from
 Student's t with the variance that they have beyond what the images alone explain (analysis of variance), the degrees
-of freedom by Satterthwaite. The test of this module measures the coverage.
+of freedom by Satterthwaite. The test of this module measures the coverage. It is 93 to 97 %, but 88 to 92 % for a
+paired difference over three subsets that two methods take differently, where what the images add nearly cancels.
 """
 
 from __future__ import annotations

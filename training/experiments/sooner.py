@@ -7,9 +7,9 @@
 
 Four heads tell what makes a difference: the frame; a learned head; a learned cosine head, which has the frame's norm
 and scale but trains its rows; a frame without the norm, whose logits are products with raw features. Each tries the
-same rates, and the best by its final accuracy is its own. Accuracy is that of 2,500 training images of the source that
-no run trains on, after every epoch. A finished run is a line of `cells.jsonl`, and what is there is not run again.
-Without a model the table and the curves of the runs that are done are written.
+rates of `--rates`, and the best by its final accuracy is its own. Accuracy is that of 2,500 training images of the
+source that no run trains on, after every epoch. A finished run is a line of `cells.jsonl`, and what is there is not run
+again. Without a model the table and the curves of the runs that are done are written.
 """
 
 from __future__ import annotations

@@ -62,6 +62,26 @@ def test_coverage_in_more_cases_and_trials(shape, spreads):
     assert 0.93 <= coverage(shape, spreads, 4000) <= 0.97
 
 
+def paired_hits(spread, rng):
+    """Differences of hits of two methods on three subsets, each with an effect of its own on a method's logits."""
+    images = 2 * rng.normal(size=(1, 1, 2485))
+
+    def hits():
+        logits = 0.8 + spread * rng.normal(size=(1, 3, 1)) + images + rng.normal(size=(1, 3, 2485))
+        return (rng.random(logits.shape) < 1 / (1 + np.exp(-logits))).astype(float)
+
+    return hits() - hits()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spread", [0.15, 0.3])
+def test_three_subsets_of_a_paired_difference_are_covered_less(spread):
+    """As the module says: where the images part cancels, what is left of the subsets has two degrees of freedom."""
+    rng = np.random.default_rng(7)
+    found = [estimate(paired_hits(spread, rng), draws=500, seed=i) for i in range(1000)]
+    assert 0.86 <= np.mean([e.low <= 0 <= e.high for e in found]) <= 0.94
+
+
 def plain_bootstrap(values, draws, rng):
     """The reference: draw runs, subsets and images anew, each with replacement, and take percentiles."""
     means = []
