@@ -205,8 +205,9 @@ def threshold(scores: Tensor | Sequence[float], reject: float) -> float:
     if not len(ordered) or not bool(ordered.isfinite().all()):
         raise EtfZooError("A threshold needs scores of familiar images, all of them finite.")
     if 0 < reject * len(ordered) < 1:
+        share = math.ceil(1000 / len(ordered)) / 1000  # rounded up, else it would be refused too
         raise EtfZooError(
-            f"{len(ordered)} held-out images cannot tell a share of {reject:g}: take at least {1 / len(ordered):.2g}, "
+            f"{len(ordered)} held-out images cannot tell a share of {reject:g}: take at least {share:g}, "
             f"or hold out more images in training."
         )
     return ordered[math.floor(reject * len(ordered) + 1e-9)].item()

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -112,3 +113,11 @@ def test_errors_name_the_fix(drawn, tmp_path):
     (tmp_path / ood.FAMILIARITY_NAME).write_text("{}")
     with pytest.raises(EtfZooError, match="cannot be read"):
         ood.read_threshold(tmp_path, 0.05)
+
+
+@pytest.mark.parametrize("count", [3, 7, 30, 333])
+def test_the_share_that_is_advised_is_taken(count):
+    scores = torch.arange(count).double()
+    with pytest.raises(EtfZooError, match="take at least") as caught:
+        ood.threshold(scores, 0.5 / count)
+    ood.threshold(scores, float(re.search(r"at least ([\d.]+),", str(caught.value))[1]))

@@ -117,7 +117,7 @@ def _model_and_weights(name: str) -> tuple[Any, str]:
         converted = timm.list_pretrained(f"{name}.*") if "." not in name else []
         words = f"{len(converted)} converted, such as {converted[0]}" if converted else "none yet"
         return load_model(name, pretrained=False), words
-    return load_model(name, pretrained=False), _where(name)
+    return load_model(name, pretrained=False), _where(name).removeprefix("converted from ")  # it is timm's own
 
 
 def _head(head: FrameClassifier) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from timm.models import get_pretrained_cfg
 
 from ..errors import EtfZooError
 from ..frames.describe import describe_frame
-from ..models.names import as_names, frame_heads
+from ..models.names import SUFFIX, as_names, frame_heads
 from ..text import code, markdown, quoted
 from ..weights.native import CONFIG_NAME, WEIGHTS_NAME, cards_folder, recorded_location
 from .origin import tell_origin
@@ -134,7 +134,7 @@ def _results(metrics: dict[str, Any], name: str) -> str:
         f"| {_label(key, metrics)} | " + " | ".join(f"{values[key]:.2f}" for values in columns.values()) + " |"
         for key in rows
     ]
-    if len(columns) == 1:
+    if len(columns) == 1 and metrics.get("training", {}).get("recipe", {}).get("head") != "learned":
         lines += ["", "No control was trained beside it, so the figures say nothing about the frame."]
     return "\n".join(lines)
 
@@ -316,6 +316,7 @@ def render_card(folder: str | Path, *, repo_id: str | None = None) -> str:
         size=cfg["input_size"][-1],
         mean=tuple(round(x, 3) for x in cfg["mean"]),
         std=tuple(round(x, 3) for x in cfg["std"]),
+        fresh="a fresh frame" if config["architecture"].endswith(SUFFIX) else "a classifier of random weights",
         results=_results(metrics, name),
         seeds=_seeds(folder),
         measured=_measured(cfg, metrics, load_name, bool(embedded or repo_id)),

@@ -91,7 +91,9 @@ def test_info_of_a_twin_a_tag_and_a_folder(capsys, folder):
     assert "simplex ETF of 1000 classes in 999 dimensions, in Helmert coordinates" in out
     for plain in ("resnet10t.c3_in1k", "resnet10t"):
         assert main(["info", plain, "--json"]) == 0
-        assert json.loads(capsys.readouterr().out)["head"] == "learned (not a fixed frame)"
+        info = json.loads(capsys.readouterr().out)
+        assert info["head"] == "learned (not a fixed frame)"
+        assert info["weights"] == "hf-hub:timm/resnet10t.c3_in1k (apache-2.0)"
     assert main(["info", "resnet10t_etf.c3_in1k", "--json"]) == 0
     assert_simplex(json.loads(capsys.readouterr().out)["head fc"], 1000, 999)
 

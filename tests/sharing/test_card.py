@@ -275,3 +275,12 @@ def test_names_of_others_are_shown_as_they_are(measured):
 
 if __name__ == "__main__":
     DEFAULTS.write_text(json.dumps(defaults(), indent=1) + "\n")
+
+
+def test_of_a_learned_head_nothing_is_said_of_a_frame(tmp_path):
+    folder = save_folder(timm.create_model("test_resnet", num_classes=3), tmp_path / "m")
+    metrics = json.loads((cards_folder() / "resnet18_control.e23_tiny" / "metrics.json").read_text())
+    (folder / "metrics.json").write_text(json.dumps({**metrics, "references": []}))
+    text = render_card(folder)
+    assert "keeps its weights and gets a classifier of random weights" in text
+    assert "No control was trained beside it" not in text
