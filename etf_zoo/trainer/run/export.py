@@ -40,10 +40,10 @@ __all__ = ["Origin", "check_storable", "export_model", "export_run", "plot_curve
 
 matplotlib.use("Agg")
 
-# Weights follow the terms of the data they were trained on.
 CURVE = "curve.png"
 # What lies beside a model and says something of it: of an earlier one in the same folder it would be wrong.
 BESIDE = (METRICS_NAME, METRICS, CURVE, FAMILIARITY_NAME, MEMORY_NAME)
+# Weights follow the terms of the data they were trained on.
 LICENSES = {"tiny_imagenet": "cc-by-nc-4.0", "scikit-learn digits": "cc-by-4.0"}
 
 
