@@ -4,7 +4,7 @@ import torch  # no `from __future__ import annotations` here: TorchScript cannot
 from torch import Tensor
 
 from ..errors import EtfZooError
-from ..frames.build import SUBSPACES
+from ..frames.build import CUSTOM, SUBSPACES
 from ..frames.subspaces import subspace_axes
 from .classifier import FrameClassifier
 
@@ -80,7 +80,7 @@ class SubspaceClassifier(FrameClassifier):
                 f"Subspaces of a tree compare lengths of raw features, not of feature_norm={feature_norm!r}: pass "
                 f"feature_norm='none'."
             )
-        if kwargs.get("lengths") is not None or (isinstance(frame, str) and frame not in (SUBSPACES, "custom")):
+        if kwargs.get("lengths") is not None or (isinstance(frame, str) and frame not in (SUBSPACES, CUSTOM)):
             raise EtfZooError("A class is the axes of a tree here, without lengths or another frame: leave both out.")
         if reserve:
             raise EtfZooError("The axes of a tree have no room for classes to come: leave reserve out.")

@@ -282,7 +282,7 @@ def render_card(folder: str | Path, *, repo_id: str | None = None) -> str:
     repo_id = repo_id or (place[0] if place else None)
     tag = cfg.get("tag")
     ours = folder.resolve().parent == cards_folder().resolve()
-    native = ours and config["architecture"].endswith("_etf")
+    native = ours and config["architecture"].endswith(SUFFIX)
     embedded = (folder / WEIGHTS_NAME).is_file()
     name = folder.resolve().name if ours else f"{config['architecture']}.{tag}" if tag else config["architecture"]
     here = f"local-dir:model_cards/{name}" if ours else "local-dir:FOLDER"

@@ -74,7 +74,7 @@ def load_data(settings: Recipe) -> Parts:
 
 def _leave_out_unreadable(parts: Parts) -> None:
     """Take out the few that a look at all images found, which `max_corrupt` allows: features want every image."""
-    if isinstance(parts.train, Rows) and parts.groups is not None:
+    if isinstance(parts.train, Rows) and parts.train.corrupt.found and parts.groups is not None:
         parts.groups = parts.groups[parts.train.readable()]
     parts.train, parts.test = _readable(parts.train), _readable(parts.test)
     parts.watched = parts.watched and _readable(parts.watched)

@@ -61,9 +61,8 @@ def search_rate(settings: Any, train: Callable[[Any], Any], say: Callable[[str],
     until = time.monotonic() + seconds(settings.time_budget)
     key = {"center": settings.optim.lr, "seed": settings.seed, "model": settings.model, "method": settings.method}
     tried = _tried_before(folder / RATES, key) if settings.resume else []
-    known = {one["lr"] for one in tried}
     rates = [settings.optim.lr * factor for factor in FACTORS]
-    for rate in (rate for rate in rates if rate not in known):
+    for rate in rates[len(tried) :]:  # in this order they were tried
         recipe = short(settings, rate, until)
         if not recipe.resume:
             shutil.rmtree(recipe.output, ignore_errors=True)  # of another search
